@@ -1,0 +1,5 @@
+"""The networks as ``nn.Module``s."""
+
+from narrowdeep.modules.mlp import DeepNarrowMLP
+
+__all__ = ["DeepNarrowMLP"]

@@ -1,0 +1,207 @@
+"""What DeepNarrowMLP and DeepNarrowCNN share: settings, stacked parameters, initialisation, checkpointing."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from narrowdeep.functional import Form, check_settings
+
+Init = Literal["ntk", "kaiming"]
+Checkpoint = int | Literal["auto", "none"]
+
+AUTO_SEGMENT = 64
+"""Layers between saved states under ``checkpoint="auto"`` when not every state is saved."""
+
+PARAMETER_NAMES = ("first_weight", "first_bias", "hidden_weight", "hidden_bias", "last_weight", "last_bias")
+
+
+def _check_count(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return value
+
+
+class DeepNarrowBase(nn.Module):
+    """Stacked parameters of L affine layers; a subclass says what one affine layer is.
+
+    ``_tap`` is the shape that follows (rows, columns) in a weight: () for a linear layer, (f, f) for a convolution.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        depth: int,
+        *,
+        tap: tuple[int, ...],
+        scale: float | None,
+        rho: float,
+        beta: float,
+        init: Init,
+        form: Form,
+        checkpoint: Checkpoint,
+        device: Any,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        self.depth = _check_count("depth", depth, 2)
+        self._inputs, self._outputs, self._tap = inputs, outputs, tap
+        self.width = inputs + 1 + outputs
+        self.scale = float(depth) if scale is None else scale
+        check_settings(scale=self.scale, form=form, segment=0)
+        self.scale = float(self.scale)
+        for name, value in (("rho", rho), ("beta", beta)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{name} must be a number, got {value!r}")
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be finite and not negative, got {value}")
+        if init not in ("ntk", "kaiming"):
+            raise ValueError(f"init must be 'ntk' or 'kaiming', got {init!r}")
+        if init == "kaiming" and form == "offset":
+            raise ValueError("init='kaiming' needs form='plain': the offset form stores W - E, got form='offset'")
+        if dtype not in (None, torch.float32, torch.float64):
+            raise TypeError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
+        self.rho, self.beta, self.init, self.form = float(rho), float(beta), init, form
+        self.checkpoint = checkpoint
+        n = self.width
+        shapes = {
+            "first_weight": (n, inputs, *tap),
+            "first_bias": (n,),
+            "hidden_weight": (depth - 2, n, n, *tap),
+            "hidden_bias": (depth - 2, n),
+            "last_weight": (outputs, n, *tap),
+            "last_bias": (outputs,),
+        }
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+        self.reset_parameters()
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """What the backward keeps: "none" every hidden state, an int one state every so many layers, "auto" chooses."""
+        return self._checkpoint
+
+    @checkpoint.setter
+    def checkpoint(self, value: Checkpoint) -> None:
+        if isinstance(value, bool) or not isinstance(value, (int, str)):
+            raise TypeError(f"checkpoint must be 'auto', 'none' or an int, got {value!r}")
+        if isinstance(value, str) and value not in ("auto", "none"):
+            raise ValueError(f"checkpoint must be 'auto', 'none' or an int, got {value!r}")
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f"checkpoint must be at least 1 layer a segment, got {value}")
+        self._checkpoint = value
+
+    @property
+    def ntk_lr(self) -> float:
+        """1 / (L C_L^2), the rate of the thesis's gradient flow (section 3.2)."""
+        return 1.0 / (self.depth * self.scale**2)
+
+    def segment(self, positions: int) -> int:
+        """Layers between saved states for a call on ``positions`` (batch size, times H W for images).
+
+        ``checkpoint="auto"`` saves every state while all of them take no more memory than the parameters and their
+        gradients, and one state in ``AUTO_SEGMENT`` past that.
+        """
+        if self._checkpoint == "none":
+            return 1
+        if isinstance(self._checkpoint, int):
+            return self._checkpoint
+        states = (self.depth - 1) * self.width * positions
+        return 1 if states <= 2 * sum(p.numel() for p in self.parameters()) else AUTO_SEGMENT
+
+    def stacked(self) -> tuple[Tensor, ...]:
+        """The six parameters in the order of the ops."""
+        return tuple(getattr(self, name) for name in PARAMETER_NAMES)
+
+    def identity_part(self) -> dict[str, Tensor]:
+        """E and the base biases: what the offset form leaves out of each parameter (thesis sections 3.1 and 4.0.1).
+
+        Shapes broadcast against the parameters: ``hidden_weight`` is (n, n, *tap), ``hidden_bias`` (n,).
+        """
+        parts = {name: torch.zeros_like(getattr(self, name)) for name in PARAMETER_NAMES if "hidden" not in name}
+        parts["hidden_weight"] = torch.zeros_like(self.first_weight[:, :1]).repeat(
+            1, self.width, *(1 for _ in self._tap)
+        )
+        parts["hidden_bias"] = torch.zeros_like(self.first_bias)
+        centre = tuple(size // 2 for size in self._tap)
+        right = self._inputs + 1
+        for i in range(self._inputs):
+            parts["first_weight"][(i, i, *centre)] = self.scale
+            parts["hidden_weight"][(i, i, *centre)] = 1.0
+        for i in range(self._outputs):
+            parts["hidden_weight"][(right + i, right + i, *centre)] = 1.0
+            parts["last_weight"][(i, right + i, *centre)] = 1.0
+        parts["first_bias"][right:] = self.scale
+        parts["last_bias"][:] = -self.scale
+        return parts
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw the initialisation again.
+
+        init="ntk": thesis section 3.1 (MLP) or 4.0.1 (CNN): u ~ N(0, rho^2 / d_in) per entry of the middle unit's
+        weights (N(0, rho^2) for filters), v ~ N(0, (C_L beta)^2) for its bias, everything else the identity part.
+        init="kaiming": He et al. 2015, uniform in +-sqrt(6 / fan_in), biases 0.
+        """
+        if self.init == "kaiming":
+            for name in PARAMETER_NAMES:
+                param = getattr(self, name)
+                if name.endswith("bias"):
+                    param.zero_()
+                else:
+                    fan_in = (self._inputs if name == "first_weight" else self.width) * math.prod(self._tap)
+                    bound = math.sqrt(6.0 / fan_in)
+                    param.uniform_(-bound, bound, generator=generator)
+            return
+        for param in self.parameters():
+            param.zero_()
+        middle = self._inputs
+        std_u = self.rho if self._tap else self.rho / math.sqrt(self._inputs)
+        std_v = self.scale * self.beta
+        self.first_weight[middle].normal_(0.0, std_u, generator=generator)
+        self.first_bias[middle].normal_(0.0, std_v, generator=generator)
+        self.hidden_weight[:, middle, : self._inputs].normal_(0.0, std_u, generator=generator)
+        self.hidden_bias[:, middle].normal_(0.0, std_v, generator=generator)
+        if self.form == "plain":
+            for name, part in self.identity_part().items():
+                getattr(self, name).add_(part)
+
+    @torch.no_grad()
+    def layers(self) -> list[tuple[Tensor, Tensor]]:
+        """(W, b) of each of the L affine layers, with the identity part added back in offset form."""
+        values = {name: getattr(self, name).detach() for name in PARAMETER_NAMES}
+        if self.form == "offset":
+            values = {name: values[name] + part for name, part in self.identity_part().items()}
+        hidden = zip(values["hidden_weight"], values["hidden_bias"], strict=True)
+        return [
+            (values["first_weight"], values["first_bias"]),
+            *hidden,
+            (values["last_weight"], values["last_bias"]),
+        ]
+
+    @torch.no_grad()
+    def load_layers(self, layers: list[tuple[Tensor, Tensor]]) -> None:
+        """The way back from ``layers()``: subtracts the identity part in offset form."""
+        (first_w, first_b), *hidden, (last_w, last_b) = layers
+        values = {"first_weight": first_w, "first_bias": first_b, "last_weight": last_w, "last_bias": last_b}
+        for j, (weight, bias) in enumerate(hidden):
+            self.hidden_weight[j].copy_(weight)
+            self.hidden_bias[j].copy_(bias)
+        for name, value in values.items():
+            getattr(self, name).copy_(value)
+        if self.form == "offset":
+            for name, part in self.identity_part().items():
+                getattr(self, name).sub_(part)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self._inputs}, {self._outputs}, depth={self.depth}, width={self.width}, scale={self.scale:g}, "
+            f"rho={self.rho:g}, beta={self.beta:g}, init={self.init!r}, form={self.form!r}, "
+            f"checkpoint={self.checkpoint!r}"
+        )

@@ -1,0 +1,128 @@
+"""The deep narrow MLP."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from narrowdeep.functional import Form, mlp_chain
+from narrowdeep.modules.base import Checkpoint, DeepNarrowBase, Init, _check_count
+
+
+class DeepNarrowMLP(DeepNarrowBase):
+    """ReLU MLP of ``depth`` affine layers and width ``in_features + 1 + out_features`` (thesis section 3.1).
+
+    The same network as ``nn.Sequential`` of ``nn.Linear`` and ``nn.ReLU``, run as one fused op, and in offset form
+    accurate in float32 where the eager network is not (docs/theory.md).
+
+    Arguments:
+        in_features, out_features: at least 1.
+        depth: L, affine layers, at least 2.
+        scale: C_L; default ``float(depth)``. Outputs stay right while targets are above -C_L.
+        rho, beta: standard deviations of the initialisation, not negative.
+        init: "ntk" (thesis section 3.1; the output is exactly 0 at initialisation) or "kaiming" (He et al. 2015,
+            plain form only: the baseline that does not train at depth).
+        form: "offset" stores Delta = W - E and c, "plain" stores W and b.
+        checkpoint: "auto", "none", or layers between two saved states; changes memory and time, never results.
+        device, dtype: of the parameters; float32 or float64.
+
+    Parameters (stacked): ``first_weight`` (n, in), ``first_bias`` (n,), ``hidden_weight`` (L-2, n, n),
+    ``hidden_bias`` (L-2, n), ``last_weight`` (out, n), ``last_bias`` (out,).
+
+    Attributes: ``width`` n, ``depth`` L, ``scale`` C_L, ``ntk_lr`` = 1 / (L C_L^2).
+
+    Call: x (*, in) -> (*, out).
+
+    Raises: TypeError or ValueError naming the argument, the rule and the value.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        depth: int,
+        *,
+        scale: float | None = None,
+        rho: float = 1.0,
+        beta: float = 1.0,
+        init: Init = "ntk",
+        form: Form = "offset",
+        checkpoint: Checkpoint = "auto",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.in_features = _check_count("in_features", in_features, 1)
+        self.out_features = _check_count("out_features", out_features, 1)
+        super().__init__(
+            in_features,
+            out_features,
+            depth,
+            tap=(),
+            scale=scale,
+            rho=rho,
+            beta=beta,
+            init=init,
+            form=form,
+            checkpoint=checkpoint,
+            device=device,
+            dtype=dtype,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        positions = x.numel() // self.in_features if isinstance(x, Tensor) else 0
+        return mlp_chain(x, *self.stacked(), scale=self.scale, form=self.form, segment=self.segment(positions))
+
+    def to_sequential(self) -> nn.Sequential:
+        """The same network as eager layers: nn.Linear, nn.ReLU, ..., nn.Linear, with W = E + Delta.
+
+        The weights are copies. In float32 they have lost whatever of Delta is below half an ulp of 1: convert a
+        ``.double()`` model to compare outputs.
+        """
+        modules: list[nn.Module] = []
+        for weight, bias in self.layers():
+            rows, columns = weight.shape
+            linear = nn.utils.skip_init(nn.Linear, columns, rows, device=weight.device, dtype=weight.dtype)
+            with torch.no_grad():
+                linear.weight.copy_(weight)
+                linear.bias.copy_(bias)
+            modules += [linear, nn.ReLU()]
+        return nn.Sequential(*modules[:-1])
+
+    @classmethod
+    def from_sequential(cls, seq: nn.Sequential, *, form: Form = "offset", scale: float | None = None) -> DeepNarrowMLP:
+        """A model with the layers of ``seq``: nn.Linear and nn.ReLU in turn, all hidden widths in + 1 + out.
+
+        Arguments:
+            seq: at least two nn.Linear with bias, an nn.ReLU between every two.
+            form: of the new model.
+            scale: C_L of the new model, default its depth; in offset form the base that is subtracted.
+
+        Raises: ValueError when ``seq`` has another structure.
+        """
+        linears, others = list(seq)[0::2], list(seq)[1::2]
+        if len(linears) < 2 or len(others) != len(linears) - 1:
+            raise ValueError(f"seq must be nn.Linear, nn.ReLU, ..., nn.Linear with at least 2 nn.Linear, got {len(seq)} modules")
+        for i, module in enumerate(linears):
+            if not isinstance(module, nn.Linear) or module.bias is None:
+                raise ValueError(f"seq[{2 * i}] must be nn.Linear with a bias, got {module}")
+        for i, module in enumerate(others):
+            if not isinstance(module, nn.ReLU):
+                raise ValueError(f"seq[{2 * i + 1}] must be nn.ReLU, got {module}")
+        in_features, out_features = linears[0].in_features, linears[-1].out_features
+        width = in_features + 1 + out_features
+        for i, module in enumerate(linears[:-1]):
+            if module.out_features != width or (i and module.in_features != width):
+                raise ValueError(f"seq[{2 * i}] must have in + 1 + out = {width} hidden units, got {module}")
+        model = cls(
+            in_features,
+            out_features,
+            len(linears),
+            scale=scale,
+            form=form,
+            device=linears[0].weight.device,
+            dtype=linears[0].weight.dtype,
+        )
+        model.load_layers([(module.weight, module.bias) for module in linears])
+        return model

@@ -1,0 +1,136 @@
+"""What the chain ops of both families (MLP and convolution) share: schemas, fakes, vmap rules.
+
+Both families take the same arguments: ``x``, the six stacked parameters, ``scale`` (C_L), ``offset`` (offset or plain
+form) and ``segment`` (layers between two saved states; 0 saves nothing, 1 saves every state). Both save states with
+the batch in the last dimension. Autograd is not registered here: ``narrowdeep.functional`` wraps these ops in one
+``autograd.Function``, which torch.func can transform and a registered formula cannot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_PARAMS = ("first_weight", "first_bias", "hidden_weight", "hidden_bias", "last_weight", "last_bias")
+_PARAM_SCHEMA = ", ".join(f"Tensor {name}" for name in _PARAMS)
+_TANGENT_SCHEMA = ", ".join(f"Tensor? {name}_t" for name in ("x", *_PARAMS))
+
+FORWARD_SCHEMA = f"(Tensor x, {_PARAM_SCHEMA}, float scale, bool offset, int segment) -> (Tensor, Tensor)"
+BACKWARD_SCHEMA = (
+    f"(Tensor grad_out, Tensor x, {_PARAM_SCHEMA}, Tensor saved, float scale, bool offset, int segment, "
+    "bool need_input, bool need_params) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+JVP_SCHEMA = f"(Tensor x, {_PARAM_SCHEMA}, {_TANGENT_SCHEMA}, float scale, bool offset) -> Tensor"
+
+library = torch.library.Library("narrowdeep", "DEF")
+
+
+@dataclass(frozen=True)
+class ChainOps:
+    """The three raw ops of one family; callables with the schemas above."""
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+    jvp: Callable[..., Any]
+
+
+def define(family: str, saved_shape: Callable[[Tensor, Tensor, Tensor, bool, int], tuple[int, ...]]) -> ChainOps:
+    """Define ``narrowdeep::{family}_forward``, ``_backward`` and ``_jvp`` with their fakes and vmap rules.
+
+    ``saved_shape(x, hidden_weight, last_weight, offset, segment)`` is the shape of the forward's second output.
+    """
+    library.define(f"{family}_forward{FORWARD_SCHEMA}", tags=(torch.Tag.pt2_compliant_tag,))
+    library.define(f"{family}_backward{BACKWARD_SCHEMA}", tags=(torch.Tag.pt2_compliant_tag,))
+    library.define(f"{family}_jvp{JVP_SCHEMA}", tags=(torch.Tag.pt2_compliant_tag,))
+    namespace = torch.ops.narrowdeep
+    ops = ChainOps(*(getattr(namespace, f"{family}_{name}").default for name in ("forward", "backward", "jvp")))
+
+    @torch.library.register_fake(f"narrowdeep::{family}_forward")
+    def _(x, w1, b1, wh, bh, wl, bl, scale, offset, segment):
+        return x.new_empty(x.shape[0], wl.shape[0]), x.new_empty(saved_shape(x, wh, wl, offset, segment))
+
+    @torch.library.register_fake(f"narrowdeep::{family}_backward")
+    def _(grad_out, x, w1, b1, wh, bh, wl, bl, saved, scale, offset, segment, need_input, need_params):
+        params = (w1, b1, wh, bh, wl, bl)
+        grad_x = x.new_empty(x.shape) if need_input else x.new_empty(0)
+        return (grad_x, *(p.new_empty(p.shape) if need_params else p.new_empty(0) for p in params))
+
+    @torch.library.register_fake(f"narrowdeep::{family}_jvp")
+    def _(x, w1, b1, wh, bh, wl, *rest):
+        return x.new_empty(x.shape[0], wl.shape[0])
+
+    _register_vmap(family, ops)
+    return ops
+
+
+def _fold(tensor: Tensor, dim: int | None, size: int, batch_dim: int) -> Tensor:
+    """Merge a vmapped dimension (or a broadcast one) into the batch dimension ``batch_dim``, vmapped index first."""
+    if dim is None:
+        tensor = tensor.unsqueeze(batch_dim).expand(
+            *tensor.shape[:batch_dim], size, *tensor.shape[batch_dim:]
+        )
+    else:
+        tensor = tensor.movedim(dim, batch_dim)
+    return tensor.flatten(batch_dim, batch_dim + 1)
+
+
+def _loop(op: Callable[..., Any], info: Any, in_dims: tuple, args: tuple) -> tuple[Any, Any]:
+    """One call per vmapped index, results stacked: for whatever cannot be folded into the batch."""
+    results = []
+    for i in range(info.batch_size):
+        results.append(op(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True))))
+    if isinstance(results[0], Tensor):
+        return torch.stack(results), 0
+    return tuple(torch.stack(r) for r in zip(*results, strict=True)), (0,) * len(results[0])
+
+
+def _register_vmap(family: str, ops: ChainOps) -> None:
+    """Samples are independent: a vmap over data alone is a larger batch; a vmap over parameters is a loop."""
+
+    @torch.library.register_vmap(f"narrowdeep::{family}_forward")
+    def _(info, in_dims, x, *rest):
+        if any(d is not None for d in in_dims[1:]):
+            return _loop(ops.forward, info, in_dims, (x, *rest))
+        out, saved = ops.forward(_fold(x, in_dims[0], info.batch_size, 0), *rest)
+        batch = saved.shape[-1] // info.batch_size
+        return (out.unflatten(0, (info.batch_size, batch)), saved.unflatten(-1, (info.batch_size, batch))), (
+            0,
+            saved.dim() - 1,
+        )
+
+    @torch.library.register_vmap(f"narrowdeep::{family}_backward")
+    def _(info, in_dims, grad_out, x, *rest):
+        params, (saved, scale, offset, segment, need_input, need_params) = rest[:6], rest[6:]
+        if need_params or any(d is not None for d in in_dims[2:8]):
+            return _loop(ops.backward, info, in_dims, (grad_out, x, *rest))
+        saved_dim = in_dims[8]
+        saved = _fold(saved, saved_dim, info.batch_size, saved.dim() - (1 if saved_dim is None else 2))
+        grad_x, *empty = ops.backward(
+            _fold(grad_out, in_dims[0], info.batch_size, 0),
+            _fold(x, in_dims[1], info.batch_size, 0),
+            *params,
+            saved,
+            scale,
+            offset,
+            segment,
+            need_input,
+            need_params,
+        )
+        if need_input:
+            grad_x = grad_x.unflatten(0, (info.batch_size, grad_x.shape[0] // info.batch_size))
+        return (grad_x, *empty), (0 if need_input else None, *[None] * 6)
+
+    @torch.library.register_vmap(f"narrowdeep::{family}_jvp")
+    def _(info, in_dims, x, *rest):
+        x_t = rest[6]
+        if any(d is not None for i, d in enumerate(in_dims) if i not in (0, 7)):
+            return _loop(ops.jvp, info, in_dims, (x, *rest))
+        if x_t is not None:
+            x_t = _fold(x_t, in_dims[7], info.batch_size, 0)
+        x = _fold(x, in_dims[0], info.batch_size, 0)
+        out = ops.jvp(x, *rest[:6], x_t, *rest[7:])
+        return out.unflatten(0, (info.batch_size, out.shape[0] // info.batch_size)), 0

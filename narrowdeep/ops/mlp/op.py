@@ -1,0 +1,23 @@
+"""The MLP chain's raw ops: ``narrowdeep::mlp_forward``, ``mlp_backward``, ``mlp_jvp``.
+
+``x`` is (B, in); the six parameters are stacked as in ``narrowdeep.DeepNarrowMLP``. The CPU engine (``csrc/``) and the
+Triton kernels implement them; ``reference.py`` says what they compute.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from narrowdeep.ops import chain
+from narrowdeep.ops.mlp import reference
+
+
+def _saved_shape(x: Tensor, hidden_weight: Tensor, last_weight: Tensor, offset: bool, segment: int) -> tuple[int, ...]:
+    return reference.saved_shape(hidden_weight.shape[0] + 2, last_weight.shape[1], x.shape[0], offset, segment)
+
+
+ops = chain.define("mlp", _saved_shape)
+# TEMPORARY until the engine lands: the reference is the CPU implementation.
+chain.library.impl("mlp_forward", reference.mlp_forward, "CPU")
+chain.library.impl("mlp_backward", reference.mlp_backward, "CPU")
+chain.library.impl("mlp_jvp", reference.mlp_jvp, "CPU")
