@@ -10,10 +10,11 @@ from torch import Tensor
 
 from narrowdeep.ops import chain
 from narrowdeep.ops.mlp import reference
+from narrowdeep.ops.reference import saved_shape
 
 
 def _saved_shape(x: Tensor, hidden_weight: Tensor, last_weight: Tensor, offset: bool, segment: int) -> tuple[int, ...]:
-    return reference.saved_shape(hidden_weight.shape[0] + 2, last_weight.shape[1], x.shape[0], offset, segment)
+    return saved_shape(hidden_weight.shape[0] + 2, (last_weight.shape[1], x.shape[0]), offset, segment)
 
 
 ops = chain.define("mlp", _saved_shape)
