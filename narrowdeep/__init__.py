@@ -1,5 +1,5 @@
 """narrowdeep: networks that are extremely deep and extremely narrow, fused."""
 
-from narrowdeep.modules import DeepNarrowMLP
+from narrowdeep.modules import DeepNarrowCNN, DeepNarrowMLP
 
-__all__ = ["DeepNarrowMLP"]
+__all__ = ["DeepNarrowCNN", "DeepNarrowMLP"]

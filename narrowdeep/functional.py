@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from narrowdeep.ops.chain import ChainOps
+from narrowdeep.ops.conv.op import ops as _conv_ops
 from narrowdeep.ops.mlp.op import ops as _mlp_ops
 
 Form = Literal["offset", "plain"]
 
-_OPS: dict[str, ChainOps] = {"mlp": _mlp_ops}
+_OPS: dict[str, ChainOps] = {"mlp": _mlp_ops, "conv": _conv_ops}
 _SECOND_ORDER = (
     "narrowdeep differentiates its chains once: second derivatives (create_graph=True, torch.func.hessian, jvp of grad) "
     "are not supported; use model.to_sequential() for them"
@@ -148,6 +149,36 @@ def check_tensors(x: Tensor, params: dict[str, Tensor]) -> None:
             raise ValueError(f"x and {name} must be on the same device, got {x.device} and {param.device}")
 
 
+def _check_params(params: dict[str, Tensor], names: tuple[str, str], form: str, tap: tuple[int, ...]) -> tuple[int, int]:
+    """Shapes of the six parameters agree; returns the numbers of inputs and outputs, called ``names`` in messages.
+
+    ``tap`` is what follows (rows, columns) in a weight: () or (f, f).
+    """
+    first, last = params["first_weight"], params["last_weight"]
+    size = "".join(f", {t}" for t in tap)
+    if first.dim() != 2 + len(tap):
+        raise ValueError(f"first_weight must have shape (n, {names[0]}{size}), got {tuple(first.shape)}")
+    if last.dim() != 2 + len(tap):
+        raise ValueError(f"last_weight must have shape ({names[1]}, n{size}), got {tuple(last.shape)}")
+    width, inputs, outputs = first.shape[0], first.shape[1], last.shape[0]
+    layers = params["hidden_weight"].shape[0] if params["hidden_weight"].dim() else 0
+    expected = {
+        "first_bias": (width,),
+        "hidden_weight": (layers, width, width, *tap),
+        "hidden_bias": (layers, width),
+        "last_weight": (outputs, width, *tap),
+        "last_bias": (outputs,),
+    }
+    for name, shape in expected.items():
+        if tuple(params[name].shape) != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(params[name].shape)}")
+    if form == "offset" and width != inputs + 1 + outputs:
+        raise ValueError(
+            f"first_weight must have {names[0]} + 1 + {names[1]} = {inputs + 1 + outputs} rows in offset form, got {width}"
+        )
+    return inputs, outputs
+
+
 def mlp_chain(
     x: Tensor,
     first_weight: Tensor,
@@ -188,29 +219,64 @@ def mlp_chain(
     }
     check_settings(scale=scale, form=form, segment=segment)
     check_tensors(x, params)
-    if first_weight.dim() != 2:
-        raise ValueError(f"first_weight must have shape (n, in), got {tuple(first_weight.shape)}")
-    if last_weight.dim() != 2:
-        raise ValueError(f"last_weight must have shape (out, n), got {tuple(last_weight.shape)}")
-    width, in_features = first_weight.shape
-    out_features = last_weight.shape[0]
-    layers = hidden_weight.shape[0] if hidden_weight.dim() else 0
-    expected = {
-        "first_bias": (width,),
-        "hidden_weight": (layers, width, width),
-        "hidden_bias": (layers, width),
-        "last_weight": (out_features, width),
-        "last_bias": (out_features,),
-    }
-    for name, shape in expected.items():
-        if tuple(params[name].shape) != shape:
-            raise ValueError(f"{name} must have shape {shape}, got {tuple(params[name].shape)}")
-    if form == "offset" and width != in_features + 1 + out_features:
-        raise ValueError(
-            f"first_weight must have in + 1 + out = {in_features + 1 + out_features} rows in offset form, got {width}"
-        )
+    in_features, out_features = _check_params(params, ("in", "out"), form, ())
     if x.dim() == 0 or x.shape[-1] != in_features:
         got = x.shape[-1] if x.dim() else "a scalar"
         raise ValueError(f"x must have {in_features} features in its last dimension, got {got}")
     out = _apply("mlp", x.reshape(-1, in_features), tuple(params.values()), scale, form, segment)
     return out.reshape(*x.shape[:-1], out_features)
+
+
+def conv_chain(
+    x: Tensor,
+    first_weight: Tensor,
+    first_bias: Tensor,
+    hidden_weight: Tensor,
+    hidden_bias: Tensor,
+    last_weight: Tensor,
+    last_bias: Tensor,
+    *,
+    scale: float,
+    form: Form = "offset",
+    segment: int = 64,
+) -> Tensor:
+    """A deep narrow CNN, all ``L = hidden_weight.shape[0] + 2`` convolutions in one op (thesis section 4).
+
+    Each layer is a stride-1 correlation padded with zeros to the size of its input (``conv2d(padding=f // 2)``); the
+    output is the mean of the last layer over H and W.
+
+    Arguments:
+        x: (*, c, H, W), float32 or float64; H and W at least 1.
+        first_weight, first_bias: (n, c, f, f) and (n,), f odd.
+        hidden_weight, hidden_bias: (L-2, n, n, f, f) and (L-2, n), L >= 2.
+        last_weight, last_bias: (k, n, f, f) and (k,).
+        scale: C_L, finite and positive. Read in offset form only.
+        form: "offset": the parameters hold Delta = W - E and c, and n must be c + 1 + k. "plain": W and b.
+        segment: layers between two saved states for the backward; 1 saves every state, 0 none (the backward then
+            runs the forward again). Changes memory and time, never the result.
+
+    Returns: (*, k), dtype and device of x.
+
+    Raises: TypeError for dtypes, ValueError for shapes, devices, scale, form and segment; NotImplementedError when
+        differentiated twice.
+    """
+    params = {
+        "first_weight": first_weight,
+        "first_bias": first_bias,
+        "hidden_weight": hidden_weight,
+        "hidden_bias": hidden_bias,
+        "last_weight": last_weight,
+        "last_bias": last_bias,
+    }
+    check_settings(scale=scale, form=form, segment=segment)
+    check_tensors(x, params)
+    size = first_weight.shape[-1] if first_weight.dim() else 0
+    if first_weight.dim() == 4 and (size % 2 == 0 or first_weight.shape[-2] != size):
+        raise ValueError(f"first_weight must have square filters of odd size, got shape {tuple(first_weight.shape)}")
+    in_channels, out_channels = _check_params(params, ("c", "k"), form, (size, size))
+    if x.dim() < 3 or x.shape[-3] != in_channels:
+        raise ValueError(f"x must have shape (*, {in_channels}, H, W), got {tuple(x.shape)}")
+    if x.shape[-2] < 1 or x.shape[-1] < 1:
+        raise ValueError(f"x must have images of at least 1x1 pixels, got {x.shape[-2]}x{x.shape[-1]}")
+    out = _apply("conv", x.reshape(-1, *x.shape[-3:]), tuple(params.values()), scale, form, segment)
+    return out.reshape(*x.shape[:-3], out_channels)

@@ -1,5 +1,6 @@
 """The networks as ``nn.Module``s."""
 
+from narrowdeep.modules.cnn import DeepNarrowCNN
 from narrowdeep.modules.mlp import DeepNarrowMLP
 
-__all__ = ["DeepNarrowMLP"]
+__all__ = ["DeepNarrowCNN", "DeepNarrowMLP"]

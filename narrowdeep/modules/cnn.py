@@ -1,0 +1,161 @@
+"""The deep narrow CNN."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from narrowdeep.functional import Form, conv_chain
+from narrowdeep.modules.base import Checkpoint, DeepNarrowBase, Init, _check_count
+
+
+class DeepNarrowCNN(DeepNarrowBase):
+    """ReLU CNN of ``depth`` convolutions and ``in_channels + 1 + out_channels`` channels (thesis section 4).
+
+    The same network as ``nn.Sequential`` of ``nn.Conv2d(padding=kernel_size // 2)`` and ``nn.ReLU`` with a global
+    average pool at the end, run as one fused op, and in offset form accurate in float32 where the eager network is not
+    (docs/theory.md).
+
+    Arguments:
+        in_channels, out_channels: at least 1.
+        depth: L, convolutions, at least 2.
+        kernel_size: f, odd: filters are f x f, padded with zeros to keep H and W.
+        scale: C_L; default ``float(depth)``. Outputs stay right while targets are above -C_L.
+        rho, beta: standard deviations of the initialisation, not negative.
+        init: "ntk" (thesis section 4.0.1; the output is exactly 0 at initialisation) or "kaiming" (He et al. 2015,
+            plain form only: the baseline that does not train at depth).
+        form: "offset" stores Delta = W - E and c, "plain" stores W and b.
+        checkpoint: "auto", "none", or layers between two saved states; changes memory and time, never results.
+        device, dtype: of the parameters; float32 or float64.
+
+    Parameters (stacked): ``first_weight`` (n, c, f, f), ``first_bias`` (n,), ``hidden_weight`` (L-2, n, n, f, f),
+    ``hidden_bias`` (L-2, n), ``last_weight`` (k, n, f, f), ``last_bias`` (k,).
+
+    Attributes: ``width`` n (channels), ``depth`` L, ``scale`` C_L, ``ntk_lr`` = 1 / (L C_L^2).
+
+    Call: x (*, c, H, W), any H and W from 1 -> (*, k).
+
+    Raises: TypeError or ValueError naming the argument, the rule and the value.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        depth: int,
+        *,
+        kernel_size: int = 3,
+        scale: float | None = None,
+        rho: float = 1.0,
+        beta: float = 1.0,
+        init: Init = "ntk",
+        form: Form = "offset",
+        checkpoint: Checkpoint = "auto",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.in_channels = _check_count("in_channels", in_channels, 1)
+        self.out_channels = _check_count("out_channels", out_channels, 1)
+        self.kernel_size = _check_count("kernel_size", kernel_size, 1)
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, got {kernel_size}")
+        super().__init__(
+            in_channels,
+            out_channels,
+            depth,
+            tap=(kernel_size, kernel_size),
+            scale=scale,
+            rho=rho,
+            beta=beta,
+            init=init,
+            form=form,
+            checkpoint=checkpoint,
+            device=device,
+            dtype=dtype,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        positions = x.numel() // self.in_channels if isinstance(x, Tensor) else 0
+        return conv_chain(x, *self.stacked(), scale=self.scale, form=self.form, segment=self.segment(positions))
+
+    def to_sequential(self) -> nn.Sequential:
+        """The same network as eager layers: nn.Conv2d, nn.ReLU, ..., nn.Conv2d, nn.AdaptiveAvgPool2d, nn.Flatten.
+
+        The weights are copies, with W = E + Delta. In float32 they have lost whatever of Delta is below half an ulp of
+        1: convert a ``.double()`` model to compare outputs. The result takes (B, c, H, W).
+        """
+        modules: list[nn.Module] = []
+        for weight, bias in self.layers():
+            rows, columns, size, _ = weight.shape
+            conv = nn.utils.skip_init(
+                nn.Conv2d, columns, rows, size, padding=size // 2, device=weight.device, dtype=weight.dtype
+            )
+            with torch.no_grad():
+                conv.weight.copy_(weight)
+                conv.bias.copy_(bias)
+            modules += [conv, nn.ReLU()]
+        return nn.Sequential(*modules[:-1], nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+    @classmethod
+    def from_sequential(cls, seq: nn.Sequential, *, form: Form = "offset", scale: float | None = None) -> DeepNarrowCNN:
+        """A model with the layers of ``seq``, which has the structure that ``to_sequential`` gives.
+
+        Arguments:
+            seq: at least two nn.Conv2d with bias, an nn.ReLU between every two, nn.AdaptiveAvgPool2d(1) and nn.Flatten
+                at the end. All filters have one odd size, stride 1 and padding of half that size with zeros; all
+                hidden channels are in + 1 + out.
+            form: of the new model.
+            scale: C_L of the new model, default its depth; in offset form the base that is subtracted.
+
+        Raises: ValueError when ``seq`` has another structure.
+        """
+        modules = list(seq)
+        convs, relus, head = modules[:-2:2], modules[1:-2:2], modules[-2:]
+        if len(convs) < 2 or len(relus) != len(convs) - 1:
+            raise ValueError(
+                "seq must be nn.Conv2d, nn.ReLU, ..., nn.Conv2d, nn.AdaptiveAvgPool2d, nn.Flatten with at least 2 "
+                f"nn.Conv2d, got {len(seq)} modules"
+            )
+        for i, module in enumerate(relus):
+            if not isinstance(module, nn.ReLU):
+                raise ValueError(f"seq[{2 * i + 1}] must be nn.ReLU, got {module}")
+        if not isinstance(head[0], nn.AdaptiveAvgPool2d) or head[0].output_size not in (1, (1, 1)):
+            raise ValueError(f"seq[{len(seq) - 2}] must be nn.AdaptiveAvgPool2d(1), got {head[0]}")
+        if not isinstance(head[1], nn.Flatten):
+            raise ValueError(f"seq[{len(seq) - 1}] must be nn.Flatten, got {head[1]}")
+        for i, module in enumerate(convs):
+            if not isinstance(module, nn.Conv2d) or module.bias is None:
+                raise ValueError(f"seq[{2 * i}] must be nn.Conv2d with a bias, got {module}")
+        size = convs[0].kernel_size[0]
+        wanted = {
+            "kernel_size": (size, size),
+            "stride": (1, 1),
+            "padding": (size // 2, size // 2),
+            "dilation": (1, 1),
+            "groups": 1,
+            "padding_mode": "zeros",
+        }
+        for i, module in enumerate(convs):
+            for name, value in wanted.items():
+                # padding="same" is the same padding for an odd filter and stride 1
+                if getattr(module, name) not in (value, "same" if name == "padding" else value):
+                    raise ValueError(f"seq[{2 * i}] must have {name}={value}, got {module}")
+        in_channels, out_channels = convs[0].in_channels, convs[-1].out_channels
+        width = in_channels + 1 + out_channels
+        for i, (module, following) in enumerate(zip(convs[:-1], convs[1:], strict=True)):
+            if module.out_channels != width or following.in_channels != width:
+                raise ValueError(f"seq[{2 * i}] must have in + 1 + out = {width} hidden channels, got {module}")
+        model = cls(
+            in_channels,
+            out_channels,
+            len(convs),
+            kernel_size=size,
+            scale=scale,
+            form=form,
+            device=convs[0].weight.device,
+            dtype=convs[0].weight.dtype,
+        )
+        model.load_layers([(module.weight, module.bias) for module in convs])
+        return model
