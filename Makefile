@@ -1,0 +1,41 @@
+# make demo, make test and the others do their own set-up: a virtual environment in $(VENV) and the engine, built.
+# Needs Python >= 3.10 (PYTHON=python3.12 picks another one) and a C++ compiler.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+READY = $(VENV)/.ready
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+.PHONY: help demo test bench lint clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo 'make demo    train a 4,000-layer network on the digits (about a minute)'
+	@echo 'make test    run the tests'
+	@echo 'make bench   run the benchmarks'
+	@echo 'make lint    ruff and mypy'
+	@echo 'make clean   remove what was built'
+
+demo: $(READY)
+	$(BIN)/python -m narrowdeep.demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+bench: $(READY)
+	$(BIN)/python -m pytest benchmarks --benchmark-json=bench.json
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf build dist narrowdeep.egg-info narrowdeep/*.so $(READY)
+
+# The environment's own torch is built against: hence no build isolation.
+$(READY): pyproject.toml setup.py $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet 'setuptools>=77' ninja 'torch>=2.10'
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e '.[tests]'
+	touch $@

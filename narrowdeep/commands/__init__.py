@@ -1,0 +1,1 @@
+"""The commands of ``narrowdeep``: one file each, registered in ``narrowdeep.cli``."""

@@ -1,0 +1,51 @@
+"""``narrowdeep info``: what this installation can use."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from typing import Any
+
+import torch
+import typer
+
+from narrowdeep import ops
+from narrowdeep.commands.options import DeviceOption, Dtype, DtypeOption, JsonOption, SeedOption, print_json
+
+
+def info(
+    json: JsonOption = False,
+    seed: SeedOption = 0,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = Dtype.float32,
+) -> None:
+    """Versions, backends, instruction sets and threads. (--seed, --device and --dtype change nothing here.)"""
+    facts = gather()
+    if json:
+        print_json(facts)
+        return
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        typer.echo(f"{name:<{width}}  {_text(value)}")
+
+
+def gather() -> dict[str, Any]:
+    """The facts that ``narrowdeep info`` prints, by name."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return {
+        "narrowdeep": version("narrowdeep"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "cuda": [torch.cuda.get_device_name(i) for i in range(count)],
+        **ops.backends(),
+    }
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k}: {_text(v)}" for k, v in value.items()) or "none"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value)) or "none"
+    return str(value)

@@ -1,0 +1,66 @@
+"""What the commands share: their common options, and errors as one line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from typing import Annotated, Any, NoReturn
+
+import torch
+import typer
+
+
+class Dtype(str, Enum):
+    float32 = "float32"
+    float64 = "float64"
+
+    @property
+    def torch(self) -> torch.dtype:
+        return getattr(torch, self.value)
+
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of every random number drawn.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")]
+DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Of parameters and data.")]
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """What a user can mend (a bad value, a missing or damaged file) ends the command with one line and status 2.
+
+    Put around reading arguments and building things, not around the computation: a bug there keeps its traceback.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as error:
+        fail(str(error))
+
+
+def fail(message: str, status: int = 2) -> NoReturn:
+    """End the command with ``error: message`` on standard error."""
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(status)
+
+
+def resolve_device(name: str) -> torch.device:
+    """``torch.device(name)`` if this machine has it.
+
+    Raises: ValueError naming the device.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device must be cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu, cuda or cuda:N, got {name!r}")
+    count = torch.cuda.device_count() if device.type == "cuda" and torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(f"device must be one that this machine has: it has {count} CUDA devices, got {name!r}")
+    return device
+
+
+def print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, allow_nan=False))

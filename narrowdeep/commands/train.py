@@ -1,0 +1,284 @@
+"""``narrowdeep train``: train a network on a task, in a run that can be stopped and resumed exactly."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+import time
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from narrowdeep import training
+from narrowdeep.commands.options import (
+    DeviceOption,
+    Dtype,
+    JsonOption,
+    fail,
+    one_line_errors,
+    print_json,
+    resolve_device,
+)
+from narrowdeep.data import TASKS, load_task
+from narrowdeep.training import DTYPES, TrainConfig, Trainer
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What trains a task well when nothing else is asked for; ``rho`` None stands for ``2 sqrt(in_features)``.
+
+    tau is a fraction (toy 2/3, others a tenth or a fifth, for the noise of small batches) of the largest stable
+    kernel-time step, ``2 (1 + momentum)`` over the largest eigenvalue of the limit kernel on the data divided by N.
+    The limit kernel's part that is not linear in x grows with rho, and images are not learned well by a linear map.
+    """
+
+    epochs: int
+    batch_size: int
+    tau: float
+    momentum: float
+    rho: float | None
+
+
+DEFAULTS = {
+    "toy": Defaults(epochs=2000, batch_size=200, tau=0.5, momentum=0.0, rho=1.0),
+    "digits": Defaults(epochs=40, batch_size=128, tau=0.015, momentum=0.97, rho=None),
+    "mnist": Defaults(epochs=5, batch_size=128, tau=0.005, momentum=0.97, rho=None),
+    "mnist01": Defaults(epochs=5, batch_size=128, tau=0.005, momentum=0.97, rho=None),
+}
+
+
+def _by_task(field: str) -> str:
+    values = {name: getattr(defaults, field) for name, defaults in DEFAULTS.items()}
+    return "[default: " + ", ".join(f"{'2 sqrt(inputs)' if v is None else v} for {n}" for n, v in values.items()) + "]"
+
+
+TaskChoice = Enum("TaskChoice", {name: name for name in TASKS}, type=str)  # type: ignore[misc] # names known at run time
+
+
+class Arch(str, Enum):
+    mlp = "mlp"
+
+
+class Init(str, Enum):
+    ntk = "ntk"
+    kaiming = "kaiming"
+
+
+class Form(str, Enum):
+    offset = "offset"
+    plain = "plain"
+
+
+def train(
+    task: Annotated[TaskChoice | None, typer.Option(help="What to learn. [default: digits]")] = None,
+    arch: Annotated[Arch | None, typer.Option(help="Kind of network. [default: mlp]")] = None,
+    depth: Annotated[int | None, typer.Option(help="L, the number of affine layers. [default: 1000]")] = None,
+    scale: Annotated[float | None, typer.Option(help="C_L of the initialisation. [default: the depth]")] = None,
+    rho: Annotated[float | None, typer.Option(help=f"Weights' standard deviation. {_by_task('rho')}")] = None,
+    beta: Annotated[float | None, typer.Option(help="Biases' standard deviation, times C_L. [default: 1]")] = None,
+    init: Annotated[Init | None, typer.Option(help="kaiming needs --form plain. [default: ntk]")] = None,
+    form: Annotated[Form | None, typer.Option(help="How the weights are stored. [default: offset]")] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="auto, none, or the layers between two kept states. [default: auto]")
+    ] = None,
+    pool: Annotated[int | None, typer.Option(help="Side of an average pool before the network. [default: 1]")] = None,
+    epochs: Annotated[int | None, typer.Option(help=f"Passes over the data, in all. {_by_task('epochs')}")] = None,
+    batch_size: Annotated[int | None, typer.Option(help=f"Samples a step. {_by_task('batch_size')}")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate of SGD. [default: tau / (L C_L^2)]")] = None,
+    tau: Annotated[
+        float | None, typer.Option(help=f"Learning rate as kernel time a step, in place of --lr. {_by_task('tau')}")
+    ] = None,
+    momentum: Annotated[float | None, typer.Option(help=f"Of SGD. {_by_task('momentum')}")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of every random number drawn. [default: 0]")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Of parameters and data. [default: float32]")] = None,
+    device: DeviceOption = "cpu",
+    data: Annotated[
+        Path | None, typer.Option(envvar="NARROWDEEP_DATA", help="Folder that holds MNIST/raw, for mnist and mnist01.")
+    ] = None,
+    download: Annotated[bool, typer.Option("--download", help="Download MNIST into --data if missing.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run. [default: runs/TASK]")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, with its settings.")] = False,
+    save_every: Annotated[float, typer.Option(min=0, help="Seconds between two checkpoints.")] = 30.0,
+    plot: Annotated[bool, typer.Option(help="Draw curves.png at the end; needs matplotlib.")] = True,
+    json: JsonOption = False,
+) -> None:
+    """Train a network with SGD on 1/(2N) sum ||f - y||^2.
+
+    The run's folder holds checkpoint.safetensors, metrics.jsonl and curves.png. Ctrl-C finishes the step in progress
+    and keeps every step done; --resume then goes on with the same numbers, bit for bit, as a run never stopped. Of the
+    settings, only --epochs can change on the way.
+    """
+    given: dict[str, Any] = {
+        "task": task and task.value,
+        "arch": arch and arch.value,
+        "depth": depth,
+        "scale": scale,
+        "rho": rho,
+        "beta": beta,
+        "init": init and init.value,
+        "form": form and form.value,
+        "checkpoint": _checkpoint(checkpoint),
+        "pool": pool,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "lr": lr,
+        "momentum": momentum,
+        "seed": seed,
+        "dtype": dtype and dtype.value,
+    }
+    asked = {name: value for name, value in given.items() if value is not None}
+    with one_line_errors():
+        target = resolve_device(device)
+        if lr is not None and tau is not None:
+            raise ValueError(f"lr and tau set the same thing: give one, got lr = {lr} and tau = {tau}")
+        if plot and importlib.util.find_spec("matplotlib") is None:
+            raise ValueError("the plot needs matplotlib: install narrowdeep[plots], or pass --no-plot")
+        folder = out or Path("runs") / asked.get("task", "digits")
+        make = _resume if resume else _start
+        trainer = make(asked, tau, folder, target, data, download)
+    finished = _fit(trainer, folder, save_every=save_every, plot=plot, quiet=json)
+    _report(trainer, folder, finished=finished, plot=plot, json=json)
+    if not finished:
+        raise typer.Exit(130)
+
+
+def _checkpoint(text: str | None) -> int | str | None:
+    """A number where it is one; the model refuses other words than auto and none."""
+    return int(text) if text is not None and text.lstrip("-").isdigit() else text
+
+
+def _start(
+    asked: dict[str, Any], tau: float | None, folder: Path, device: torch.device, data: Path | None, download: bool
+) -> Trainer:
+    if training.holds_run(folder):
+        raise ValueError(f"out must not hold a run already (go on with --resume, or take another folder), got {folder}")
+    name = asked.get("task", "digits")
+    defaults = DEFAULTS[name]
+    depth = asked.get("depth", 1000)
+    task = load_task(
+        name,
+        data=data,
+        download=download,
+        pool=asked.get("pool", 1),
+        dtype=DTYPES[asked.get("dtype", "float32")],
+    )
+    settings: dict[str, Any] = {
+        "task": name,
+        "arch": "mlp",
+        "depth": depth,
+        "scale": float(depth),
+        "rho": 2 * math.sqrt(task.in_features) if defaults.rho is None else defaults.rho,
+        "beta": 1.0,
+        "init": "ntk",
+        "form": "offset",
+        "checkpoint": "auto",
+        "pool": 1,
+        "epochs": defaults.epochs,
+        "batch_size": defaults.batch_size,
+        "momentum": defaults.momentum,
+        "seed": 0,
+        "dtype": "float32",
+        **asked,
+    }
+    settings.setdefault("lr", _learning_rate(settings, defaults.tau if tau is None else tau))
+    return Trainer(TrainConfig(**settings), task, device=device)
+
+
+def _learning_rate(settings: dict[str, Any], tau: float) -> float:
+    """eta = tau / (L C_L^2): a step of SGD without momentum advances kernel time by tau."""
+    if not (math.isfinite(tau) and tau > 0):
+        raise ValueError(f"tau must be finite and positive, got {tau}")
+    for name in ("depth", "scale"):
+        if not settings[name] > 0:
+            raise ValueError(f"{name} must be positive, got {settings[name]}")
+    return tau / (settings["depth"] * settings["scale"] ** 2)
+
+
+def _resume(
+    asked: dict[str, Any], tau: float | None, folder: Path, device: torch.device, data: Path | None, download: bool
+) -> Trainer:
+    path = folder / training.CHECKPOINT
+    config = training.read_config(path)
+    if tau is not None:
+        asked["lr"] = _learning_rate(dataclasses.asdict(config), tau)
+    for name, value in asked.items():
+        if name != "epochs" and value != getattr(config, name):
+            raise ValueError(f"{name} must be {getattr(config, name)!r} as in the run in {folder}, got {value!r}")
+    task = load_task(config.task, data=data, download=download, pool=config.pool, dtype=DTYPES[config.dtype])
+    training.read_metrics(folder)  # a damaged one is refused before anything is written
+    return Trainer.load(path, task, device=device, epochs=asked.get("epochs"))
+
+
+def _fit(trainer: Trainer, folder: Path, *, save_every: float, plot: bool, quiet: bool) -> bool:
+    columns = (
+        TextColumn("epoch {task.fields[epoch]}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.4g}  {task.fields[rate]:.0f} samples/s"),
+        TimeRemainingColumn(),
+    )
+    total = trainer.config.epochs * trainer.steps_per_epoch
+    samples_per_step = trainer.task.x_train.shape[0] / trainer.steps_per_epoch
+    first, start, shown = trainer.step_count, time.monotonic(), 0.0
+    with Progress(*columns, console=Console(stderr=True), disable=quiet) as bar:
+        line = bar.add_task("", total=total, completed=first, epoch=trainer.epoch + 1, loss=math.nan, rate=0.0)
+
+        def show(trainer: Trainer) -> None:
+            nonlocal shown
+            now = time.monotonic()
+            if now - shown < 0.1 and not trainer.finished:  # reading the loss waits for the device
+                return
+            shown = now
+            loss = trainer.running_loss()
+            rate = (trainer.step_count - first) * samples_per_step / (now - start)
+            epoch = min(trainer.epoch + 1, trainer.config.epochs)
+            loss = bar.tasks[line].fields["loss"] if math.isnan(loss) else loss  # nan between two epochs
+            bar.update(line, completed=trainer.step_count, epoch=epoch, rate=rate, loss=loss)
+
+        try:
+            return training.fit(trainer, folder, save_every=save_every, plot=plot, on_step=None if quiet else show)
+        except training.DivergedError as error:
+            bar.stop()
+            fail(str(error), status=1)
+
+
+def _report(trainer: Trainer, folder: Path, *, finished: bool, plot: bool, json: bool) -> None:
+    metrics = training.read_metrics(folder)
+    last = metrics[-1] if metrics else None
+    curves = folder / training.CURVES if plot and metrics else None
+    peak = training.peak_memory(trainer.device)
+    if json:
+        print_json(
+            {
+                "finished": finished,
+                "epoch": trainer.epoch,
+                "step": trainer.step_count,
+                "metrics": last and dataclasses.asdict(last),
+                "config": dataclasses.asdict(trainer.config),
+                "peak_memory_bytes": peak,
+                "checkpoint": str(folder / training.CHECKPOINT),
+                "plot": curves and str(curves),
+            }
+        )
+        return
+    if not finished:
+        typer.echo(
+            f"stopped in epoch {trainer.epoch + 1} of {trainer.config.epochs} after step {trainer.step_count}: all "
+            f"{trainer.step_count} steps are kept. Go on with: narrowdeep train --out {folder} --resume"
+        )
+    if last is not None:
+        accuracy = "" if last.test_accuracy is None else f", accuracy {last.test_accuracy:.2%}"
+        typer.echo(
+            f"epoch {last.epoch}: train loss {last.train_loss:.4g}, test loss {last.test_loss:.4g}{accuracy}; "
+            f"{last.samples_per_second:.0f} samples/s, peak memory {peak / 2**20:.0f} MiB"
+        )
+    typer.echo(f"checkpoint: {folder / training.CHECKPOINT}")
+    if curves is not None:
+        typer.echo(f"plot: {curves}")

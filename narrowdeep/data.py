@@ -1,0 +1,178 @@
+"""The tasks that ``narrowdeep train`` knows: toy, digits, mnist, mnist01."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 (the name torch's own documentation uses)
+
+TaskName = Literal["toy", "digits", "mnist", "mnist01"]
+AccuracyKind = Literal["argmax", "threshold"]
+
+TASKS: tuple[TaskName, ...] = ("toy", "digits", "mnist", "mnist01")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A supervised task, split into training and test samples.
+
+    Attributes:
+        x_train, x_test: (N, in_features) and (N_test, in_features), entries in [0, 1].
+        y_train, y_test: (N, out_features) and (N_test, out_features), dtype of ``x_train``.
+        image_shape: (C, H, W) with ``C H W == in_features`` where a sample is an image, else None.
+        accuracy_kind: "argmax" (one-hot targets), "threshold" (targets 0 and 1, cut at 0.5) or None (regression).
+    """
+
+    name: TaskName
+    x_train: Tensor
+    y_train: Tensor
+    x_test: Tensor
+    y_test: Tensor
+    image_shape: tuple[int, int, int] | None
+    accuracy_kind: AccuracyKind | None
+
+    @property
+    def in_features(self) -> int:
+        return self.x_train.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.y_train.shape[1]
+
+    def correct(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """How many rows of ``prediction`` (B, out) name the class of ``target`` (B, out): an integer scalar tensor.
+
+        Raises: ValueError for a regression task.
+        """
+        if self.accuracy_kind is None:
+            raise ValueError(f"task must have classes to count correct ones, got the regression task {self.name!r}")
+        if self.accuracy_kind == "argmax":
+            return (prediction.argmax(1) == target.argmax(1)).sum()
+        return ((prediction > 0.5) == (target > 0.5)).all(1).sum()
+
+    def to(self, device: torch.device | str) -> Task:
+        """The same task with its four tensors on ``device``."""
+        return dataclasses.replace(
+            self,
+            x_train=self.x_train.to(device),
+            y_train=self.y_train.to(device),
+            x_test=self.x_test.to(device),
+            y_test=self.y_test.to(device),
+        )
+
+
+def load_task(
+    name: str,
+    *,
+    data: str | Path | None = None,
+    download: bool = False,
+    pool: int = 1,
+    samples: int = 200,
+    dtype: torch.dtype = torch.float32,
+) -> Task:
+    """Load a task by name.
+
+    Arguments:
+        name: "toy", ``x1 x2`` on the circle arc (thesis section 5.1); "digits", the 1797 8x8 images bundled with
+            scikit-learn, 1437 for training and 360 for testing in one fixed split, one-hot targets; "mnist", 28x28
+            images, one-hot targets; "mnist01", its digits 0 and 1, targets 0 and 1 (thesis section 5.2).
+        data: folder that holds torchvision's ``MNIST/raw``; needed by mnist and mnist01.
+        download: let torchvision download MNIST into ``data`` where it is missing.
+        pool: side of an average pool over the images; must divide their height and width.
+        samples: N of the toy task, at least 2.
+        dtype: torch.float32 or torch.float64.
+
+    Raises: ValueError for an unknown name, ``pool`` or ``samples``; FileNotFoundError where MNIST is missing and
+        ValueError where its files are damaged.
+    """
+    if name not in TASKS:
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {name!r}")
+    if name == "toy":
+        if pool != 1:
+            raise ValueError(f"pool must be 1 for the toy task, which has no images, got {pool}")
+        return _toy(samples, dtype)
+    if name == "digits":
+        return _digits(pool, dtype)
+    return _mnist(name, data, download, pool, dtype)
+
+
+def _toy(samples: int, dtype: torch.dtype) -> Task:
+    if samples < 2:
+        raise ValueError(f"samples must be at least 2, got {samples}")
+
+    def arc(position: Tensor) -> tuple[Tensor, Tensor]:
+        angle = position * (math.pi / 2 / samples)
+        x = torch.stack((angle.cos(), angle.sin()), 1)
+        return x.to(dtype), (x[:, :1] * x[:, 1:]).to(dtype)
+
+    # Training angles are the midpoints of N equal arcs, test angles the N - 1 points where two arcs meet.
+    position = torch.arange(samples, dtype=torch.float64)
+    return Task("toy", *arc(position + 0.5), *arc(position[1:]), image_shape=None, accuracy_kind=None)
+
+
+def _digits(pool: int, dtype: torch.dtype) -> Task:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    images, labels = load_digits(return_X_y=True)
+    train, test, train_labels, test_labels = train_test_split(
+        images.reshape(-1, 1, 8, 8) / 16.0, labels, test_size=360, random_state=0, stratify=labels
+    )
+    splits = [(torch.from_numpy(x), torch.from_numpy(y)) for x, y in ((train, train_labels), (test, test_labels))]
+    return _image_task("digits", *splits, pool=pool, dtype=dtype)
+
+
+def _mnist(
+    name: Literal["mnist", "mnist01"], data: str | Path | None, download: bool, pool: int, dtype: torch.dtype
+) -> Task:
+    from torchvision.datasets import MNIST
+
+    if data is None:
+        raise ValueError(f"data must name the folder that holds MNIST/raw for task {name!r}, got None")
+    raw = Path(data) / "MNIST" / "raw"
+    splits = []
+    for train in (True, False):
+        try:
+            dataset = MNIST(str(data), train=train, download=download)
+        except RuntimeError as error:
+            raise FileNotFoundError(
+                f"data must hold the MNIST files in {raw} (or ask for the download), got none there: {error}"
+            ) from error
+        except (AssertionError, EOFError, ValueError, OSError) as error:
+            raise ValueError(f"data must hold readable MNIST files, got a damaged one in {raw}: {error}") from error
+        images, labels = dataset.data, dataset.targets
+        if images.shape[1:] != (28, 28) or len(images) != len(labels):
+            raise ValueError(f"data must hold labelled 28x28 MNIST images, got {tuple(images.shape)} in {raw}")
+        if name == "mnist01":
+            kept = labels <= 1
+            images, labels = images[kept], labels[kept]
+        splits.append((images.unsqueeze(1).to(torch.float64) / 255.0, labels))
+    return _image_task(name, *splits, pool=pool, dtype=dtype)
+
+
+def _image_task(
+    name: TaskName, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], *, pool: int, dtype: torch.dtype
+) -> Task:
+    """A task from (N, 1, H, W) images in [0, 1] and (N,) labels."""
+    height, width = train[0].shape[2:]
+    if pool < 1 or height % pool or width % pool:
+        raise ValueError(f"pool must be at least 1 and divide the {height}x{width} images of {name!r}, got {pool}")
+
+    def tensors(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        pooled = F.avg_pool2d(images, pool) if pool > 1 else images
+        targets = labels[:, None] if name == "mnist01" else F.one_hot(labels.long(), 10)
+        return pooled.flatten(1).to(dtype), targets.to(dtype)
+
+    return Task(
+        name,
+        *tensors(*train),
+        *tensors(*test),
+        image_shape=(1, height // pool, width // pool),
+        accuracy_kind="threshold" if name == "mnist01" else "argmax",
+    )
