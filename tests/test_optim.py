@@ -1,0 +1,182 @@
+"""FusedSGD against torch.optim.SGD, and what it promises about gradients that exist at one time."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from narrowdeep import DeepNarrowMLP
+from narrowdeep.optim import FusedSGD
+
+
+def _eager(depth: int = 6) -> nn.Sequential:
+    return nn.Sequential(*(m for _ in range(depth) for m in (nn.Linear(5, 5), nn.Tanh())))
+
+
+def _train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, gamma: float = 1.0) -> None:
+    """A loop that knows nothing of fused steps."""
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        parameter = next(model.parameters())
+        x = torch.randn(7, parameter.shape[1], generator=generator, dtype=parameter.dtype)
+        optimizer.zero_grad()
+        (model(x) ** 2).mean().backward()
+        optimizer.step()
+        scheduler.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("family", ["eager", "chain"])
+def test_identical_to_torch_sgd(family: str, momentum: float, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = _eager().to(dtype) if family == "eager" else DeepNarrowMLP(2, 2, 17, scale=3.0, dtype=dtype)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    twin, start = copy.deepcopy(model), copy.deepcopy(model)
+    _train(model, FusedSGD(model, 0.01, momentum), 5, gamma=0.8)
+    _train(twin, torch.optim.SGD(twin.parameters(), 0.01, momentum, foreach=False), 5, gamma=0.8)
+    for p, q, s in zip(model.parameters(), twin.parameters(), start.parameters(), strict=True):
+        assert torch.equal(p, q)
+        assert not torch.equal(p, s)
+
+
+def test_known_values() -> None:
+    """p = 1 with loss p: gradient 1 each time; lr 1/2, momentum 1/2 give p = 1, 1/2, -1/4, -9/8."""
+    p = nn.Parameter(torch.ones(()))
+    optimizer = FusedSGD([p], 0.5, 0.5)
+    for expected in (0.5, -0.25, -1.125):
+        (1.0 * p).backward()
+        assert p.item() == expected
+        assert p.grad is None
+    assert optimizer.state[p]["momentum_buffer"].item() == 1.75
+
+
+def test_gradients_of_all_layers_never_exist_at_once() -> None:
+    model = _eager(20)
+    alive: list[int] = []
+    for p in model.parameters():  # registered first, so it counts before the step frees
+        p.register_post_accumulate_grad_hook(
+            lambda _: alive.append(sum(q.grad is not None for q in model.parameters()))
+        )
+    optimizer = FusedSGD(model, 0.1)
+    model(torch.randn(3, 5)).sum().backward()
+    assert len(alive) == 40
+    assert max(alive) <= 2
+    alive.clear()
+    optimizer.remove()
+    model(torch.randn(3, 5)).sum().backward()
+    assert max(alive) == 40
+
+
+def test_groups_keep_their_own_settings_through_a_state_dict() -> None:
+    a, b = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2))
+    optimizer = FusedSGD([{"params": [a]}, {"params": [b], "lr": 10.0, "momentum": 0.5}], 1.0)
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.param_groups[0]["lr"] = 2.0
+    for _ in range(2):
+        (a.sum() + b.sum()).backward()
+    assert torch.equal(a.detach(), torch.full((3,), -4.0))
+    assert torch.equal(b.detach(), torch.full((2,), -25.0))
+
+
+def test_resuming_from_a_state_dict_changes_nothing() -> None:
+    torch.manual_seed(0)
+    straight = _eager()
+    halves = copy.deepcopy(straight)
+    optimizer = FusedSGD(straight, 0.05, 0.9)
+    _train(straight, optimizer, 3)
+    _train(straight, optimizer, 2)
+    optimizer = FusedSGD(halves, 0.05, 0.9)
+    _train(halves, optimizer, 3)
+    saved = optimizer.state_dict()
+    optimizer.remove()
+    resumed = FusedSGD(halves, 1.0)
+    resumed.load_state_dict(saved)
+    _train(halves, resumed, 2)
+    for p, q in zip(halves.parameters(), straight.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_step_runs_a_closure_once() -> None:
+    p = nn.Parameter(torch.ones(()))
+    optimizer = FusedSGD([p], 0.25)
+
+    def closure() -> torch.Tensor:
+        loss = 2.0 * p
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() == 2.0
+    assert p.item() == 0.5
+    assert optimizer.step() is None
+
+
+def test_autograd_grad_does_not_step() -> None:
+    p = nn.Parameter(torch.ones(()))
+    optimizer = FusedSGD([p], 1.0)
+    (gradient,) = torch.autograd.grad(3.0 * p, p)
+    assert (gradient.item(), p.item(), len(optimizer.state)) == (3.0, 1.0, 0)
+
+
+def test_frozen_parameters_stay() -> None:
+    model = _eager(2)
+    model[0].weight.requires_grad_(False)
+    before = model[0].weight.clone()
+    optimizer = FusedSGD(model, 0.1)
+    model(torch.randn(3, 5)).sum().backward()
+    assert torch.equal(model[0].weight, before)
+    assert sum(len(g["params"]) for g in optimizer.param_groups) == 3
+
+
+def test_a_parameter_steps_once() -> None:
+    model = _eager(1)
+    optimizer = FusedSGD(model, 0.1)
+    with pytest.raises(
+        ValueError, match=r"params must not belong to another FusedSGD, got a parameter of shape \(5, 5\)"
+    ):
+        FusedSGD(model, 0.1)
+    optimizer.remove()
+    second = FusedSGD(model, 0.1)
+    del second  # and an optimizer that is gone lets go by itself
+    third = FusedSGD(model, 0.1)
+    third.remove()
+    model(torch.randn(3, 5)).sum().backward()
+    assert model[0].weight.grad is not None
+
+
+def test_optimizer_and_parameters_are_freed() -> None:
+    model = _eager(1)
+    optimizer = FusedSGD(model, 0.1, 0.9)
+    model(torch.randn(3, 5)).sum().backward()
+    references = [weakref.ref(model), weakref.ref(model[0].weight), weakref.ref(optimizer)]
+    del model, optimizer
+    gc.collect()
+    assert [r() for r in references] == [None, None, None]
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"lr": -1.0}, ValueError, "lr must be finite and not negative, got -1.0"),
+        ({"lr": float("nan")}, ValueError, "lr must be finite and not negative, got nan"),
+        ({"lr": "fast"}, TypeError, "lr must be a number, got 'fast'"),
+        ({"lr": 0.1, "momentum": -0.5}, ValueError, "momentum must be finite and not negative, got -0.5"),
+        ({"lr": 0.1, "momentum": True}, TypeError, "momentum must be a number, got True"),
+    ],
+)
+def test_bad_settings(settings: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        FusedSGD(_eager(1), **settings)
+
+
+def test_cannot_be_copied() -> None:
+    with pytest.raises(TypeError, match="use state_dict"):
+        copy.deepcopy(FusedSGD(_eager(1), 0.1))
