@@ -88,11 +88,13 @@ def load_task(
         samples: N of the toy task, at least 2.
         dtype: torch.float32 or torch.float64.
 
-    Raises: ValueError for an unknown name, ``pool`` or ``samples``; FileNotFoundError where MNIST is missing and
+    Raises: ValueError for a bad name, ``pool``, ``samples`` or ``dtype``; FileNotFoundError where MNIST is missing and
         ValueError where its files are damaged.
     """
     if name not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {name!r}")
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
     if name == "toy":
         if pool != 1:
             raise ValueError(f"pool must be 1 for the toy task, which has no images, got {pool}")
@@ -140,15 +142,16 @@ def _mnist(
     for train in (True, False):
         try:
             dataset = MNIST(str(data), train=train, download=download)
-        except RuntimeError as error:
-            raise FileNotFoundError(
-                f"data must hold the MNIST files in {raw} (or ask for the download), got none there: {error}"
-            ) from error
-        except (AssertionError, EOFError, ValueError, OSError) as error:
+        except (AssertionError, EOFError, ValueError, OSError, RuntimeError) as error:
+            if len(list(raw.glob("*-ubyte"))) < 4:
+                raise FileNotFoundError(
+                    f"data must hold the 4 MNIST files in {raw} (or ask for the download), got fewer: {error}"
+                ) from error
             raise ValueError(f"data must hold readable MNIST files, got a damaged one in {raw}: {error}") from error
         images, labels = dataset.data, dataset.targets
         if images.shape[1:] != (28, 28) or len(images) != len(labels):
-            raise ValueError(f"data must hold labelled 28x28 MNIST images, got {tuple(images.shape)} in {raw}")
+            got = f"{tuple(images.shape)} and {len(labels)} labels in {raw}"
+            raise ValueError(f"data must hold 28x28 images and one label for each, got {got}")
         if name == "mnist01":
             kept = labels <= 1
             images, labels = images[kept], labels[kept]

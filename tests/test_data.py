@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import math
+import shutil
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+from narrowdeep.data import TASKS, load_task
+
+
+def test_toy_is_the_product_on_the_open_arc():
+    task = load_task("toy", dtype=torch.float64)
+    angle = torch.atan2(task.x_train[:, 1], task.x_train[:, 0])
+    assert task.x_train.shape == (200, 2)
+    assert task.y_train.shape == (200, 1)
+    torch.testing.assert_close(task.x_train.square().sum(1), torch.ones(200, dtype=torch.float64))
+    torch.testing.assert_close(task.y_train[:, 0], torch.sin(2 * angle) / 2)  # cos g sin g
+    assert 0 < angle.min()
+    assert angle.max() < math.pi / 2
+    torch.testing.assert_close(angle.diff(), torch.full((199,), math.pi / 400, dtype=torch.float64))
+
+
+def test_toy_tests_between_its_training_points():
+    task = load_task("toy", samples=5)
+    train, test = (torch.atan2(x[:, 1], x[:, 0]) for x in (task.x_train, task.x_test))
+    assert len(test) == 4
+    torch.testing.assert_close(test, (train[:-1] + train[1:]) / 2)
+
+
+def test_digits_hold_every_image_once_with_its_label():
+    task = load_task("digits", dtype=torch.float64)
+    assert (task.in_features, task.out_features, task.image_shape) == (64, 10, (1, 8, 8))
+    assert (len(task.x_train), len(task.x_test)) == (1437, 360)
+    images, labels = load_digits(return_X_y=True)
+    expected = sorted((*image, label) for image, label in zip(images / 16, labels, strict=True))
+    x, y = torch.cat((task.x_train, task.x_test)), torch.cat((task.y_train, task.y_test))
+    assert torch.equal(y.sum(1), torch.ones(1797, dtype=torch.float64))
+    got = sorted((*row, label) for row, label in zip(x.tolist(), y.argmax(1).tolist(), strict=True))
+    assert np.array_equal(got, expected)
+    again = load_task("digits", dtype=torch.float64)
+    assert torch.equal(again.x_test, task.x_test)
+    assert task.y_test.sum(0).min() >= 34  # every class in the test set, in proportion
+
+
+def test_pool_averages_blocks():
+    whole, pooled = load_task("digits"), load_task("digits", pool=4)
+    assert pooled.image_shape == (1, 2, 2)
+    expected = whole.x_test.reshape(-1, 2, 4, 2, 4).mean((2, 4)).flatten(1)
+    torch.testing.assert_close(pooled.x_test, expected)
+    assert torch.equal(pooled.y_test, whole.y_test)
+
+
+@pytest.mark.parametrize("name", ["toy", "digits"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_tensor_has_the_dtype(name, dtype):
+    task = load_task(name, dtype=dtype)
+    assert {t.dtype for t in (task.x_train, task.y_train, task.x_test, task.y_test)} == {dtype}
+
+
+def test_correct_counts_rows():
+    digits = load_task("digits")
+    target = torch.eye(10)[[3, 7, 7]]
+    prediction = target.clone()
+    prediction[1] = torch.eye(10)[0]
+    assert digits.correct(prediction, target) == 2
+    with pytest.raises(ValueError, match="regression task 'toy'"):
+        load_task("toy").correct(prediction, target)
+
+
+def _idx(path: Path, values: np.ndarray) -> None:
+    """Write an array of bytes in the IDX format of the MNIST files."""
+    path.write_bytes(struct.pack(f">I{values.ndim}I", 0x0800 + values.ndim, *values.shape) + values.tobytes())
+
+
+@pytest.fixture
+def small_mnist(tmp_path: Path) -> Path:
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    for prefix, count in (("train", 12), ("t10k", 5)):
+        _idx(raw / f"{prefix}-images-idx3-ubyte", generator.integers(0, 256, (count, 28, 28), dtype=np.uint8))
+        _idx(raw / f"{prefix}-labels-idx1-ubyte", (np.arange(count) % 4).astype(np.uint8))
+    return tmp_path
+
+
+def test_mnist_reads_files(small_mnist):
+    task = load_task("mnist", data=small_mnist)
+    assert task.x_train.shape == (12, 784)
+    assert task.image_shape == (1, 28, 28)
+    assert task.y_test.argmax(1).tolist() == [0, 1, 2, 3, 0]
+    raw = (small_mnist / "MNIST/raw/train-images-idx3-ubyte").read_bytes()[16:]
+    torch.testing.assert_close(task.x_train[3] * 255, torch.tensor(list(raw[3 * 784 : 4 * 784]), dtype=torch.float32))
+
+
+def test_mnist01_keeps_two_digits(small_mnist):
+    task = load_task("mnist01", data=small_mnist, pool=4)
+    assert task.image_shape == (1, 7, 7)
+    assert task.y_train.flatten().tolist() == [0, 1, 0, 1, 0, 1]
+    assert task.y_test.flatten().tolist() == [0, 1, 0]
+    both = load_task("mnist", data=small_mnist, pool=4)
+    assert torch.equal(task.x_train, both.x_train[both.y_train.argmax(1) < 2])
+    assert task.correct(torch.tensor([[0.4], [0.6], [0.6]]), task.y_test) == 2
+
+
+def test_mnist_is_the_real_one(mnist_folder):
+    task = load_task("mnist01", data=mnist_folder, pool=4)
+    assert len(task.x_train) == 5923 + 6742  # zeros and ones in the training set (LeCun, Cortes, Burges)
+    assert len(task.x_test) == 980 + 1135
+    assert task.x_train.min() == 0
+    assert task.x_train.max() <= 1
+
+
+def test_mnist_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match="data must hold the 4 MNIST files"):
+        load_task("mnist", data=tmp_path)
+    with pytest.raises(ValueError, match="data must name the folder.*got None"):
+        load_task("mnist")
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00" * 3, b"\x00\x00\x08\x03" + b"\x00\x00\x00\x09" * 3 + b"12"])
+def test_mnist_damaged(small_mnist, content):
+    (small_mnist / "MNIST/raw/train-images-idx3-ubyte").write_bytes(content)
+    with pytest.raises(ValueError, match="damaged"):
+        load_task("mnist", data=small_mnist)
+
+
+def test_mnist_with_fewer_labels_than_images(small_mnist):
+    raw = small_mnist / "MNIST" / "raw"
+    shutil.copy(raw / "t10k-labels-idx1-ubyte", raw / "train-labels-idx1-ubyte")
+    with pytest.raises(ValueError, match="one label for each"):
+        load_task("mnist", data=small_mnist)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "cifar"}, f"task must be one of {', '.join(TASKS)}, got 'cifar'"),
+        ({"name": "digits", "pool": 3}, "pool must be at least 1 and divide the 8x8 images of 'digits', got 3"),
+        ({"name": "digits", "pool": 0}, "got 0"),
+        ({"name": "toy", "pool": 2}, "pool must be 1 for the toy task"),
+        ({"name": "toy", "samples": 1}, "samples must be at least 2, got 1"),
+        ({"name": "toy", "dtype": torch.float16}, "dtype must be torch.float32 or torch.float64, got torch.float16"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        load_task(**arguments)
