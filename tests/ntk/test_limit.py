@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -151,7 +152,7 @@ def test_blocks_change_nothing(dtype: torch.dtype, monkeypatch: pytest.MonkeyPat
     torch.manual_seed(4)
     x, y = torch.rand(37, 5, dtype=dtype), torch.rand(17, 5, dtype=dtype)
     image, other = torch.rand(7, 2, 3, 2, dtype=dtype), torch.rand(5, 2, 3, 2, dtype=dtype)
-    cases = [(limit_ntk_mlp, x, y), (limit_ntk_cnn, image, other)]
+    cases: list[tuple[Any, Tensor, Tensor]] = [(limit_ntk_mlp, x, y), (limit_ntk_cnn, image, other)]
     for kernel, left, right in cases:
         whole, square = kernel(left, right), kernel(left)
         torch.testing.assert_close(square, kernel(left, left.clone()))
@@ -207,14 +208,14 @@ def test_negative_entries_act_as_zero_and_empty_sets_are_empty() -> None:
         (lambda: limit_ntk_mlp(torch.ones(3)), ValueError, r"x1 must have shape \(N, in\), got \(3,\)"),
         (lambda: limit_ntk_mlp(torch.ones(2, 3), torch.ones(2, 3).double()), TypeError, "same dtype"),
         (lambda: limit_ntk_mlp(torch.ones(2, 3, dtype=torch.int64)), TypeError, "x1 must be torch.float32"),
-        (lambda: limit_ntk_mlp([[1.0]]), TypeError, "x1 must be a torch.Tensor, got list"),
+        (lambda: limit_ntk_mlp([[1.0]]), TypeError, "x1 must be a torch.Tensor, got list"),  # type: ignore[arg-type]
         (lambda: limit_ntk_mlp(torch.ones(2, 0)), ValueError, "at least one feature"),
         (lambda: limit_ntk_mlp(torch.ones(2, 3), rho=-1.0), ValueError, "rho must be finite and not negative, got -1"),
         (lambda: limit_ntk_mlp(torch.ones(2, 3), beta=math.nan), ValueError, "beta must be finite"),
         (lambda: limit_ntk_mlp(torch.ones(2, 3), out_features=0), ValueError, "out_features must be at least 1, got 0"),
         (lambda: limit_ntk_cnn(torch.ones(2, 1, 3, 3), kernel_size=2), ValueError, "kernel_size must be odd, got 2"),
         (lambda: limit_ntk_cnn(torch.ones(2, 3, 3)), ValueError, r"x1 must have shape \(N, C, H, W\), got \(2, 3, 3\)"),
-        (lambda: limit_ntk_cnn(torch.ones(2, 1, 3, 3), out_channels=1.5), TypeError, "out_channels must be an int"),
+        (lambda: limit_ntk_cnn(torch.ones(2, 1, 3, 3), out_channels=1.5), TypeError, "must be an int"),  # type: ignore[arg-type]
     ],
 )
 def test_bad_input(call, error: type[Exception], message: str) -> None:

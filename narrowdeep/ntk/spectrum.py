@@ -1,0 +1,206 @@
+"""What the eigenvalues of a kernel predict for gradient descent.
+
+Conventions, the thesis's (sections 2.1 and 3.1.1): the loss is ``1/(2N) sum_n |f(x_n) - y_n|^2`` and steps are kernel
+times. Descent with learning rate eta moves the outputs by ``-tau/N Theta (f - y)``, where ``tau = eta L C_L^2`` if
+Theta is the scaled kernel, and ``tau = eta`` if it is the plain ``J J^T``. Momentum is ``torch.optim.SGD``'s:
+``v <- momentum v + gradient``, ``theta <- theta - eta v``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import scipy.linalg  # type: ignore[import-untyped]
+import scipy.sparse.linalg  # type: ignore[import-untyped]
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+Array = NDArray[np.float64]
+
+_DENSE = 1000
+"""Rows from which the largest eigenvalue alone is found by Lanczos iterations."""
+
+
+def as_array(value: Tensor | ArrayLike) -> Array:
+    """A float64 array on the host."""
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().numpy()
+    return np.asarray(value, dtype=np.float64)
+
+
+def kernel_matrix(kernel: Tensor | ArrayLike, name: str = "kernel") -> Array:
+    """(N1, N2) as it is; (N1, N2, out, out) as the matrix (N1 out, N2 out), sample first."""
+    array = as_array(kernel)
+    if array.ndim == 2:
+        return array
+    if array.ndim == 4:
+        n1, n2, out1, out2 = array.shape
+        return np.ascontiguousarray(array.transpose(0, 2, 1, 3)).reshape(n1 * out1, n2 * out2)
+    raise ValueError(f"{name} must have shape (N1, N2) or (N1, N2, out, out), got {array.shape}")
+
+
+def _square(kernel: Tensor | ArrayLike) -> tuple[Array, int]:
+    """The kernel matrix of a training set and its number of samples."""
+    array = as_array(kernel)
+    matrix = kernel_matrix(array)
+    if matrix.shape[0] != matrix.shape[1] or matrix.shape[0] == 0:
+        raise ValueError(f"kernel must be square and not empty, got shape {array.shape}")
+    if not np.isfinite(matrix).all():
+        raise ValueError("kernel must be finite, got NaN or infinity")
+    return matrix, array.shape[0]
+
+
+def _check_momentum(momentum: float) -> None:
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum must be in [0, 1), got {momentum}")
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be finite and positive, got {value}")
+
+
+def check_steps(n_steps: Any) -> None:
+    if isinstance(n_steps, bool) or not isinstance(n_steps, (int, np.integer)):
+        raise TypeError(f"n_steps must be an int, got {n_steps!r}")
+    if n_steps < 0:
+        raise ValueError(f"n_steps must be at least 0, got {n_steps}")
+
+
+def _largest(matrix: Array) -> float:
+    n = matrix.shape[0]
+    if n < _DENSE:
+        return float(scipy.linalg.eigh(matrix, eigvals_only=True, subset_by_index=(n - 1, n - 1))[0])
+    # A fixed start keeps the result the same from run to run.
+    return float(scipy.sparse.linalg.eigsh(matrix, k=1, return_eigenvectors=False, v0=np.ones(n))[0])
+
+
+def max_learning_rate(kernel: Tensor | ArrayLike, *, momentum: float = 0.0) -> float:
+    """The largest stable step of gradient descent on the loss ``1/(2N) sum_n |f(x_n) - y_n|^2``.
+
+    ``tau = 2 (1 + momentum) N / lambda_max``, as ``neural_tangents.predict.max_learning_rate`` has it: beyond it the
+    mode of the largest eigenvalue grows.
+
+    Arguments:
+        kernel: of the training set with itself, (N, N) or (N, N, out, out), positive semidefinite.
+        momentum: in [0, 1), in the convention of torch.optim.SGD.
+
+    Returns: a kernel time tau. With the scaled kernel of a narrow model the learning rate is
+        ``eta = tau / (L C_L^2) = tau * model.ntk_lr``; with an unscaled kernel it is tau itself. For
+        ``torch.nn.MSELoss``, the mean over N and outputs of the squares, multiply eta by out / 2.
+
+    Raises: ValueError when the kernel is empty, not square, not finite or zero, or momentum is outside [0, 1).
+    """
+    _check_momentum(momentum)
+    matrix, n = _square(kernel)
+    largest = _largest(matrix)
+    if largest <= 0:
+        raise ValueError(f"kernel must have a positive eigenvalue, got {largest} as the largest")
+    return 2.0 * (1.0 + momentum) * n / largest
+
+
+def heavy_ball(kernel: Tensor | ArrayLike, *, smallest: float | None = None) -> tuple[float, float]:
+    """Step and momentum that contract the slowest mode of interest fastest (Polyak 1964).
+
+    ``tau = 4 N / (sqrt(lambda_max) + sqrt(smallest))^2``, ``momentum = ((r - 1) / (r + 1))^2``,
+    ``r = sqrt(lambda_max / smallest)``: every mode between the two then shrinks by sqrt(momentum) a step.
+
+    Arguments:
+        kernel: of the training set with itself, (N, N) or (N, N, out, out), positive semidefinite.
+        smallest: the smallest eigenvalue that matters. Default: the smallest one above rounding,
+            ``lambda_max * rows * 2.2e-16``. Kernels are ill-conditioned; what is learnt in n steps lies above about
+            ``lambda_max (4/n)^2``, and a larger value here is the more robust choice.
+
+    Returns: (tau, momentum), tau a kernel time as in ``max_learning_rate``.
+    """
+    matrix, n = _square(kernel)
+    if smallest is None:
+        eigenvalues = scipy.linalg.eigvalsh(matrix)
+        largest = float(eigenvalues[-1])
+        kept = eigenvalues[eigenvalues > largest * matrix.shape[0] * np.finfo(np.float64).eps]
+        if largest <= 0:
+            raise ValueError(f"kernel must have a positive eigenvalue, got {largest} as the largest")
+        smallest = float(kept[0])
+    else:
+        largest = _largest(matrix)
+        if not 0 < smallest <= largest * (1 + 1e-9):
+            raise ValueError(f"smallest must be positive and at most lambda_max = {largest}, got {smallest}")
+    root = math.sqrt(largest), math.sqrt(min(smallest, largest))
+    return 4.0 * n / (root[0] + root[1]) ** 2, ((root[0] - root[1]) / (root[0] + root[1])) ** 2
+
+
+def loss_curve(
+    kernel: Tensor | ArrayLike,
+    y: Tensor | ArrayLike,
+    n_steps: int,
+    *,
+    tau: float,
+    momentum: float = 0.0,
+    initial: Tensor | ArrayLike | None = None,
+) -> Array:
+    """The training loss that gradient descent with momentum has while the kernel stays what it is.
+
+    Each eigenmode of the kernel follows its own linear recurrence, ``v <- momentum v + r``,
+    ``r <- r - tau lambda / N v``, with r the residual f - y in that mode.
+
+    Arguments:
+        kernel: of the training set with itself, (N, N) or (N, N, out, out).
+        y: targets, (N,) or (N, out).
+        n_steps: not negative.
+        tau: kernel time of a step (see the top of this module).
+        momentum: in [0, 1), in the convention of torch.optim.SGD.
+        initial: outputs before the first step, in the shape of y; default 0, what narrow networks start from.
+
+    Returns: (n_steps + 1,) float64: ``1/(2N) sum |f - y|^2`` before the first step and after each.
+    """
+    _check_momentum(momentum)
+    _check_positive("tau", tau)
+    check_steps(n_steps)
+    matrix, n = _square(kernel)
+    eigenvalues, modes = scipy.linalg.eigh(matrix)
+    residual = modes.T @ residuals(matrix, n, y, initial)
+    step = (tau / n) * eigenvalues[:, None]
+    velocity = np.zeros_like(residual)
+    losses = np.empty(n_steps + 1)
+    losses[0] = np.square(residual).sum()
+    for i in range(n_steps):
+        velocity = momentum * velocity + residual
+        residual = residual - step * velocity
+        losses[i + 1] = np.square(residual).sum()
+    return losses / (2 * n)
+
+
+def residuals(matrix: Array, n: int, y: Tensor | ArrayLike, initial: Tensor | ArrayLike | None = None) -> Array:
+    """``initial - y`` as columns the kernel matrix acts on: (N, out) for a scalar kernel, (N out, 1) for a full one."""
+    targets = as_array(y)
+    if targets.ndim not in (1, 2) or targets.shape[0] != n:
+        raise ValueError(f"y must have shape ({n},) or ({n}, out), got {targets.shape}")
+    start = np.zeros_like(targets) if initial is None else as_array(initial)
+    if start.shape != targets.shape:
+        raise ValueError(f"initial must have the shape of y, {targets.shape}, got {start.shape}")
+    difference = (start - targets).reshape(n, -1)
+    if matrix.shape[0] == n:
+        return difference
+    if difference.size != matrix.shape[0]:
+        raise ValueError(f"y must have {matrix.shape[0] // n} outputs, as the kernel has, got {difference.shape[1]}")
+    return difference.reshape(-1, 1)
+
+
+def flow_filter(eigenvalues: Array, n: int, t: float) -> Array:
+    """``(1 - exp(-lambda t / N)) / lambda``, with its limit t / N at lambda = 0."""
+    x = np.asarray(eigenvalues) * (t / n)
+    safe = np.where(x == 0, 1.0, x)
+    return (t / n) * np.where(x == 0, 1.0, -np.expm1(-safe) / safe)
+
+
+def descent_filter(eigenvalues: Array, n: int, n_steps: int, tau: float) -> Array:
+    """``(1 - (1 - tau lambda / N)^n_steps) / lambda``, with its limit n_steps tau / N at lambda = 0."""
+    x = np.asarray(eigenvalues) * (tau / n)
+    small = np.where((x == 0) | (x > 0.5), 0.25, x)
+    near = -np.expm1(n_steps * np.log1p(-small)) / small
+    safe = np.where(x > 0.5, x, 1.0)
+    with np.errstate(over="ignore"):  # past the largest stable step the curve truly grows without bound
+        far = (1.0 - (1.0 - safe) ** n_steps) / safe
+    return (tau / n) * np.where(x == 0, float(n_steps), np.where(x > 0.5, far, near))
