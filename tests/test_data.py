@@ -20,7 +20,7 @@ def test_toy_is_the_product_on_the_open_arc():
     assert task.y_train.shape == (200, 1)
     torch.testing.assert_close(task.x_train.square().sum(1), torch.ones(200, dtype=torch.float64))
     torch.testing.assert_close(task.y_train[:, 0], torch.sin(2 * angle) / 2)  # cos g sin g
-    assert 0 < angle.min()
+    assert angle.min() > 0
     assert angle.max() < math.pi / 2
     torch.testing.assert_close(angle.diff(), torch.full((199,), math.pi / 400, dtype=torch.float64))
 

@@ -10,7 +10,16 @@ import torch
 import typer
 
 from narrowdeep import ops
-from narrowdeep.commands.options import DeviceOption, Dtype, DtypeOption, JsonOption, SeedOption, print_json
+from narrowdeep.commands.options import (
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    SeedOption,
+    one_line_errors,
+    print_json,
+    resolve_device,
+)
 
 
 def info(
@@ -19,7 +28,12 @@ def info(
     device: DeviceOption = "cpu",
     dtype: DtypeOption = Dtype.float32,
 ) -> None:
-    """Versions, backends, instruction sets and threads. (--seed, --device and --dtype change nothing here.)"""
+    """Versions, backends, instruction sets and threads; with --device, whether this machine has that device.
+
+    --seed and --dtype are taken as by every command and change nothing here.
+    """
+    with one_line_errors():
+        resolve_device(device)
     facts = gather()
     if json:
         print_json(facts)
@@ -39,7 +53,7 @@ def gather() -> dict[str, Any]:
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
         "cuda": [torch.cuda.get_device_name(i) for i in range(count)],
-        **ops.backends(),
+        **getattr(ops, "backends", dict)(),
     }
 
 

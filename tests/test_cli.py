@@ -1,0 +1,259 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from narrowdeep import training
+from narrowdeep.cli import app
+
+ROOT = Path(__file__).parent.parent
+FAST = ["--task", "digits", "--pool", "4", "--depth", "4", "--batch-size", "500", "--epochs", "2", "--no-plot"]
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments], env={"NARROWDEEP_DATA": None})
+
+
+def train(*arguments: object) -> dict:
+    result = run("train", *arguments, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def refused(*arguments: object) -> str:
+    """The one line on standard error of a command that ends with status 2."""
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def numbers(folder: Path) -> list[tuple[float, float]]:
+    return [(m.train_loss, m.test_loss) for m in training.read_metrics(folder)]
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["info"]])
+def test_help(command):
+    result = run(*command, "--help")
+    assert result.exit_code == 0
+    for option in ("--json", "--seed", "--device", "--dtype") if command else ("train", "info"):
+        assert option in result.output
+
+
+def test_help_states_the_defaults_in_force(tmp_path):
+    text = " ".join(run("train", "--help").output.split())
+    config = train("--epochs", 1, "--pool", 4, "--out", tmp_path, "--no-plot", "--depth", 3)["config"]
+    assert (config["task"], config["batch_size"], config["momentum"]) == ("digits", 128, 0.97)
+    assert config["lr"] == pytest.approx(0.015 / (3 * 3**2))
+    assert config["rho"] == pytest.approx(2 * 4**0.5)
+    assert "128 for digits" in text
+    assert "0.97 for digits" in text
+    assert "0.015 for digits" in text
+    assert "2 sqrt(inputs) for digits" in text
+
+
+def test_train_leaves_a_run(tmp_path):
+    out = tmp_path / "new" / "run"
+    result = train(*FAST[:-1], "--seed", 5, "--dtype", "float64", "--scale", 10, "--tau", 0.01, "--out", out)
+    assert result["finished"]
+    assert sorted(p.name for p in out.iterdir()) == ["checkpoint.safetensors", "curves.png", "metrics.jsonl"]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2]
+    assert lines[1] == result["metrics"]
+    assert result["config"]["lr"] == pytest.approx(0.01 / (4 * 10**2))
+    model = training.load_model(out / "checkpoint.safetensors")
+    assert (model.depth, model.scale, model.in_features) == (4, 10.0, 4)
+    assert model.first_weight.dtype == torch.float64
+    assert result["peak_memory_bytes"] > 2**20
+
+
+def test_same_seed_same_numbers(tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train(*FAST, "--seed", seed, "--out", tmp_path / name)
+    assert numbers(tmp_path / "a") == numbers(tmp_path / "b")
+    assert numbers(tmp_path / "a") != numbers(tmp_path / "c")
+
+
+def test_kaiming_in_plain_form(tmp_path):
+    config = train(*FAST, "--init", "kaiming", "--form", "plain", "--lr", 0.01, "--out", tmp_path)["config"]
+    assert (config["init"], config["form"], config["lr"]) == ("kaiming", "plain", 0.01)
+
+
+def test_a_folder_with_a_run_is_refused(tmp_path):
+    train(*FAST, "--out", tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    assert f"out must not hold a run already (go on with --resume, or take another folder), got {tmp_path}" in refused(
+        "train", *FAST, "--out", tmp_path
+    )
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_resume_trains_longer_with_the_runs_settings(tmp_path):
+    train(*FAST, "--seed", 7, "--out", tmp_path / "a")
+    result = train("--out", tmp_path / "a", "--resume", "--epochs", 3, "--no-plot")
+    assert result["config"]["seed"] == 7
+    train(*FAST, "--seed", 7, "--epochs", 3, "--out", tmp_path / "b")
+    assert numbers(tmp_path / "a") == numbers(tmp_path / "b")
+
+
+def test_resume_refuses_other_settings(tmp_path):
+    train(*FAST, "--out", tmp_path)
+    same = ("train", "--out", tmp_path, "--resume", "--no-plot")
+    assert "depth must be 4 as in the run" in refused(*same, "--depth", 5)
+    assert "lr must be" in refused(*same, "--tau", 0.3)
+    assert run(*same, "--depth", 4, "--tau", 0.015).exit_code == 0
+
+
+def test_resume_without_a_run(tmp_path):
+    assert f"{tmp_path / 'none' / 'checkpoint.safetensors'} does not exist" in refused(
+        "train", "--resume", "--out", tmp_path / "none"
+    )
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_damaged_checkpoint_is_refused_and_nothing_is_written(tmp_path):
+    train(*FAST, "--out", tmp_path)
+    path = tmp_path / "checkpoint.safetensors"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    before = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in tmp_path.iterdir()}
+    assert f"{path} is damaged" in refused("train", "--resume", "--out", tmp_path, "--epochs", 9)
+    assert {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in tmp_path.iterdir()} == before
+
+
+def test_divergence_ends_with_one_line(tmp_path):
+    result = run("train", *FAST, "--lr", 1e6, "--epochs", 30, "--out", tmp_path)
+    assert result.exit_code == 1
+    assert "error: the loss is no longer finite" in result.stderr
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
+@pytest.mark.parametrize("command", ["train", "info"])
+def test_cuda_without_a_gpu(command, tmp_path):
+    out = ["--out", tmp_path / "run"] if command == "train" else []
+    message = "device must be one that this machine has: it has 0 CUDA devices, got 'cuda'"
+    assert message in refused(command, "--device", "cuda", *out)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--depth", "1"], "depth must be at least 2, got 1"),
+        (["--depth", "0"], "depth must be"),
+        (["--scale", "nan"], "scale must be"),
+        (["--scale", "-3"], "scale must be"),
+        (["--rho", "-1"], "rho must be finite and not negative, got -1.0"),
+        (["--epochs", "0"], "epochs must be an int of at least 1, got 0"),
+        (["--batch-size", "-2"], "batch_size must be an int of at least 1, got -2"),
+        (["--lr", "nan"], "lr must be finite and positive, got nan"),
+        (["--tau", "inf"], "tau must be finite and positive, got inf"),
+        (["--lr", "0.1", "--tau", "0.1"], "lr and tau set the same thing"),
+        (["--momentum", "1"], "momentum must be at least 0 and below 1, got 1.0"),
+        (["--checkpoint", "0"], "checkpoint must be at least 1 layer a segment, got 0"),
+        (["--checkpoint", "some"], "checkpoint must be 'auto', 'none' or an int, got 'some'"),
+        (["--init", "kaiming"], "init='kaiming' needs form='plain'"),
+        (["--pool", "3"], "pool must be at least 1 and divide the 8x8 images of 'digits', got 3"),
+        (["--task", "mnist"], "data must name the folder that holds MNIST/raw"),
+        (["--task", "mnist", "--data", "."], "data must hold the 4 MNIST files"),
+        (["--device", "tpu"], "device must be cpu, cuda or cuda:N, got 'tpu'"),
+        (["--device", "mps"], "device must be cpu, cuda or cuda:N, got 'mps'"),
+    ],
+)
+def test_bad_values(arguments, message, tmp_path):
+    assert message in refused("train", *arguments, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--task", "cifar"], ["--depth", "deep"], ["--dtype", "float16"], ["--nonsense"]]
+)
+def test_bad_options(arguments):
+    result = run("train", *arguments)
+    assert result.exit_code == 2
+    assert "Error: " in result.stderr
+
+
+def test_info():
+    facts = json.loads(run("info", "--json").stdout)
+    assert facts["narrowdeep"] == version("narrowdeep")
+    assert facts["torch"] == torch.__version__
+    assert facts["threads"] == torch.get_num_threads()
+    text = run("info").stdout
+    assert all(name in text for name in facts)
+
+
+def _start(folder: Path, *, save_every: float) -> subprocess.Popen[str]:
+    """A run in a process of its own, long enough to be caught in the middle of it, once its first epochs are done."""
+    command = [sys.executable, "-m", "narrowdeep.cli", "train", *FAST, "--out", str(folder), "--epochs", "100000"]
+    process = subprocess.Popen(
+        [*command, "--batch-size", "100", "--save-every", str(save_every)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    deadline = time.monotonic() + 120
+    while not (folder / "metrics.jsonl").exists() or (folder / "metrics.jsonl").read_text().count("\n") < 3:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return process
+
+
+def _assert_same_as_never_stopped(folder: Path, other: Path) -> None:
+    epochs = training.read_metrics(folder)[-1].epoch + 2
+    train("--out", folder, "--resume", "--epochs", epochs, "--no-plot")
+    train(*FAST, "--batch-size", 100, "--epochs", epochs, "--out", other)
+    assert numbers(folder) == numbers(other)
+    stopped, whole = (training.load_model(f / "checkpoint.safetensors").state_dict() for f in (folder, other))
+    assert all(torch.equal(stopped[name], whole[name]) for name in whole)
+
+
+def test_ctrl_c_keeps_every_step(tmp_path):
+    process = _start(tmp_path / "run", save_every=1e9)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+    steps = re.search(r"all (\d+) steps are kept. Go on with: narrowdeep train --out (\S+) --resume", stdout)
+    assert steps is not None, stdout
+    assert int(steps[1]) >= 3 * 15
+    assert steps[2] == str(tmp_path / "run")
+    _assert_same_as_never_stopped(tmp_path / "run", tmp_path / "whole")
+
+
+def test_kill_loses_no_more_than_the_last_checkpoint(tmp_path):
+    process = _start(tmp_path / "run", save_every=0)
+    process.kill()
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    _assert_same_as_never_stopped(tmp_path / "run", tmp_path / "whole")
+
+
+def test_readme_example_runs(capsys):
+    """The drop-in example of the README, word for word."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    example = next(block for block in blocks if "DeepNarrowMLP" in block)
+    assert len([line for line in example.splitlines() if line.strip()]) <= 8
+    x, y = torch.rand(200, 2), torch.rand(200, 1)
+    names: dict[str, object] = {"x": x, "y": y, "batches": [(x, y)] * 20}
+    exec(example, names)
+    model = names["model"]
+    assert isinstance(model, torch.nn.Module)
+    assert (model(x) - y).square().mean() < 0.9 * y.square().mean()  # it has learned
