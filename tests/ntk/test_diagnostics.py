@@ -65,7 +65,7 @@ def test_deviation_sees_changes_far_below_the_base() -> None:
     initial = DeepNarrowMLP(1, 1, 12, scale=1e12, beta=0.0, rho=0.0, dtype=torch.float64)
     model = copy.deepcopy(initial)
     with torch.no_grad():
-        model.hidden_bias[3, 2] += 1e-3
+        model.get_parameter("hidden_bias")[3, 2] += 1e-3
     x = torch.ones(2, 1, dtype=torch.float64)
     pairs = zip(_preactivations(initial, MLP, x), _preactivations(model, MLP, x), strict=True)
     moved = [(after - before)[2].tolist() for (_, before), (_, after) in pairs]
@@ -78,7 +78,7 @@ def test_deviation_sees_changes_far_below_the_base() -> None:
 def test_layer_contributions_are_products_of_layer_gradients(kind: str, form) -> None:
     _, model, x = two_states(kind, form)
     rows = []
-    eager = model.to_sequential()
+    eager: nn.Module = model.to_sequential()
     for sample in x:
         out = eager(sample[None])[0]
         rows.append([torch.autograd.grad(o, tuple(eager.parameters()), retain_graph=True) for o in out])
