@@ -323,7 +323,7 @@ def fit(
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     trainer.save(folder / CHECKPOINT)
-    lines = [m for m in read_metrics(folder) if m.epoch <= trainer.epoch] if (folder / METRICS).exists() else []
+    lines = [m for m in read_metrics(folder) if m.epoch <= trainer.epoch]
     _replace(folder / METRICS, "".join(_line(m) for m in lines).encode())
     saved = time.monotonic()
     with _stop_requests() as stop_requested, open(folder / METRICS, "a", encoding="utf-8") as log:
@@ -350,11 +350,13 @@ def holds_run(folder: str | Path) -> bool:
 
 
 def read_metrics(folder: str | Path) -> list[EpochMetrics]:
-    """The lines of a run's ``metrics.jsonl``, without a last line that a crash cut short.
+    """The lines of a run's ``metrics.jsonl``, without a last line that a crash cut short; none where there is no file.
 
-    Raises: FileNotFoundError; DamagedFileError for a line that is not an epoch's metrics.
+    Raises: DamagedFileError for a line that is not an epoch's metrics.
     """
     path = Path(folder) / METRICS
+    if not path.exists():
+        return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     with _damage_named(path):
         return [EpochMetrics(**json.loads(line)) for line in lines if line.endswith("\n")]

@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 
 from narrowdeep import training
 from narrowdeep.cli import app
+from narrowdeep.data import load_task
 
 ROOT = Path(__file__).parent.parent
 FAST = ["--task", "digits", "--pool", "4", "--depth", "4", "--batch-size", "500", "--epochs", "2", "--no-plot"]
@@ -135,6 +136,30 @@ def test_a_damaged_checkpoint_is_refused_and_nothing_is_written(tmp_path):
     assert {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in tmp_path.iterdir()} == before
 
 
+def test_damaged_metrics_are_refused_and_nothing_is_written(tmp_path):
+    train(*FAST, "--out", tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n')
+    before = (tmp_path / "checkpoint.safetensors").stat().st_mtime_ns
+    assert f"{tmp_path / 'metrics.jsonl'} is damaged" in refused("train", "--resume", "--out", tmp_path, "--epochs", 9)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"epoch": 1}\n'
+    assert (tmp_path / "checkpoint.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_run_killed_before_its_first_epoch_can_go_on(tmp_path):
+    train(*FAST, "--out", tmp_path / "whole")
+    config = training.read_config(tmp_path / "whole" / "checkpoint.safetensors")
+    (tmp_path / "run").mkdir()
+    training.Trainer(config, load_task("digits", pool=4)).save(tmp_path / "run" / "checkpoint.safetensors")
+    train("--out", tmp_path / "run", "--resume", "--no-plot")
+    assert numbers(tmp_path / "run") == numbers(tmp_path / "whole")
+
+
+def test_out_must_be_a_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "file" in refused("train", *FAST, "--out", tmp_path / "file")
+    assert "file" in refused("train", *FAST, "--out", tmp_path / "file" / "below")
+
+
 def test_divergence_ends_with_one_line(tmp_path):
     result = run("train", *FAST, "--lr", 1e6, "--epochs", 30, "--out", tmp_path)
     assert result.exit_code == 1
@@ -158,6 +183,7 @@ def test_cuda_without_a_gpu(command, tmp_path):
         (["--depth", "0"], "depth must be"),
         (["--scale", "nan"], "scale must be"),
         (["--scale", "-3"], "scale must be"),
+        (["--scale", "1e300"], "lr must be finite and positive, got 0.0"),
         (["--rho", "-1"], "rho must be finite and not negative, got -1.0"),
         (["--epochs", "0"], "epochs must be an int of at least 1, got 0"),
         (["--batch-size", "-2"], "batch_size must be an int of at least 1, got -2"),

@@ -143,6 +143,7 @@ def train(
         folder = out or Path("runs") / asked.get("task", "digits")
         make = _resume if resume else _start
         trainer = make(asked, tau, folder, target, data, download)
+        folder.mkdir(parents=True, exist_ok=True)
     finished = _fit(trainer, folder, save_every=save_every, plot=plot, quiet=json)
     _report(trainer, folder, finished=finished, plot=plot, json=json)
     if not finished:
@@ -198,7 +199,7 @@ def _learning_rate(settings: dict[str, Any], tau: float) -> float:
     for name in ("depth", "scale"):
         if not settings[name] > 0:
             raise ValueError(f"{name} must be positive, got {settings[name]}")
-    return tau / (settings["depth"] * settings["scale"] ** 2)
+    return tau / settings["depth"] / settings["scale"] / settings["scale"]  # the square may overflow
 
 
 def _resume(
