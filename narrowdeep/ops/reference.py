@@ -204,7 +204,7 @@ def backward(
         grads[2][t - 2], grads[3][t - 2] = affine.weight_grad(hidden_weight[t - 2], full, h), _sum(full)
         grad_h = _kept(keep, g) + affine.transpose(hidden_weight[t - 2], full)
         g = torch.where(h <= 0, -(big_r + moved), grad_h)
-        if offset and (t - 1) % MOVE_PERIOD == 0:
+        if offset and t > 2 and (t - 2) % MOVE_PERIOD == 0:  # the same layers as forward
             moved, g = _move(big_r, moved, g, keep)
     full = (big_r + moved) + g
     grads[0], grads[1] = affine.weight_grad(first_weight, full, x), _sum(full)

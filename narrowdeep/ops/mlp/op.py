@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from narrowdeep.ops import chain
-from narrowdeep.ops.mlp import reference
+from narrowdeep.ops import chain, engine
 from narrowdeep.ops.reference import saved_shape
 
 
@@ -18,7 +17,4 @@ def _saved_shape(x: Tensor, hidden_weight: Tensor, last_weight: Tensor, offset: 
 
 
 ops = chain.define("mlp", _saved_shape)
-# TEMPORARY until the engine lands: the reference is the CPU implementation.
-chain.library.impl("mlp_forward", reference.mlp_forward, "CPU")
-chain.library.impl("mlp_backward", reference.mlp_backward, "CPU")
-chain.library.impl("mlp_jvp", reference.mlp_jvp, "CPU")
+engine.load()

@@ -1,0 +1,541 @@
+// The convolution chain: a tile of samples, one vector of them, goes through all layers before the next tile does, so
+// that its states stay in the cache. The backward runs a segment again from its saved state inside the tile.
+//
+// States are numbered as in narrowdeep/ops/reference.py: state 1 follows the first layer, state L - 1 = layers + 1 is
+// the last hidden one, and L stands for the output. Hidden layer t - 2 leads to state t.
+#pragma once
+
+#include "common/state.h"
+#include "conv/args.h"
+#include "conv/correlate.h"
+
+namespace narrowdeep {
+namespace ND_ISA {
+
+// States that the backward holds at once; a longer segment is divided again, at the price of one recomputation more (a
+// quarter of the backward). So this is what still does well in the outer caches, and less only where a state is huge.
+constexpr int64_t kMostStates = 256, kLeastStates = 32, kStatesBytes = int64_t(16) << 20;
+
+// What every tile of one call shares.
+template <class T>
+struct ConvGeometry {
+  ConvShape shape;
+  Plane plane;
+  int64_t positions, last_state, right;       // `right`: the first right channel
+  int64_t row, state, hidden_size, boundary;  // elements of one channel, a state, a hidden weight, a saved state
+  Buffer masks;
+  T *keep, *everything, *keep_positions;  // masks of channels (the identity part of a layer; all), and of positions
+
+  explicit ConvGeometry(const ConvShape& s)
+      : shape(s),
+        plane{s.image_height, s.image_width},
+        positions(s.image_height * s.image_width),
+        last_state(s.layers + 1),
+        right(s.width - s.out),
+        row(positions * kLanes<T>),
+        state(s.width * row),
+        hidden_size(s.width * s.width * s.size * s.size),
+        boundary(s.offset ? 2 * state : state),
+        masks((2 + positions) * s.width * int64_t(sizeof(T))),
+        keep(masks.as<T>()),
+        everything(keep + s.width),
+        keep_positions(everything + s.width) {
+    for (int64_t i = 0; i < s.width; ++i) {
+      everything[i] = all_ones<T>();
+      keep[i] = s.offset && (i < s.in || i >= right) ? all_ones<T>() : T(0);
+      for (int64_t p = 0; p < positions; ++p) keep_positions[i * positions + p] = keep[i];
+    }
+  }
+};
+
+template <class T>
+inline void fill(int64_t count, T value, T* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = value;
+}
+
+// Images (sample, channel, position), `valid` of them, to [channel][position][lane]; other lanes as in load_rows.
+template <class T>
+inline void load_images(int64_t elements, int64_t valid, const T* from, T* to) {
+  constexpr int lanes = kLanes<T>;
+  transpose(valid, elements, from, elements, to, lanes);
+  for (int64_t e = 0; e < elements; ++e)
+    for (int64_t s = valid; s < lanes; ++s) to[e * lanes + s] = to[e * lanes + valid - 1];
+}
+
+// The three parts of a state (or of its gradient, or of its tangent) on one tile.
+template <class T>
+class TileState {
+ public:
+  explicit TileState(const ConvGeometry<T>& geometry)
+      : geometry_(geometry),
+        memory_(4 * geometry.state * int64_t(sizeof(T))),
+        base(memory_.template as<T>()),
+        moved(base + geometry.state),
+        floor(moved + geometry.state),
+        rest(floor + geometry.state) {}
+
+  void set_floor() { ND_ISA::set_floor(geometry_.state, base, moved, floor); }
+
+  // The whole state, base + moved + rest.
+  void total(T* to) const {
+    for (int64_t e = 0; e < geometry_.state; ++e) to[e] = rest[e] - floor[e];
+  }
+
+  // What is due at state t; `whole` holds the state and is kept equal to base + moved + rest.
+  void move(int64_t t, T* whole) {
+    if (!geometry_.shape.offset || !moves_after(t - 1)) return;
+    move_state(geometry_.shape.width * geometry_.positions, int64_t(kLanes<T>), geometry_.keep_positions, base, moved,
+               floor, rest);
+    total(whole);
+  }
+
+ private:
+  const ConvGeometry<T>& geometry_;
+  Buffer memory_;
+
+ public:
+  T *base, *moved, *floor, *rest;
+};
+
+// Runs one tile forward.
+template <class T>
+class TileForward {
+ public:
+  TileState<T> state;
+
+  TileForward(const ConvGeometry<T>& geometry, const ConvParams<const T>& params)
+      : state(geometry),
+        geometry_(geometry),
+        params_(params),
+        images_(geometry.shape.in * geometry.row * int64_t(sizeof(T))) {}
+
+  const T* images() const { return images_.template as<T>(); }
+
+  // `x` points at the tile's first sample.
+  void load(const T* x, int64_t valid) {
+    const ConvShape& s = geometry_.shape;
+    load_images(s.in * geometry_.positions, valid, x, images_.template as<T>());
+    fill(geometry_.state, T(0), state.base);
+    fill(geometry_.state, T(0), state.moved);
+    if (s.offset) {
+      for (int64_t e = 0; e < s.in * geometry_.row; ++e) {
+        const T left = T(s.scale) * images()[e];
+        state.base[e] = left < T(0) ? T(0) : left;
+      }
+      fill(s.out * geometry_.row, T(s.scale), state.base + geometry_.right * geometry_.row);
+    }
+  }
+
+  // State 1 from the images.
+  void first(T* h) {
+    const ConvShape& s = geometry_.shape;
+    fill(geometry_.state, T(0), state.moved);
+    fill(geometry_.state, T(0), state.rest);
+    if (s.offset)
+      for (int64_t e = 0; e < s.in * geometry_.row; ++e) {
+        const T left = T(s.scale) * images()[e];
+        state.rest[e] = left < T(0) ? left : T(0);
+      }
+    state.set_floor();
+    const StateEpilogue<T> epilogue{params_.first_bias, geometry_.everything, state.floor,
+                                    state.rest,         h,                    geometry_.positions};
+    correlate(forward_filter(params_.first_weight, s.in, s.size), s.in, s.width, geometry_.plane, images(), epilogue);
+  }
+
+  // State t from state t - 1.
+  void step(int64_t t, const T* before, T* h) {
+    const ConvShape& s = geometry_.shape;
+    const StateEpilogue<T> epilogue{params_.hidden_bias + (t - 2) * s.width, geometry_.keep, state.floor,
+                                    state.rest,                              h,              geometry_.positions};
+    correlate(forward_filter(params_.hidden_weight + (t - 2) * geometry_.hidden_size, s.width, s.size), s.width, s.width,
+              geometry_.plane, before, epilogue);
+    state.move(t, h);
+  }
+
+  // The saved form of the present state: moved and a, or h alone in plain form; rows of `stride` samples.
+  void save(int64_t valid, T* to, int64_t stride) const {
+    const int64_t units = geometry_.shape.width * geometry_.positions;
+    if (geometry_.shape.offset) {
+      store_rows(units, int64_t(kLanes<T>), valid, state.moved, to, stride);
+      to += units * stride;
+    }
+    store_rows(units, int64_t(kLanes<T>), valid, state.rest, to, stride);
+  }
+
+  void restore(int64_t valid, const T* from, int64_t stride, T* h) {
+    const int64_t units = geometry_.shape.width * geometry_.positions;
+    if (geometry_.shape.offset) {
+      load_rows(units, int64_t(kLanes<T>), valid, from, stride, state.moved);
+      from += units * stride;
+    }
+    load_rows(units, int64_t(kLanes<T>), valid, from, stride, state.rest);
+    state.set_floor();
+    state.total(h);
+  }
+
+ private:
+  const ConvGeometry<T>& geometry_;
+  const ConvParams<const T>& params_;
+  Buffer images_;
+};
+
+// Runs of [0, count), as equal as can be: of tiles, one a thread, or of anything else.
+struct Chunks {
+  int64_t count, parts;
+  Chunks(int64_t count, int64_t parts) : count(count), parts(min_of(count, parts)) {}
+  int64_t begin(int64_t part) const { return part * count / parts; }
+};
+
+// mean over positions of the k images at z, to out (valid, k).
+template <class T>
+inline void pool(int64_t outputs, int64_t positions, int64_t valid, const T* z, T* out) {
+  constexpr int lanes = kLanes<T>;
+  for (int64_t i = 0; i < outputs; ++i) {
+    Vec<T> sum{};
+    for (int64_t p = 0; p < positions; ++p) sum = sum + load(z + (i * positions + p) * lanes);
+    for (int64_t s = 0; s < valid; ++s) out[s * outputs + i] = sum[s] / T(positions);
+  }
+}
+
+// z = [rest and moved of the right channels] + bias, where the last layer's sums are then added.
+template <class T>
+inline void start_output(const ConvGeometry<T>& geometry, const TileState<T>& state, const T* bias, T* z) {
+  const int64_t right = geometry.right * geometry.row;
+  for (int64_t i = 0; i < geometry.shape.out; ++i)
+    for (int64_t e = i * geometry.row; e < (i + 1) * geometry.row; ++e) {
+      z[e] = bias ? bias[i] : T(0);
+      if (geometry.shape.offset) z[e] = (state.moved[right + e] + state.rest[right + e]) + z[e];
+    }
+}
+
+template <class T>
+void conv_forward(const ConvForward<T>& args, const Parallel& parallel) {
+  const ConvGeometry<T> geometry(args.shape);
+  const ConvShape& s = args.shape;
+  const Chunks chunks(ceil_div(s.batch, kLanes<T>), parallel.threads);
+  parallel_for(parallel, chunks.parts, [&](int64_t chunk) {
+    TileForward<T> forward(geometry, args.params);
+    const Buffer memory((2 * geometry.state + s.out * geometry.row) * int64_t(sizeof(T)));
+    T* const states = memory.as<T>();
+    T* const z = states + 2 * geometry.state;
+    for (int64_t tile = chunks.begin(chunk); tile < chunks.begin(chunk + 1); ++tile) {
+      const int64_t sample = tile * kLanes<T>, valid = min_of(kLanes<T>, s.batch - sample);
+      const int64_t units = s.width * geometry.positions;
+      forward.load(args.x + sample * s.in * geometry.positions, valid);
+      T *h = states, *next = states + geometry.state;
+      for (int64_t t = 1; t <= geometry.last_state; ++t) {
+        if (t == 1) {
+          forward.first(next);
+        } else {
+          forward.step(t, h, next);
+        }
+        T* const swap = h;
+        h = next;
+        next = swap;
+        if (s.segment == 1) {
+          store_rows(units, int64_t(kLanes<T>), valid, h, args.saved + (t - 1) * units * s.batch + sample, s.batch);
+        } else if (s.segment > 1 && (t - 1) % s.segment == 0 && (t == 1 || t < geometry.last_state)) {
+          const int64_t slot = (t - 1) / s.segment, parts = s.offset ? 2 : 1;
+          forward.save(valid, args.saved + slot * parts * units * s.batch + sample, s.batch);
+        }
+      }
+      start_output(geometry, forward.state, args.params.last_bias, z);
+      correlate(forward_filter(args.params.last_weight, s.width, s.size), s.width, s.out, geometry.plane,
+                static_cast<const T*>(h), AddEpilogue<T>{z, geometry.positions});
+      pool(s.out, geometry.positions, valid, z, args.out + sample * s.out);
+    }
+  });
+}
+
+// ---- backward -------------------------------------------------------------------------------------------------------
+// The backward of one chunk of tiles. `grads` gains the chunk's weight gradients.
+template <class T>
+class TileBackward {
+ public:
+  TileBackward(const ConvGeometry<T>& geometry, const ConvBackward<T>& args, const ConvParams<T>& grads)
+      : geometry_(geometry),
+        shape_(geometry.shape),
+        args_(args),
+        grads_(grads),
+        forward_(geometry, args.params),
+        gradient_(geometry),
+        held_(held_states()),
+        inner_(inner_segments()),
+        memory_(bytes()) {
+    states_ = memory_.template as<T>();
+    full_ = states_ + held_ * geometry.state;
+    next_ = full_ + geometry.state;
+    r_ = next_ + geometry.state;
+    sums_ = r_ + shape_.out * geometry.row;
+    inner_states_ = sums_ + sums_elements();
+  }
+
+  void run(int64_t tile) {
+    sample_ = tile * kLanes<T>;
+    valid_ = min_of(kLanes<T>, shape_.batch - sample_);
+    forward_.load(args_.x + sample_ * shape_.in * geometry_.positions, valid_);
+    load_gradient();
+    const int64_t last = geometry_.last_state;
+    if (shape_.segment == 0) {
+      run_segment(1, last + 1);
+    } else if (shape_.segment == 1) {
+      for (int64_t t = last; t >= 1; --t) run_segment(t, t + 1);
+    } else {
+      // States 1, 1 + segment, ... before the last one are saved.
+      const int64_t slots = max_of(1, ceil_div(shape_.layers, shape_.segment));
+      for (int64_t slot = slots - 1; slot >= 0; --slot)
+        run_segment(1 + slot * shape_.segment, slot == slots - 1 ? last + 1 : 1 + (slot + 1) * shape_.segment);
+    }
+    finish();
+  }
+
+ private:
+  int64_t held_states() const {
+    const int64_t fits = kStatesBytes / (geometry_.state * int64_t(sizeof(T)));
+    const int64_t most = max_of(kLeastStates, min_of(kMostStates, fits));
+    return shape_.segment == 1 ? 1 : min_of(most, longest());
+  }
+  // States from one saved state to the next, the first included; a chain's last segment may have one more.
+  int64_t longest() const {
+    return shape_.segment == 0 ? geometry_.last_state : min_of(shape_.segment + 1, geometry_.last_state);
+  }
+  int64_t inner_segments() const { return held_ < longest() ? ceil_div(longest(), held_) : 0; }
+  int64_t sums_elements() const {
+    const int64_t channels = max_of(shape_.width, shape_.in);
+    return shape_.width * channels * shape_.size * shape_.size * kLanes<T>;
+  }
+  int64_t bytes() const {
+    return ((held_ + 2) * geometry_.state + shape_.out * geometry_.row + sums_elements() + inner_ * geometry_.boundary) *
+           int64_t(sizeof(T));
+  }
+
+  // R and the constant image of the output gradient at each position.
+  void load_gradient() {
+    for (int64_t i = 0; i < shape_.out; ++i)
+      for (int64_t s = 0; s < kLanes<T>; ++s) {
+        const int64_t from = sample_ + min_of(s, valid_ - 1);
+        const T r = args_.grad_out[from * shape_.out + i] / T(geometry_.positions);
+        for (int64_t p = 0; p < geometry_.positions; ++p) r_[i * geometry_.row + p * kLanes<T> + s] = r;
+      }
+    fill(geometry_.state, T(0), gradient_.base);
+    fill(geometry_.state, T(0), gradient_.moved);
+    fill(geometry_.state, T(0), gradient_.rest);
+    if (shape_.offset)
+      for (int64_t e = 0; e < shape_.out * geometry_.row; ++e) gradient_.base[geometry_.right * geometry_.row + e] = r_[e];
+    gradient_.set_floor();
+  }
+
+  // States [begin, end) are computed (or read), and the gradient goes from state `end` to state `begin`.
+  void run_segment(int64_t begin, int64_t end) {
+    const int64_t units = shape_.width * geometry_.positions, parts = shape_.offset ? 2 : 1;
+    if (shape_.segment == 1) {
+      load_rows(units, int64_t(kLanes<T>), valid_, args_.saved + (begin - 1) * units * shape_.batch + sample_,
+                shape_.batch, states_);
+      return back(end, states_);
+    }
+    if (shape_.segment == 0) {
+      forward_.first(states_);
+    } else {
+      const int64_t slot = (begin - 1) / shape_.segment;
+      forward_.restore(valid_, args_.saved + slot * parts * units * shape_.batch + sample_, shape_.batch, states_);
+    }
+    if (end - begin <= held_) return run_held(begin, end);
+    // Too long to hold: keep a state every `held_` layers, then hold one piece after the other, from the last.
+    int64_t pieces = 0;
+    for (int64_t t = begin; t < end; ++t) {
+      T* const h = states_ + (t - begin) % 2 * geometry_.state;
+      if (t > begin) forward_.step(t, states_ + (t - begin + 1) % 2 * geometry_.state, h);
+      if ((t - begin) % held_ == 0) forward_.save(kLanes<T>, inner_states_ + pieces++ * geometry_.boundary, kLanes<T>);
+    }
+    while (pieces-- > 0) {
+      const int64_t from = begin + pieces * held_;
+      forward_.restore(kLanes<T>, inner_states_ + pieces * geometry_.boundary, kLanes<T>, states_);
+      run_held(from, min_of(from + held_, end));
+    }
+  }
+
+  // The same where the states fit; state `begin` is in states_.
+  void run_held(int64_t begin, int64_t end) {
+    for (int64_t t = begin + 1; t < end; ++t) {
+      T* const h = states_ + (t - begin) * geometry_.state;
+      forward_.step(t, h - geometry_.state, h);
+    }
+    for (int64_t t = end; t > begin; --t) back(t, states_ + (t - 1 - begin) * geometry_.state);
+  }
+
+  // From the gradient of state t's pre-activation to that of state t - 1, which is `h`.
+  void back(int64_t t, const T* h) {
+    const bool is_last = t == geometry_.last_state + 1;
+    const int64_t layer = t - 2, rows = is_last ? shape_.out : shape_.width;
+    const T* const weight = is_last ? args_.params.last_weight : args_.params.hidden_weight + layer * geometry_.hidden_size;
+    const T* const full = is_last ? r_ : full_;
+    if (grads_.first_weight) {
+      add_gradients(rows, shape_.width, full, h, is_last ? grads_.last_weight : grads_.hidden_weight + layer * geometry_.hidden_size,
+                    is_last ? grads_.last_bias : grads_.hidden_bias + layer * shape_.width);
+    }
+    const GradientEpilogue<T> epilogue{h, geometry_.keep, gradient_.floor, gradient_.rest, next_, geometry_.positions};
+    correlate(transposed_filter(weight, shape_.width, shape_.size), rows, shape_.width, geometry_.plane, full, epilogue);
+    T* const swap = full_;
+    full_ = next_;
+    next_ = swap;
+    if (!is_last && layer > 0) gradient_.move(t - 1, full_);
+  }
+
+  void add_gradients(int64_t rows, int64_t channels, const T* full, const T* h, T* weight, T* bias) {
+    weight_sums(rows, channels, shape_.size, geometry_.plane, full, h, sums_);
+    add_lanes(rows * channels * shape_.size * shape_.size, valid_, sums_, weight);
+    bias_sums(rows, geometry_.positions, full, sums_);
+    add_lanes(rows, valid_, sums_, bias);
+  }
+
+  // The first layer and the images; full_ is the gradient of state 1's pre-activation.
+  void finish() {
+    if (grads_.first_weight)
+      add_gradients(shape_.width, shape_.in, full_, forward_.images(), grads_.first_weight, grads_.first_bias);
+    if (!args_.grad_x) return;
+    const int64_t elements = shape_.in * geometry_.positions;
+    for (int64_t e = 0; e < shape_.in * geometry_.row; ++e) next_[e] = shape_.offset ? T(shape_.scale) * full_[e] : T(0);
+    correlate(transposed_filter(args_.params.first_weight, shape_.in, shape_.size), shape_.width, shape_.in,
+              geometry_.plane, static_cast<const T*>(full_), AddEpilogue<T>{next_, geometry_.positions});
+    T* const to = args_.grad_x + sample_ * elements;
+    transpose(elements, valid_, static_cast<const T*>(next_), int64_t(kLanes<T>), to, elements);
+  }
+
+  const ConvGeometry<T>& geometry_;
+  const ConvShape& shape_;
+  const ConvBackward<T>& args_;
+  const ConvParams<T> grads_;
+  TileForward<T> forward_;
+  TileState<T> gradient_;
+  const int64_t held_, inner_;
+  Buffer memory_;
+  T *states_, *full_, *next_, *r_, *sums_, *inner_states_;
+  int64_t sample_, valid_;
+};
+
+// The six gradients as one run of memory per chunk, in the order of ConvParams.
+template <class T>
+struct GradientSizes {
+  int64_t sizes[6], total;
+  explicit GradientSizes(const ConvShape& s)
+      : sizes{s.width * s.in * s.size * s.size, s.width, s.layers * s.width * s.width * s.size * s.size,
+              s.layers * s.width, s.out * s.width * s.size * s.size, s.out},
+        total(0) {
+    for (int64_t size : sizes) total += size;
+  }
+  ConvParams<T> at(T* memory) const {
+    T* parts[6];
+    for (int i = 0; i < 6; memory += sizes[i++]) parts[i] = memory;
+    return {parts[0], parts[1], parts[2], parts[3], parts[4], parts[5]};
+  }
+};
+
+template <class T>
+void conv_backward(const ConvBackward<T>& args, const Parallel& parallel) {
+  const ConvGeometry<T> geometry(args.shape);
+  const GradientSizes<T> gradients(args.shape);
+  const Chunks chunks(ceil_div(args.shape.batch, kLanes<T>), parallel.threads);
+  const bool need_params = args.grads.first_weight != nullptr;
+  // Chunk 0 adds into the result; the others have their own sums, added to it in the order of the chunks.
+  const Buffer partial(need_params && chunks.parts > 1 ? (chunks.parts - 1) * gradients.total * int64_t(sizeof(T)) : 0);
+  parallel_for(parallel, chunks.parts, [&](int64_t chunk) {
+    ConvParams<T> grads = args.grads;
+    if (need_params && chunk > 0) {
+      T* const memory = partial.as<T>() + (chunk - 1) * gradients.total;
+      fill(gradients.total, T(0), memory);
+      grads = gradients.at(memory);
+    }
+    TileBackward<T> backward(geometry, args, grads);
+    for (int64_t tile = chunks.begin(chunk); tile < chunks.begin(chunk + 1); ++tile) backward.run(tile);
+  });
+  if (!need_params || chunks.parts < 2) return;
+  T* const results[6] = {args.grads.first_weight, args.grads.first_bias,  args.grads.hidden_weight,
+                         args.grads.hidden_bias,  args.grads.last_weight, args.grads.last_bias};
+  const T* from = partial.as<T>();
+  for (int i = 0; i < 6; from += gradients.sizes[i++]) {
+    const Chunks shares(gradients.sizes[i], parallel.threads);
+    parallel_for(parallel, shares.parts, [&](int64_t share) {
+      for (int64_t chunk = 0; chunk < chunks.parts - 1; ++chunk)
+        for (int64_t e = shares.begin(share); e < shares.begin(share + 1); ++e)
+          results[i][e] += from[chunk * gradients.total + e];
+    });
+  }
+}
+
+// ---- jvp ------------------------------------------------------------------------------------------------------------
+// The tangent is carried in three parts as well, T = (D + moved) + tau, D = [scale relu'(x) x_t; 0; 0].
+template <class T>
+void conv_jvp(const ConvJvp<T>& args, const Parallel& parallel) {
+  const ConvGeometry<T> geometry(args.shape);
+  const ConvShape& s = args.shape;
+  const Chunks chunks(ceil_div(s.batch, kLanes<T>), parallel.threads);
+  parallel_for(parallel, chunks.parts, [&](int64_t chunk) {
+    TileForward<T> forward(geometry, args.params);
+    TileState<T> tangent(geometry);
+    const int64_t input = s.in * geometry.row;
+    const Buffer memory((4 * geometry.state + input + s.out * geometry.row) * int64_t(sizeof(T)));
+    T* const states = memory.as<T>();
+    T* full = states + 2 * geometry.state;
+    T* next = full + geometry.state;
+    T* const x_tangent = states + 4 * geometry.state;
+    T* const z = x_tangent + input;
+    // rest = mask(keep rest + W full + W_t h + b_t), next = the whole tangent.
+    const auto layer = [&](const T* weight, const T* weight_t, const T* bias_t, int64_t channels, const T* keep,
+                           const T* before_t, const T* before, const T* h) {
+      for (int64_t i = 0; i < s.width; ++i)
+        for (int64_t e = i * geometry.row; e < (i + 1) * geometry.row; ++e)
+          tangent.rest[e] = (keep[i] == T(0) ? T(0) : tangent.rest[e]) + (bias_t ? bias_t[i] : T(0));
+      if (weight_t)
+        correlate(forward_filter(weight_t, channels, s.size), channels, s.width, geometry.plane, before,
+                  AddEpilogue<T>{tangent.rest, geometry.positions});
+      const GradientEpilogue<T> epilogue{h,           geometry.everything, tangent.floor,
+                                         tangent.rest, next,               geometry.positions};
+      correlate(forward_filter(weight, channels, s.size), channels, s.width, geometry.plane, before_t, epilogue);
+      T* const swap = full;
+      full = next;
+      next = swap;
+    };
+    for (int64_t tile = chunks.begin(chunk); tile < chunks.begin(chunk + 1); ++tile) {
+      const int64_t sample = tile * kLanes<T>, valid = min_of(kLanes<T>, s.batch - sample);
+      const int64_t elements = s.in * geometry.positions;
+      forward.load(args.x + sample * elements, valid);
+      fill(geometry.state, T(0), tangent.base);
+      fill(geometry.state, T(0), tangent.moved);
+      fill(geometry.state, T(0), tangent.rest);
+      fill(input, T(0), x_tangent);
+      if (args.x_tangent) {
+        load_images(elements, valid, args.x_tangent + sample * elements, x_tangent);
+        if (s.offset)
+          for (int64_t e = 0; e < input; ++e)
+            (forward.images()[e] <= T(0) ? tangent.rest : tangent.base)[e] = T(s.scale) * x_tangent[e];
+      }
+      tangent.set_floor();
+      T *h = states, *h_next = states + geometry.state;
+      forward.first(h);
+      layer(args.params.first_weight, args.tangents.first_weight, args.tangents.first_bias, s.in, geometry.everything,
+            x_tangent, forward.images(), h);
+      for (int64_t t = 2; t <= geometry.last_state; ++t) {
+        forward.step(t, h, h_next);
+        const int64_t at = (t - 2) * geometry.hidden_size;
+        layer(args.params.hidden_weight + at, args.tangents.hidden_weight ? args.tangents.hidden_weight + at : nullptr,
+              args.tangents.hidden_bias ? args.tangents.hidden_bias + (t - 2) * s.width : nullptr, s.width, geometry.keep,
+              full, h, h_next);
+        tangent.move(t, full);
+        T* const swap = h;
+        h = h_next;
+        h_next = swap;
+      }
+      start_output(geometry, tangent, args.tangents.last_bias, z);
+      const AddEpilogue<T> add{z, geometry.positions};
+      if (args.tangents.last_weight)
+        correlate(forward_filter(args.tangents.last_weight, s.width, s.size), s.width, s.out, geometry.plane,
+                  static_cast<const T*>(h), add);
+      correlate(forward_filter(args.params.last_weight, s.width, s.size), s.width, s.out, geometry.plane,
+                static_cast<const T*>(full), add);
+      pool(s.out, geometry.positions, valid, z, args.out + sample * s.out);
+    }
+  });
+}
+
+}  // namespace ND_ISA
+}  // namespace narrowdeep

@@ -1,0 +1,286 @@
+// One convolution layer on a tile: as many images as a vector has lanes, stored [channel][row][column][lane].
+//
+// Floor of a correlation: one FMA a vector for each pair of channels, position and filter tap inside the image (361 taps
+// of 3x3 filters on a 7x7 image, not 441). Weights are broadcast; a block of O output channels by X positions of a row
+// stays in registers, so that a tap costs O + X loads for O X FMAs.
+#pragma once
+
+#include "common/vec.h"
+
+// GCC keeps an array of vectors in registers only where the loops over it are unrolled completely.
+#define ND_UNROLL _Pragma("GCC unroll 16")
+
+namespace narrowdeep {
+namespace ND_ISA {
+
+struct Plane {
+  int64_t height, width;
+};
+
+// weight[o][c][i][j] at start + o * out_stride + c * in_stride + (i * size + j) * tap_stride.
+template <class T>
+struct Filter {
+  const T* start;
+  int64_t out_stride, in_stride, tap_stride, size;
+};
+
+// The filter of a layer with `columns` input channels, contiguous (rows, columns, size, size).
+template <class T>
+ND_INLINE Filter<T> forward_filter(const T* weight, int64_t columns, int64_t size) {
+  return {weight, columns * size * size, size * size, 1, size};
+}
+
+// Its transpose: rows and columns change places and the taps are read backwards.
+template <class T>
+ND_INLINE Filter<T> transposed_filter(const T* weight, int64_t columns, int64_t size) {
+  return {weight + size * size - 1, size * size, columns * size * size, -1, size};
+}
+
+// Accumulators of a block, two operands and a spare must fit in the registers.
+constexpr int kBlockColumns = 4;
+constexpr int kBlockChannels = kRegisters == 32 ? 4 : 3;
+
+// Size of the blocks when [0, count) is divided into the fewest of at most `most`; the last may be smaller.
+ND_INLINE int64_t even_block(int64_t count, int64_t most) { return ceil_div(count, ceil_div(count, most)); }
+
+// Output channels [o, o + O) at row y, columns [x, x + X): sums of every tap inside the image, then the epilogue:
+// a struct with `template <int O, int X> void operator()(int64_t channel, int64_t position, Vec<T> (*sum)[X])`.
+template <class T, int O, int X, class Epilogue>
+void correlate_block(const Filter<T>& filter, int64_t channels, const Plane& plane, const T* in, int64_t o, int64_t y,
+                     int64_t x, const Epilogue& epilogue) {
+  constexpr int lanes = kLanes<T>;
+  const int64_t radius = filter.size / 2;
+  const int64_t row_begin = max_of(0, radius - y), row_end = min_of(filter.size, plane.height + radius - y);
+  const int64_t tap_begin = max_of(0, radius - x - (X - 1)), tap_end = min_of(filter.size, plane.width + radius - x);
+  Vec<T> sum[O][X];
+  ND_UNROLL for (int a = 0; a < O; ++a) {
+    ND_UNROLL for (int b = 0; b < X; ++b) sum[a][b] = Vec<T>{};
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t i = row_begin; i < row_end; ++i) {
+      const T* weight = filter.start + o * filter.out_stride + c * filter.in_stride + i * filter.size * filter.tap_stride;
+      const T* row = in + ((c * plane.height + y + i - radius) * plane.width) * lanes;
+      for (int64_t j = tap_begin; j < tap_end; ++j) {
+        Vec<T> w[O];
+        ND_UNROLL for (int a = 0; a < O; ++a) w[a] = broadcast(weight[a * filter.out_stride + j * filter.tap_stride]);
+        const int64_t from = x + j - radius;  // the column that the block's first position sees
+        if (from >= 0 && from + X <= plane.width) {
+          ND_UNROLL for (int b = 0; b < X; ++b) {
+            const Vec<T> h = load(row + (from + b) * lanes);
+            ND_UNROLL for (int a = 0; a < O; ++a) sum[a][b] = fma(w[a], h, sum[a][b]);
+          }
+        } else {
+          ND_UNROLL for (int b = 0; b < X; ++b) {
+            if (from + b < 0 || from + b >= plane.width) continue;
+            const Vec<T> h = load(row + (from + b) * lanes);
+            ND_UNROLL for (int a = 0; a < O; ++a) sum[a][b] = fma(w[a], h, sum[a][b]);
+          }
+        }
+      }
+    }
+  }
+  epilogue.template operator()<O, X>(o, y * plane.width + x, sum);
+}
+
+template <class T, int O, class Epilogue>
+ND_INLINE void correlate_columns(int64_t columns, const Filter<T>& filter, int64_t channels, const Plane& plane,
+                                 const T* in, int64_t o, int64_t y, int64_t x, const Epilogue& epilogue) {
+  static_assert(kBlockColumns == 4, "one case a number of columns");
+  switch (columns) {
+    case 1: return correlate_block<T, O, 1>(filter, channels, plane, in, o, y, x, epilogue);
+    case 2: return correlate_block<T, O, 2>(filter, channels, plane, in, o, y, x, epilogue);
+    case 3: return correlate_block<T, O, 3>(filter, channels, plane, in, o, y, x, epilogue);
+    default: return correlate_block<T, O, 4>(filter, channels, plane, in, o, y, x, epilogue);
+  }
+}
+
+// sum[o][y][x] = sum over c, i, j of weight[o][c][i][j] in[c][y + i - size / 2][x + j - size / 2], inside the image.
+template <class T, class Epilogue>
+inline void correlate(const Filter<T>& filter, int64_t channels, int64_t out_channels, const Plane& plane, const T* in,
+                      const Epilogue& epilogue) {
+  const int64_t height = even_block(out_channels, kBlockChannels), width = even_block(plane.width, kBlockColumns);
+  for (int64_t y = 0; y < plane.height; ++y)
+    for (int64_t o = 0; o < out_channels; o += height)
+      for (int64_t x = 0; x < plane.width; x += width) {
+        const int64_t count = min_of(height, out_channels - o), wide = min_of(width, plane.width - x);
+        if (count == 1) {
+          correlate_columns<T, 1>(wide, filter, channels, plane, in, o, y, x, epilogue);
+        } else if (count == 2) {
+          correlate_columns<T, 2>(wide, filter, channels, plane, in, o, y, x, epilogue);
+        } else if (count == 3) {
+          correlate_columns<T, 3>(wide, filter, channels, plane, in, o, y, x, epilogue);
+        } else if constexpr (kBlockChannels > 3) {
+          correlate_columns<T, 4>(wide, filter, channels, plane, in, o, y, x, epilogue);
+        }
+      }
+}
+
+// ---- what happens to the sums ---------------------------------------------------------------------------------------
+// Arrays are images [channel][position][lane]; `keep` is a mask a channel; `floor` is -(base + moved), or -(R + moved).
+
+// a = clip(keep a + (sum + bias), floor), h = a - floor.
+template <class T>
+struct StateEpilogue {
+  const T *bias, *keep, *floor;
+  T *a, *h;
+  int64_t positions;
+  template <int O, int X>
+  ND_INLINE void operator()(int64_t channel, int64_t position, Vec<T> (*sum)[X]) const {
+    ND_UNROLL for (int i = 0; i < O; ++i) {
+      const Vec<T> start = broadcast(bias[channel + i]), mask = broadcast(keep[channel + i]);
+      const int64_t at = ((channel + i) * positions + position) * kLanes<T>;
+      ND_UNROLL for (int b = 0; b < X; ++b) {
+        const Vec<T> low = load(floor + at + b * kLanes<T>);
+        // a comes in last: it is the one large term beside the small increments
+        const Vec<T> next = clip(keep_if(mask, load(a + at + b * kLanes<T>)) + (sum[i][b] + start), low);
+        store(a + at + b * kLanes<T>, next);
+        store(h + at + b * kLanes<T>, next - low);
+      }
+    }
+  }
+};
+
+// g = h <= 0 ? floor : keep g + sum, full = g - floor.
+template <class T>
+struct GradientEpilogue {
+  const T *h, *keep, *floor;
+  T *g, *full;
+  int64_t positions;
+  template <int O, int X>
+  ND_INLINE void operator()(int64_t channel, int64_t position, Vec<T> (*sum)[X]) const {
+    ND_UNROLL for (int i = 0; i < O; ++i) {
+      const Vec<T> mask = broadcast(keep[channel + i]);
+      const int64_t at = ((channel + i) * positions + position) * kLanes<T>;
+      ND_UNROLL for (int b = 0; b < X; ++b) {
+        const Vec<T> low = load(floor + at + b * kLanes<T>);
+        const Vec<T> sums = keep_if(mask, load(g + at + b * kLanes<T>)) + sum[i][b];
+        const Vec<T> next = where_le0(load(h + at + b * kLanes<T>), low, sums);
+        store(g + at + b * kLanes<T>, next);
+        store(full + at + b * kLanes<T>, next - low);
+      }
+    }
+  }
+};
+
+// to += sum.
+template <class T>
+struct AddEpilogue {
+  T* to;
+  int64_t positions;
+  template <int O, int X>
+  ND_INLINE void operator()(int64_t channel, int64_t position, Vec<T> (*sum)[X]) const {
+    ND_UNROLL for (int i = 0; i < O; ++i) {
+      T* row = to + ((channel + i) * positions + position) * kLanes<T>;
+      ND_UNROLL for (int b = 0; b < X; ++b) store(row + b * kLanes<T>, load(row + b * kLanes<T>) + sum[i][b]);
+    }
+  }
+};
+
+// ---- weight gradients -----------------------------------------------------------------------------------------------
+// sums[o][c][tap] (a vector each) = sum over positions of full[o][y][x] h[c][y + i - size / 2][x + j - size / 2].
+// One tap at a time: its positions inside the image are a rectangle.
+template <class T, int O, int C>
+void weight_sums_block(int64_t o, int64_t c, int64_t channels, int64_t size, const Plane& plane, const T* full,
+                       const T* h, T* sums) {
+  constexpr int lanes = kLanes<T>;
+  const int64_t radius = size / 2, positions = plane.height * plane.width;
+  for (int64_t i = 0; i < size; ++i)
+    for (int64_t j = 0; j < size; ++j) {
+      const int64_t y_begin = max_of(0, radius - i), y_end = min_of(plane.height, plane.height + radius - i);
+      const int64_t x_begin = max_of(0, radius - j), x_end = min_of(plane.width, plane.width + radius - j);
+      Vec<T> sum[O][C];
+      ND_UNROLL for (int a = 0; a < O; ++a) {
+        ND_UNROLL for (int b = 0; b < C; ++b) sum[a][b] = Vec<T>{};
+      }
+      for (int64_t y = y_begin; y < y_end; ++y) {
+        const T* left = full + (o * positions + y * plane.width) * lanes;
+        const T* right = h + (c * positions + (y + i - radius) * plane.width + j - radius) * lanes;
+        for (int64_t x = x_begin; x < x_end; ++x) {
+          Vec<T> column[C];
+          ND_UNROLL for (int b = 0; b < C; ++b) column[b] = load(right + (b * positions + x) * lanes);
+          ND_UNROLL for (int a = 0; a < O; ++a) {
+            const Vec<T> gradient = load(left + (a * positions + x) * lanes);
+            ND_UNROLL for (int b = 0; b < C; ++b) sum[a][b] = fma(gradient, column[b], sum[a][b]);
+          }
+        }
+      }
+      ND_UNROLL for (int a = 0; a < O; ++a) {
+        ND_UNROLL for (int b = 0; b < C; ++b) {
+          store(sums + (((o + a) * channels + c + b) * size * size + i * size + j) * lanes, sum[a][b]);
+        }
+      }
+    }
+}
+
+template <class T, int O>
+ND_INLINE void weight_sums_columns(int64_t count, int64_t o, int64_t c, int64_t channels, int64_t size,
+                                   const Plane& plane, const T* full, const T* h, T* sums) {
+  switch (count) {
+    case 1: return weight_sums_block<T, O, 1>(o, c, channels, size, plane, full, h, sums);
+    case 2: return weight_sums_block<T, O, 2>(o, c, channels, size, plane, full, h, sums);
+    case 3: return weight_sums_block<T, O, 3>(o, c, channels, size, plane, full, h, sums);
+    default:
+      if constexpr (kBlockChannels > 3) weight_sums_block<T, O, 4>(o, c, channels, size, plane, full, h, sums);
+  }
+}
+
+template <class T>
+inline void weight_sums(int64_t rows, int64_t channels, int64_t size, const Plane& plane, const T* full, const T* h,
+                        T* sums) {
+  const int64_t height = even_block(rows, kBlockChannels), width = even_block(channels, kBlockChannels);
+  for (int64_t o = 0; o < rows; o += height)
+    for (int64_t c = 0; c < channels; c += width) {
+      const int64_t count = min_of(height, rows - o), wide = min_of(width, channels - c);
+      if (count == 1) {
+        weight_sums_columns<T, 1>(wide, o, c, channels, size, plane, full, h, sums);
+      } else if (count == 2) {
+        weight_sums_columns<T, 2>(wide, o, c, channels, size, plane, full, h, sums);
+      } else if (count == 3) {
+        weight_sums_columns<T, 3>(wide, o, c, channels, size, plane, full, h, sums);
+      } else if constexpr (kBlockChannels > 3) {
+        weight_sums_columns<T, 4>(wide, o, c, channels, size, plane, full, h, sums);
+      }
+    }
+}
+
+// sums[channel] (a vector each) = sum over positions of full[channel].
+template <class T>
+inline void bias_sums(int64_t rows, int64_t positions, const T* full, T* sums) {
+  constexpr int lanes = kLanes<T>;
+  for (int64_t o = 0; o < rows; ++o) {
+    const T* row = full + o * positions * lanes;
+    Vec<T> even{}, odd{};
+    int64_t p = 0;
+    for (; p + 2 <= positions; p += 2) {
+      even = even + load(row + p * lanes);
+      odd = odd + load(row + (p + 1) * lanes);
+    }
+    if (p < positions) even = even + load(row + p * lanes);
+    store(sums + o * lanes, even + odd);
+  }
+}
+
+// grad[e] += the first `valid` lanes of sums[e], all of them added up, for `count` entries.
+template <class T>
+inline void add_lanes(int64_t count, int64_t valid, const T* sums, T* grad) {
+  constexpr int lanes = kLanes<T>;
+  alignas(64) T mask_memory[lanes], tail[lanes];
+  for (int64_t s = 0; s < lanes; ++s) mask_memory[s] = s < valid ? all_ones<T>() : T(0);
+  const Vec<T> mask = load(mask_memory);
+  for (int64_t e = 0; e < count; e += lanes) {
+    Vec<T> group[lanes];
+    ND_UNROLL for (int k = 0; k < lanes; ++k) {
+      group[k] = e + k < count ? keep_if(mask, load(sums + (e + k) * lanes)) : Vec<T>{};
+    }
+    const Vec<T> total = sum_lanes<T, lanes>(group);
+    if (e + lanes <= count) {
+      store(grad + e, load(grad + e) + total);
+    } else {
+      store(tail, total);
+      for (int64_t k = 0; e + k < count; ++k) grad[e + k] += tail[k];
+    }
+  }
+}
+
+}  // namespace ND_ISA
+}  // namespace narrowdeep

@@ -1,0 +1,609 @@
+// The MLP chain for one instruction set: forward, backward, jvp. Included by one translation unit per instruction set.
+//
+// Samples stand in vector lanes. A tile of at most four vectors goes through all layers, or all layers of a segment,
+// before the next tile, so its activations stay in cache; threads share out the tiles.
+#pragma once
+
+#include "mlp/args.h"
+#include "mlp/layer.h"
+#include "mlp/narrow.h"
+
+namespace narrowdeep {
+namespace ND_ISA {
+
+// How a batch is cut into tiles, and what every kernel needs to know about the network.
+template <class T>
+struct Net {
+  MlpShape shape;
+  MlpParams<const T> params;
+  int vectors;      // of a tile: 1, 2 or 4
+  int64_t samples;  // of a tile, vectors * lanes
+  int64_t tiles;
+  int64_t size;  // elements of one [width][samples] array
+  Buffer keep_buffer;
+  T* keep;  // (width): all ones where the identity part is 1, else 0
+
+  Net(const MlpShape& s, const MlpParams<const T>& p, const Parallel& parallel)
+      : shape(s), params(p), keep_buffer(s.width * int64_t(sizeof(T))), keep(keep_buffer.as<T>()) {
+    const int64_t whole = ceil_div(s.batch, kLanes<T>);
+    const int64_t share = ceil_div(whole, parallel.threads);
+    vectors = share >= 3 ? 4 : share == 2 ? 2 : 1;
+    samples = vectors * kLanes<T>;
+    tiles = ceil_div(s.batch, samples);
+    size = s.width * samples;
+    for (int64_t i = 0; i < s.width; ++i)
+      keep[i] = s.offset && (i < s.in || i >= s.width - s.out) ? all_ones<T>() : T(0);
+  }
+  int64_t valid(int64_t tile) const { return min_of(samples, shape.batch - tile * samples); }
+  bool narrow() const { return shape.width <= kWidestNarrow; }
+};
+
+// The state of one tile; every array [width][samples].
+template <class T>
+struct State {
+  T *base, *moved, *floor, *a;
+  static constexpr int kArrays = 4;
+  State(T* memory, int64_t size) : base(memory), moved(base + size), floor(moved + size), a(floor + size) {}
+};
+
+template <class T>
+inline void subtract(int64_t count, const T* a, const T* b, T* to) {
+  for (int64_t s = 0; s < count; ++s) to[s] = a[s] - b[s];
+}
+
+// x (batch, features), samples [tile], transposed to [features][samples]; the last tile is filled up with its last
+// sample, or with zeros.
+template <class T>
+inline void load_transposed(const Net<T>& net, int64_t tile, int64_t features, const T* x, bool fill_with_zero, T* to) {
+  const int64_t valid = net.valid(tile);
+  transpose(valid, features, x + tile * net.samples * features, features, to, net.samples);
+  for (int64_t k = 0; k < features; ++k)
+    for (int64_t s = valid; s < net.samples; ++s)
+      to[k * net.samples + s] = fill_with_zero ? T(0) : to[k * net.samples + valid - 1];
+}
+template <class T>
+inline void store_transposed(const Net<T>& net, int64_t tile, int64_t features, const T* from, T* to) {
+  transpose(features, net.valid(tile), from, net.samples, to + tile * net.samples * features, features);
+}
+
+// base, from the transposed input.
+template <class T>
+inline void set_base(const Net<T>& net, const T* x, T* base) {
+  const MlpShape& s = net.shape;
+  const T scale = T(s.scale);
+  for (int64_t i = 0; i < net.size; ++i) base[i] = T(0);
+  if (!s.offset) return;
+  for (int64_t i = 0; i < s.in * net.samples; ++i) {
+    const T left = scale * x[i];
+    base[i] = left < T(0) ? T(0) : left;
+  }
+  for (int64_t i = (s.width - s.out) * net.samples; i < net.size; ++i) base[i] = scale;
+}
+
+// The first layer: state 1 of a tile.
+template <class T>
+inline void first_layer(const Net<T>& net, const T* x, const State<T>& state) {
+  const MlpShape& s = net.shape;
+  set_base(net, x, state.base);
+  for (int64_t i = 0; i < net.size; ++i) state.moved[i] = T(0);
+  set_floor(net.size, state.base, state.moved, state.floor);
+  const Affine<T> epilogue{net.params.first_bias, nullptr, 0, T(0), state.a, net.samples};
+  multiply<T>(net.vectors, s.width, net.params.first_weight, s.in, 1, x, net.samples, s.in, epilogue);
+  const T scale = T(s.scale);
+  for (int64_t i = 0; i < net.size; ++i) {
+    T z = state.a[i];
+    if (s.offset && i < s.in * net.samples) {
+      const T left = scale * x[i];
+      if (left < T(0)) z = left + z;  // what the base left out of scale * x
+    }
+    state.a[i] = state.floor[i] > z ? state.floor[i] : z;
+  }
+}
+
+template <class T, int N = kNarrowest>
+inline void narrow_forward_any(const Net<T>& net, int64_t begin, int64_t end, const State<T>& state, T* states) {
+  if constexpr (N <= kWidestNarrow) {
+    if (net.shape.width != N) return narrow_forward_any<T, N + 1>(net, begin, end, state, states);
+    const T *w = net.params.hidden_weight, *c = net.params.hidden_bias;
+    if (net.shape.offset) {
+      if (states) narrow_forward<T, N, true, true>(w, c, begin, end, net.vectors, net.keep, state.floor, state.a, states);
+      else narrow_forward<T, N, true, false>(w, c, begin, end, net.vectors, net.keep, state.floor, state.a, states);
+    } else {
+      if (states) narrow_forward<T, N, false, true>(w, c, begin, end, net.vectors, net.keep, state.floor, state.a, states);
+      else narrow_forward<T, N, false, false>(w, c, begin, end, net.vectors, net.keep, state.floor, state.a, states);
+    }
+  }
+}
+
+// Hidden layers [begin, end). With `states`, the state after layer l goes to states + (l - begin + 1) * size, and the
+// one before `begin` to states. Without, `h` is two arrays of scratch.
+template <class T>
+inline void run_layers(const Net<T>& net, int64_t begin, int64_t end, const State<T>& state, T* states, T* h) {
+  const MlpShape& s = net.shape;
+  T* current = states ? states : h;
+  subtract(net.size, state.a, state.floor, current);
+  for (int64_t l = begin; l < end;) {
+    const int64_t stop = s.offset ? next_move(l, end) : end;
+    if (net.narrow()) {
+      narrow_forward_any(net, l, stop, state, states ? states + (l - begin) * net.size : nullptr);
+      if (states) current = states + (stop - begin) * net.size;
+      l = stop;
+    } else {
+      for (; l < stop; ++l) {
+        T* next = states ? current + net.size : current == h ? h + net.size : h;
+        const HiddenForward<T> epilogue{net.params.hidden_bias + l * s.width, net.keep, state.floor, state.a, next, net.samples};
+        multiply<T>(net.vectors, s.width, net.params.hidden_weight + l * s.width * s.width, s.width, 1, current,
+                    net.samples, s.width, epilogue);
+        current = next;
+      }
+    }
+    if (s.offset && moves_after(stop)) {
+      move_state(s.width, net.samples, net.keep, state.base, state.moved, state.floor, state.a);
+      if (states || !net.narrow()) subtract(net.size, state.a, state.floor, current);
+    }
+  }
+}
+
+// Saved states: index 0 is (moved, a) or h in the layout (states, parts, width, batch).
+template <class T>
+inline void save_state(const Net<T>& net, int64_t tile, int64_t index, int parts, const T* first, const T* second, T* saved) {
+  const int64_t batch = net.shape.batch, width = net.shape.width;
+  T* to = saved + index * parts * width * batch + tile * net.samples;
+  store_rows(width, net.samples, net.valid(tile), first, to, batch);
+  if (parts == 2) store_rows(width, net.samples, net.valid(tile), second, to + width * batch, batch);
+}
+template <class T>
+inline void load_state(const Net<T>& net, int64_t tile, int64_t index, int parts, const T* saved, T* first, T* second) {
+  const int64_t batch = net.shape.batch, width = net.shape.width;
+  const T* from = saved + index * parts * width * batch + tile * net.samples;
+  load_rows(width, net.samples, net.valid(tile), from, batch, first);
+  if (parts == 2) load_rows(width, net.samples, net.valid(tile), from + width * batch, batch, second);
+}
+
+// Layers a backward step takes at a time: the segment, or, when every state was saved, what fits in cache.
+template <class T>
+inline int64_t step_layers(const Net<T>& net) {
+  if (net.shape.segment > 1) return net.shape.segment;
+  const int64_t fitting = (int64_t(1) << 19) / (2 * net.size * int64_t(sizeof(T)));
+  return max_of(4, min_of(64, fitting));
+}
+
+template <class T>
+inline void mlp_forward(const MlpForward<T>& args, const Parallel& parallel) {
+  const MlpShape& s = args.shape;
+  const Net<T> net(s, args.params, parallel);
+  const int64_t workers = min_of(parallel.threads, net.tiles);
+  const int64_t step = s.segment == 0 ? max_of(1, s.layers) : s.segment == 1 ? kMovePeriod : s.segment;
+  parallel_for(parallel, workers, [&](int64_t worker) {
+    const int64_t states_size = s.segment == 1 ? (step + 1) * net.size : 0;
+    const Buffer memory(int64_t(sizeof(T)) *
+                        ((State<T>::kArrays + 2) * net.size + (s.in + s.out) * net.samples + states_size));
+    T* const h = memory.as<T>();
+    const State<T> state(h + 2 * net.size, net.size);
+    T* const x = h + (2 + State<T>::kArrays) * net.size;
+    T* const out = x + s.in * net.samples;
+    T* const states = s.segment == 1 ? out + s.out * net.samples : nullptr;
+    for (int64_t tile = worker; tile < net.tiles; tile += workers) {
+      load_transposed(net, tile, s.in, args.x, false, x);
+      first_layer(net, x, state);
+      for (int64_t begin = 0; begin < max_of(1, s.layers); begin += step) {
+        const int64_t end = min_of(begin + step, s.layers);
+        if (s.segment > 1) {
+          save_state(net, tile, begin / step, s.offset ? 2 : 1, s.offset ? state.moved : state.a, state.a, args.saved);
+        }
+        run_layers(net, begin, end, state, states, h);
+        if (s.segment == 1) {
+          for (int64_t l = begin; l < end; ++l) save_state(net, tile, l, 1, states + (l - begin) * net.size, states, args.saved);
+        }
+      }
+      subtract(net.size, state.a, state.floor, h);
+      if (s.segment == 1) save_state(net, tile, s.layers, 1, h, h, args.saved);
+      const Affine<T> last{args.params.last_bias, nullptr, 0, T(0), out, net.samples};
+      multiply<T>(net.vectors, s.out, args.params.last_weight, s.width, 1, h, net.samples, s.width, last);
+      if (s.offset) {
+        const int64_t right = (s.width - s.out) * net.samples;
+        for (int64_t i = 0; i < s.out * net.samples; ++i) out[i] += state.moved[right + i] + state.a[right + i];
+      }
+      store_transposed(net, tile, s.out, out, args.out);
+    }
+  });
+}
+
+// ---- backward -------------------------------------------------------------------------------------------------------
+
+// What a backward keeps of one tile from its first step to its last.
+template <class T>
+struct Reverse {
+  T *x, *r;               // transposed input and output gradient
+  T *g, *moved, *h_last;  // [width][samples]
+  static int64_t elements(const Net<T>& net) { return 3 * net.size + (net.shape.in + net.shape.out) * net.samples; }
+  Reverse(const Net<T>& net, T* memory)
+      : x(memory),
+        r(x + net.shape.in * net.samples),
+        g(r + net.shape.out * net.samples),
+        moved(g + net.size),
+        h_last(moved + net.size) {}
+};
+
+// h of the states before and after every layer of [begin, end), into `states`.
+template <class T>
+inline void restore_states(const Net<T>& net, int64_t tile, const T* saved, const T* x, int64_t begin, int64_t end,
+                           const State<T>& state, T* states) {
+  const MlpShape& s = net.shape;
+  if (s.segment == 1) {
+    for (int64_t l = begin; l <= end; ++l) load_state<T>(net, tile, l, 1, saved, states + (l - begin) * net.size, nullptr);
+    return;
+  }
+  set_base(net, x, state.base);
+  if (s.offset) {
+    load_state(net, tile, begin / s.segment, 2, saved, state.moved, state.a);
+  } else {
+    for (int64_t i = 0; i < net.size; ++i) state.moved[i] = T(0);
+    load_state<T>(net, tile, begin / s.segment, 1, saved, state.a, nullptr);
+  }
+  set_floor(net.size, state.base, state.moved, state.floor);
+  run_layers<T>(net, begin, end, state, states, nullptr);
+}
+
+// root = R = [0; 0; r] in offset form, else 0; floor = -(R + moved).
+template <class T>
+inline void set_root(const Net<T>& net, const Reverse<T>& reverse, T* root, T* floor) {
+  const int64_t right = (net.shape.width - net.shape.out) * net.samples;
+  for (int64_t i = 0; i < net.size; ++i) root[i] = net.shape.offset && i >= right ? reverse.r[i - right] : T(0);
+  set_floor(net.size, root, reverse.moved, floor);
+}
+
+// The last layer backwards: g at state L-1, given that state.
+template <class T>
+inline void start_reverse(const Net<T>& net, const Reverse<T>& reverse, const T* h_last, T* root, T* floor) {
+  const MlpShape& s = net.shape;
+  for (int64_t i = 0; i < net.size; ++i) {
+    reverse.h_last[i] = h_last[i];
+    reverse.moved[i] = T(0);
+    reverse.g[i] = T(0);
+  }
+  set_root(net, reverse, root, floor);
+  const HiddenBackward<T> epilogue{net.keep, floor, h_last, reverse.g, net.samples};
+  multiply<T>(net.vectors, s.width, net.params.last_weight, 1, s.width, reverse.r, net.samples, s.out, epilogue);
+}
+
+template <class T, int N = kNarrowest>
+inline void narrow_backward_any(const Net<T>& net, int64_t begin, int64_t end, const T* floor, T* g, const T* states, T* partial) {
+  if constexpr (N <= kWidestNarrow) {
+    if (net.shape.width != N) return narrow_backward_any<T, N + 1>(net, begin, end, floor, g, states, partial);
+    const T* w = net.params.hidden_weight;
+    if (net.shape.offset) narrow_backward_block<T, N, true>(w, begin, end, net.vectors, net.keep, floor, g, states, partial);
+    else narrow_backward_block<T, N, false>(w, begin, end, net.vectors, net.keep, floor, g, states, partial);
+  }
+}
+
+template <class T, int N = kNarrowest>
+inline int64_t narrow_partial_size(int64_t width) {
+  if constexpr (N <= kWidestNarrow) return width == N ? NarrowEntries<T, N>::kSize : narrow_partial_size<T, N + 1>(width);
+  return 0;
+}
+template <class T, int N = kNarrowest>
+inline int64_t narrow_position(int64_t width, int entry) {
+  if constexpr (N <= kWidestNarrow) return width == N ? NarrowEntries<T, N>::position(entry) : narrow_position<T, N + 1>(width, entry);
+  return 0;
+}
+
+// Layers [begin, end) backwards. Narrow widths add their weight gradients to `partial` (or not, when null); others leave
+// G of every layer in `full` ((end - begin) * size), from which phase two of mlp_backward takes them.
+template <class T>
+inline void reverse_layers(const Net<T>& net, int64_t begin, int64_t end, const Reverse<T>& reverse, const T* root, T* floor,
+                           const T* states, T* full, T* partial) {
+  const MlpShape& s = net.shape;
+  const int64_t partial_size = narrow_partial_size<T>(s.width);
+  for (int64_t l = end; l > begin;) {
+    const int64_t stop = s.offset ? max_of((l - 1) / kMovePeriod * kMovePeriod, begin) : begin;
+    if (net.narrow()) {
+      narrow_backward_any(net, stop, l, floor, reverse.g, states + (stop - begin) * net.size,
+                          partial ? partial + (stop - begin) * partial_size : nullptr);
+      l = stop;
+    } else {
+      while (l > stop) {
+        --l;
+        T* const at = full + (l - begin) * net.size;
+        subtract(net.size, reverse.g, floor, at);
+        const HiddenBackward<T> epilogue{net.keep, floor, states + (l - begin) * net.size, reverse.g, net.samples};
+        multiply<T>(net.vectors, s.width, net.params.hidden_weight + l * s.width * s.width, 1, s.width, at, net.samples,
+                    s.width, epilogue);
+      }
+    }
+    if (s.offset && moves_after(l) && l > 0) {
+      move_state(s.width, net.samples, net.keep, root, reverse.moved, floor, reverse.g);
+    }
+  }
+}
+
+template <class T>
+class Backward {
+ public:
+  Backward(const MlpBackward<T>& arguments, const Parallel& pool)
+      : args(arguments),
+        parallel(pool),
+        net(arguments.shape, arguments.params, pool),
+        kept(net.tiles * Reverse<T>::elements(net) * int64_t(sizeof(T))),
+        step(step_layers(net)),
+        workers(min_of(pool.threads, net.tiles)) {}
+
+  void run() {
+    parallel_for(parallel, workers, [&](int64_t worker) {
+      for (int64_t tile = worker; tile < net.tiles; tile += workers) {
+        const Reverse<T> reverse = of(tile);
+        load_transposed(net, tile, net.shape.in, args.x, false, reverse.x);
+        load_transposed(net, tile, net.shape.out, args.grad_out, true, reverse.r);
+      }
+    });
+    if (net.narrow()) {
+      hidden_narrow();
+    } else {
+      hidden_wide();
+    }
+    ends();
+  }
+
+ private:
+  const MlpBackward<T>& args;
+  const Parallel& parallel;
+  const Net<T> net;
+  const Buffer kept;
+  const int64_t step, workers;
+
+  Reverse<T> of(int64_t tile) const { return Reverse<T>(net, kept.as<T>() + tile * Reverse<T>::elements(net)); }
+
+  // States of layers [begin, end) of a tile, the start of its backward if this is the last step, and its root and floor.
+  void enter(int64_t tile, int64_t begin, int64_t end, const Reverse<T>& reverse, const State<T>& state, T* states) const {
+    restore_states(net, tile, args.saved, reverse.x, begin, end, state, states);
+    if (end == net.shape.layers) {
+      start_reverse(net, reverse, states + (end - begin) * net.size, state.base, state.floor);
+    } else {
+      set_root(net, reverse, state.base, state.floor);  // the forward state is used up: its arrays serve the backward
+    }
+  }
+
+  // G at state 1 takes the place of g.
+  void leave(const Reverse<T>& reverse, const State<T>& state) const {
+    subtract(net.size, reverse.g, state.floor, reverse.g);
+  }
+
+  // Every worker takes its tiles through many steps before the partial sums of all workers are added up, in order.
+  void hidden_narrow() {
+    const MlpShape& s = net.shape;
+    const bool wanted = args.grads.first_weight != nullptr;
+    const int64_t partial_size = narrow_partial_size<T>(s.width);
+    const int64_t steps = max_of(1, ceil_div(s.layers, step));
+    const int64_t fitting = (int64_t(1) << 20) / (partial_size * int64_t(sizeof(T)) * step);
+    const int64_t together = min_of(steps, max_of(1, fitting));  // steps between two additions
+    const int64_t partial_elements = wanted ? min_of(together * step, s.layers) * partial_size : 0;
+    const Buffer partials(workers * partial_elements * int64_t(sizeof(T)));
+    for (int64_t last = steps; last > 0; last -= min_of(together, last)) {
+      const int64_t first = last - min_of(together, last);
+      parallel_for(parallel, workers, [&](int64_t worker) {
+        T* const partial = partials.as<T>() + worker * partial_elements;
+        for (int64_t i = 0; i < partial_elements; ++i) partial[i] = T(0);
+        const Buffer memory(int64_t(sizeof(T)) * net.size * (State<T>::kArrays + min_of(step, s.layers) + 1));
+        const State<T> state(memory.as<T>(), net.size);
+        T* const states = memory.as<T>() + State<T>::kArrays * net.size;
+        for (int64_t tile = worker; tile < net.tiles; tile += workers) {
+          const Reverse<T> reverse = of(tile);
+          for (int64_t i = last - 1; i >= first; --i) {
+            const int64_t begin = i * step, end = min_of(begin + step, s.layers);
+            enter(tile, begin, end, reverse, state, states);
+            reverse_layers<T>(net, begin, end, reverse, state.base, state.floor, states, nullptr,
+                              wanted ? partial + (begin - first * step) * partial_size : nullptr);
+          }
+          if (first == 0) leave(reverse, state);
+        }
+      });
+      if (!wanted) continue;
+      const int64_t begin = first * step, end = min_of(last * step, s.layers);
+      const int64_t block = 256;
+      parallel_for(parallel, ceil_div(end - begin, block), [&](int64_t part) {
+        const int weights = int(s.width * s.width), entries = int(weights + s.width);
+        int positions[kWidestNarrow * (kWidestNarrow + 1)];
+        for (int e = 0; e < entries; ++e) positions[e] = int(narrow_position<T>(s.width, e));
+        for (int64_t l = begin + part * block; l < min_of(begin + (part + 1) * block, end); ++l)
+          for (int e = 0; e < entries; ++e) {
+            T sum = T(0);
+            const T* from = partials.as<T>() + (l - begin) * partial_size + positions[e];
+            for (int64_t worker = 0; worker < workers; ++worker) sum += from[worker * partial_elements];
+            if (e < weights) {
+              args.grads.hidden_weight[l * weights + e] = sum;
+            } else {
+              args.grads.hidden_bias[l * s.width + e - weights] = sum;
+            }
+          }
+      });
+    }
+  }
+
+  // Step by step, a block of tiles at a time: first every tile backwards through the step, leaving G and h of each
+  // layer; then the weight gradients, shared out by layers and rows, so that no two threads add to the same one.
+  void hidden_wide() {
+    const MlpShape& s = net.shape;
+    const bool wanted = args.grads.first_weight != nullptr;
+    const int64_t steps = max_of(1, ceil_div(s.layers, step)), longest = min_of(step, s.layers);
+    const int64_t states_size = (longest + 1) * net.size, full_size = longest * net.size;
+    const int64_t tile_size = State<T>::kArrays * net.size + states_size + full_size;
+    const Buffer memory(workers * tile_size * int64_t(sizeof(T)));
+    for (int64_t i = steps - 1; i >= 0; --i) {
+      const int64_t begin = i * step, end = min_of(begin + step, s.layers);
+      for (int64_t block = 0; block < net.tiles; block += workers) {
+        const int64_t count = min_of(workers, net.tiles - block);
+        parallel_for(parallel, count, [&](int64_t slot) {
+          T* const at = memory.as<T>() + slot * tile_size;
+          const State<T> state(at, net.size);
+          T* const states = at + State<T>::kArrays * net.size;
+          const Reverse<T> reverse = of(block + slot);
+          enter(block + slot, begin, end, reverse, state, states);
+          reverse_layers<T>(net, begin, end, reverse, state.base, state.floor, states, states + states_size, nullptr);
+          if (i == 0) leave(reverse, state);
+        });
+        if (!wanted) continue;
+        const T* const states = memory.as<T>() + State<T>::kArrays * net.size;
+        add_gradients(end - begin, count, [&](int64_t layer, int64_t slot) {
+          const T* const at = states + slot * tile_size + layer * net.size;
+          const int64_t l = begin + layer;
+          return Product{at + states_size, at, args.grads.hidden_weight + l * s.width * s.width,
+                         args.grads.hidden_bias + l * s.width, s.width, s.width, net.valid(block + slot)};
+        });
+      }
+    }
+  }
+
+  // One layer's weight gradient from one tile.
+  struct Product {
+    const T *full, *h;  // [rows][samples], [columns][samples]
+    T *weight, *bias;
+    int64_t rows, columns, valid;
+  };
+
+  // For `layers` layers and `count` tiles, product(layer, tile): shared out by layers and blocks of rows.
+  template <class Make>
+  void add_gradients(int64_t layers, int64_t count, const Make& make) const {
+    if (layers == 0 || count == 0) return;
+    const Product any = make(0, 0);
+    // Enough blocks to share out few layers, none so small that transposing h again for it would cost more than 1/16.
+    const int64_t blocks = max_of(1, min_of(any.rows / 64, ceil_div(4 * parallel.threads, layers)));
+    const int64_t rows = ceil_div(any.rows, blocks), units = layers * blocks;
+    const int64_t threads = min_of(parallel.threads, units);
+    parallel_for(parallel, threads, [&](int64_t thread) {
+      const Buffer scratch(int64_t(sizeof(T)) * net.samples * padded_columns<T>(any.columns));
+      for (int64_t unit = thread; unit < units; unit += threads) {
+        const int64_t begin = unit % blocks * rows, end = min_of(begin + rows, any.rows);
+        for (int64_t tile = 0; tile < count; ++tile) {
+          const Product p = make(unit / blocks, tile);
+          add_gradient(begin, end, p.columns, net.samples, p.valid, p.full, p.h, p.weight, p.bias, scratch.template as<T>());
+        }
+      }
+    });
+  }
+
+  // The first and the last layer, and the gradient of x.
+  void ends() {
+    const MlpShape& s = net.shape;
+    if (args.grads.first_weight) {
+      add_gradients(1, net.tiles, [&](int64_t, int64_t tile) {
+        const Reverse<T> reverse = of(tile);
+        return Product{reverse.r, reverse.h_last, args.grads.last_weight, args.grads.last_bias, s.out, s.width, net.valid(tile)};
+      });
+      add_gradients(1, net.tiles, [&](int64_t, int64_t tile) {
+        const Reverse<T> reverse = of(tile);
+        return Product{reverse.g, reverse.x, args.grads.first_weight, args.grads.first_bias, s.width, s.in, net.valid(tile)};
+      });
+    }
+    if (!args.grad_x) return;
+    parallel_for(parallel, workers, [&](int64_t worker) {
+      const Buffer memory(int64_t(sizeof(T)) * s.in * net.samples);
+      T* const grad_x = memory.as<T>();
+      for (int64_t tile = worker; tile < net.tiles; tile += workers) {
+        const Reverse<T> reverse = of(tile);
+        const Affine<T> epilogue{nullptr, s.offset ? reverse.g : nullptr, s.in, T(s.scale), grad_x, net.samples};
+        multiply<T>(net.vectors, s.in, args.params.first_weight, 1, s.in, reverse.g, net.samples, s.width, epilogue);
+        store_transposed(net, tile, s.in, grad_x, args.grad_x);
+      }
+    });
+  }
+};
+
+template <class T>
+inline void mlp_backward(const MlpBackward<T>& args, const Parallel& parallel) {
+  Backward<T>(args, parallel).run();
+}
+
+// ---- jvp ------------------------------------------------------------------------------------------------------------
+
+// The tangent is a chain state of its own, T = (D + moved) + tau, D = [scale relu'(x) x_t; 0; 0].
+template <class T>
+inline void mlp_jvp(const MlpJvp<T>& args, const Parallel& parallel) {
+  const MlpShape& s = args.shape;
+  const Net<T> net(s, args.params, parallel);
+  const int64_t workers = min_of(parallel.threads, net.tiles);
+  const MlpParams<const T>&p = args.params, &dp = args.tangents;
+  parallel_for(parallel, workers, [&](int64_t worker) {
+    const Buffer memory(int64_t(sizeof(T)) * ((2 * State<T>::kArrays + 4) * net.size + (2 * s.in + s.out) * net.samples));
+    const State<T> state(memory.as<T>(), net.size);
+    const State<T> tangent(state.a + net.size, net.size);
+    T* h = tangent.a + net.size;
+    T* h_next = h + net.size;
+    T* const full = h_next + net.size;
+    T* const z = full + net.size;
+    T* const x = z + net.size;
+    T* const x_t = x + s.in * net.samples;
+    T* const out = x_t + s.in * net.samples;
+    const Affine<T> to_z{nullptr, nullptr, 0, T(0), z, net.samples};
+    const Accumulate<T> onto_z{z, net.samples};
+    const T scale = T(s.scale);
+    // z += bias, then off where h is, and full = T
+    const auto finish = [&](const T* bias, const T* now) {
+      for (int64_t i = 0; i < s.width; ++i)
+        for (int64_t at = i * net.samples; at < (i + 1) * net.samples; ++at) {
+          const T value = bias ? z[at] + bias[i] : z[at];
+          tangent.a[at] = now[at] <= T(0) ? tangent.floor[at] : value;
+        }
+    };
+    for (int64_t tile = worker; tile < net.tiles; tile += workers) {
+      load_transposed(net, tile, s.in, args.x, false, x);
+      first_layer(net, x, state);
+      subtract(net.size, state.a, state.floor, h);
+      for (int64_t i = 0; i < net.size; ++i) tangent.base[i] = tangent.moved[i] = z[i] = T(0);
+      if (args.x_tangent) {
+        load_transposed(net, tile, s.in, args.x_tangent, false, x_t);
+        multiply<T>(net.vectors, s.width, p.first_weight, s.in, 1, x_t, net.samples, s.in, to_z);
+        for (int64_t i = 0; s.offset && i < s.in * net.samples; ++i) {
+          if (x[i] <= T(0)) {
+            z[i] += scale * x_t[i];
+          } else {
+            tangent.base[i] = scale * x_t[i];
+          }
+        }
+      }
+      if (dp.first_weight) multiply<T>(net.vectors, s.width, dp.first_weight, s.in, 1, x, net.samples, s.in, onto_z);
+      set_floor(net.size, tangent.base, tangent.moved, tangent.floor);
+      finish(dp.first_bias, h);
+      for (int64_t l = 0; l < s.layers; ++l) {
+        const int64_t weight = l * s.width * s.width, bias = l * s.width;
+        subtract(net.size, tangent.a, tangent.floor, full);
+        multiply<T>(net.vectors, s.width, p.hidden_weight + weight, s.width, 1, full, net.samples, s.width, to_z);
+        if (dp.hidden_weight)
+          multiply<T>(net.vectors, s.width, dp.hidden_weight + weight, s.width, 1, h, net.samples, s.width, onto_z);
+        for (int64_t i = 0; i < s.width; ++i)
+          if (net.keep[i] != T(0))
+            for (int64_t at = i * net.samples; at < (i + 1) * net.samples; ++at) z[at] += tangent.a[at];
+        const HiddenForward<T> layer{p.hidden_bias + bias, net.keep, state.floor, state.a, h_next, net.samples};
+        multiply<T>(net.vectors, s.width, p.hidden_weight + weight, s.width, 1, h, net.samples, s.width, layer);
+        T* const old = h;
+        h = h_next;
+        h_next = old;
+        if (s.offset && moves_after(l + 1)) {
+          move_state(s.width, net.samples, net.keep, state.base, state.moved, state.floor, state.a);
+          subtract(net.size, state.a, state.floor, h);
+        }
+        finish(dp.hidden_bias ? dp.hidden_bias + bias : nullptr, h);
+        if (s.offset && moves_after(l + 1)) {
+          move_state(s.width, net.samples, net.keep, tangent.base, tangent.moved, tangent.floor, tangent.a);
+        }
+      }
+      subtract(net.size, tangent.a, tangent.floor, full);
+      const Affine<T> last{dp.last_bias, nullptr, 0, T(0), out, net.samples};
+      multiply<T>(net.vectors, s.out, p.last_weight, s.width, 1, full, net.samples, s.width, last);
+      if (dp.last_weight)
+        multiply<T>(net.vectors, s.out, dp.last_weight, s.width, 1, h, net.samples, s.width, Accumulate<T>{out, net.samples});
+      if (s.offset) {
+        const int64_t right = (s.width - s.out) * net.samples;
+        for (int64_t i = 0; i < s.out * net.samples; ++i) out[i] += tangent.moved[right + i] + tangent.a[right + i];
+      }
+      store_transposed(net, tile, s.out, out, args.out);
+    }
+  });
+}
+
+template <class T>
+inline MlpKernels<T> mlp_kernels() {
+  return MlpKernels<T>{&mlp_forward<T>, &mlp_backward<T>, &mlp_jvp<T>};
+}
+
+}  // namespace ND_ISA
+}  // namespace narrowdeep

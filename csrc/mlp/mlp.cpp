@@ -1,0 +1,7 @@
+#include "mlp/mlp.h"
+
+#include "common/select.h"
+
+namespace narrowdeep {
+ND_SELECT(mlp, MlpKernels)
+}

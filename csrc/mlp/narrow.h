@@ -1,0 +1,155 @@
+// Widths whose layers fit in registers: everything of one layer unrolled, activations never leave the core.
+//
+// Floor at width 4 in float32 on AVX-512: a layer is 16 FMAs a vector of 16 samples forward, 48 backward (run again,
+// propagate, weight gradient); sums over lanes add about 45 operations a layer for a whole tile.
+#pragma once
+
+#include "common/state.h"
+
+namespace narrowdeep {
+namespace ND_ISA {
+
+constexpr int kNarrowest = 2, kWidestNarrow = 8;
+constexpr int kTileVectors = 4;  // vectors in a tile at most
+
+// Hidden layers [begin, end) for V vectors of samples, without a move. Arrays start at the first of the V vectors.
+// With STORE, the state after layer l goes to states + (l - begin + 1) * N * samples.
+template <class T, int N, int V, bool OFFSET, bool STORE>
+inline void narrow_forward_block(const T* weight, const T* bias, int64_t begin, int64_t end, int64_t samples,
+                                 const T* keep, const T* floor, T* a_memory, T* states) {
+  constexpr int lanes = kLanes<T>;
+  Vec<T> a[N][V], h[N][V];
+  for (int i = 0; i < N; ++i)
+    for (int v = 0; v < V; ++v) {
+      a[i][v] = load(a_memory + i * samples + v * lanes);
+      h[i][v] = OFFSET ? a[i][v] - load(floor + i * samples + v * lanes) : a[i][v];
+    }
+  for (int64_t l = begin; l < end; ++l) {
+    const T* w = weight + l * N * N;
+    const T* c = bias + l * N;
+    Vec<T> z[N][V];
+    for (int i = 0; i < N; ++i) {
+      const Vec<T> start = broadcast(c[i]);
+      for (int v = 0; v < V; ++v) z[i][v] = start;
+    }
+    for (int k = 0; k < N; ++k)
+      for (int i = 0; i < N; ++i) {
+        const Vec<T> scalar = broadcast(w[i * N + k]);
+        for (int v = 0; v < V; ++v) z[i][v] = fma(scalar, h[k][v], z[i][v]);
+      }
+    if (STORE) states += N * samples;
+    for (int i = 0; i < N; ++i)
+      for (int v = 0; v < V; ++v) {
+        if (OFFSET) {
+          const Vec<T> low = load(floor + i * samples + v * lanes);
+          // a comes in last: it is the one large term beside the small increments
+          a[i][v] = clip(z[i][v] + keep_if(broadcast(keep[i]), a[i][v]), low);
+          h[i][v] = a[i][v] - low;
+        } else {
+          h[i][v] = clip(z[i][v], Vec<T>{});
+        }
+        if (STORE) store(states + i * samples + v * lanes, h[i][v]);
+      }
+  }
+  for (int i = 0; i < N; ++i)
+    for (int v = 0; v < V; ++v) store(a_memory + i * samples + v * lanes, OFFSET ? a[i][v] : h[i][v]);
+}
+
+template <class T, int N, bool OFFSET, bool STORE>
+inline void narrow_forward(const T* weight, const T* bias, int64_t begin, int64_t end, int vectors, const T* keep,
+                           const T* floor, T* a, T* states) {
+  constexpr int V = N * 6 <= kRegisters ? 2 : 1;
+  const int64_t samples = vectors * kLanes<T>;
+  int v = 0;
+  for (; v + V <= vectors; v += V) {
+    const int64_t at = v * kLanes<T>;
+    narrow_forward_block<T, N, V, OFFSET, STORE>(weight, bias, begin, end, samples, keep, floor + at, a + at,
+                                                 STORE ? states + at : nullptr);
+  }
+  if constexpr (V > 1)
+    for (; v < vectors; ++v) {
+      const int64_t at = v * kLanes<T>;
+      narrow_forward_block<T, N, 1, OFFSET, STORE>(weight, bias, begin, end, samples, keep, floor + at, a + at,
+                                                   STORE ? states + at : nullptr);
+    }
+}
+
+// ---- weight gradients: sums over samples of G_i h_j and G_i ---------------------------------------------------------
+// Entries of one layer: (i, j) at i * N + j, then the biases. They are summed in groups of a vector's lanes; the last
+// group may be smaller and is padded to a power of two.
+constexpr int power_of_two_from(int n) { return n <= 1 ? 1 : 2 * power_of_two_from((n + 1) / 2); }
+
+template <class T, int N>
+struct NarrowEntries {
+  static constexpr int kCount = N * N + N;
+  static constexpr int kGroups = (kCount + kLanes<T> - 1) / kLanes<T>;
+  static constexpr int kSize = kGroups * kLanes<T>;  // elements of `partial` a layer
+  // Where the sum of an entry stands in `partial`.
+  static ND_INLINE int position(int entry) {
+    const int group = entry / kLanes<T>, rest = entry % kLanes<T>;
+    const int members = kCount - group * kLanes<T>;
+    const int padded = members >= kLanes<T> ? kLanes<T> : power_of_two_from(members);
+    return group * kLanes<T> + rest * (kLanes<T> / padded);
+  }
+};
+
+template <class T, int N, int GROUP>
+ND_INLINE void narrow_reduce_groups(const T* full, const T* h, int vectors, T* partial) {
+  typedef NarrowEntries<T, N> E;
+  if constexpr (GROUP < E::kGroups) {
+    constexpr int lanes = kLanes<T>;
+    constexpr int first = GROUP * lanes;
+    constexpr int members = E::kCount - first < lanes ? E::kCount - first : lanes;
+    constexpr int padded = power_of_two_from(members);
+    const int64_t samples = vectors * lanes;
+    Vec<T> acc[padded];
+    for (int e = 0; e < padded; ++e) acc[e] = Vec<T>{};
+    for (int v = 0; v < vectors; ++v)
+      for (int e = 0; e < members; ++e) {
+        const int entry = first + e;
+        if (entry < N * N) {
+          acc[e] = fma(load(full + (entry / N) * samples + v * lanes), load(h + (entry % N) * samples + v * lanes), acc[e]);
+        } else {
+          acc[e] = acc[e] + load(full + (entry - N * N) * samples + v * lanes);
+        }
+      }
+    T* to = partial + GROUP * lanes;
+    store(to, load(to) + sum_lanes<T, padded>(acc));
+    narrow_reduce_groups<T, N, GROUP + 1>(full, h, vectors, partial);
+  }
+}
+
+// Layers [begin, end) backwards, without a move. `states` holds h of every state of the block, the first being the
+// input of layer `begin`. `partial`, when not null, gains the weight gradients of layer l at (l - begin) * kSize.
+template <class T, int N, bool OFFSET>
+inline void narrow_backward_block(const T* weight, int64_t begin, int64_t end, int vectors, const T* keep,
+                                  const T* floor, T* g_memory, const T* states, T* partial) {
+  constexpr int lanes = kLanes<T>;
+  const int64_t samples = vectors * lanes;
+  alignas(64) T full[N * kTileVectors * lanes];
+  for (int64_t l = end - 1; l >= begin; --l) {
+    const T* w = weight + l * N * N;
+    const T* h = states + (l - begin) * N * samples;
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t at = v * lanes;
+      Vec<T> g[N], next[N];
+      for (int i = 0; i < N; ++i) {
+        const Vec<T> rest = load(g_memory + i * samples + at);
+        g[i] = OFFSET ? rest - load(floor + i * samples + at) : rest;
+        store(full + i * samples + at, g[i]);
+      }
+      for (int j = 0; j < N; ++j) next[j] = broadcast(w[j]) * g[0];
+      for (int i = 1; i < N; ++i)
+        for (int j = 0; j < N; ++j) next[j] = fma(broadcast(w[i * N + j]), g[i], next[j]);
+      for (int j = 0; j < N; ++j) {
+        const Vec<T> dead = OFFSET ? load(floor + j * samples + at) : Vec<T>{};
+        if (OFFSET) next[j] = next[j] + keep_if(broadcast(keep[j]), load(g_memory + j * samples + at));
+        store(g_memory + j * samples + at, where_le0(load(h + j * samples + at), dead, next[j]));
+      }
+    }
+    if (partial) narrow_reduce_groups<T, N, 0>(full, h, vectors, partial + (l - begin) * NarrowEntries<T, N>::kSize);
+  }
+}
+
+}  // namespace ND_ISA
+}  // namespace narrowdeep
