@@ -5,13 +5,12 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <initializer_list>
 #include <optional>
 #include <tuple>
 #include <vector>
 
 #include "common/isa.h"
-#include "mlp/args.h"
+#include "conv/conv.h"
 #include "mlp/mlp.h"
 
 namespace {
@@ -31,7 +30,7 @@ Parallel pool() {
                   }};
 }
 
-void check_shape(const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape) {
+void check_shape(const char* name, const Tensor& tensor, const std::vector<int64_t>& shape) {
   STD_TORCH_CHECK(tensor.dim() == int64_t(shape.size()), name, " must have ", shape.size(), " dimensions, got ", tensor.dim());
   int64_t d = 0;
   for (int64_t size : shape) {
@@ -57,12 +56,12 @@ struct Params {
   Tensor first_weight, first_bias, hidden_weight, hidden_bias, last_weight, last_bias;
 
   template <class T>
-  narrowdeep::MlpParams<const T> pointers() const {
+  narrowdeep::ChainParams<const T> pointers() const {
     return {first_weight.const_data_ptr<T>(), first_bias.const_data_ptr<T>(), hidden_weight.const_data_ptr<T>(),
             hidden_bias.const_data_ptr<T>(),  last_weight.const_data_ptr<T>(), last_bias.const_data_ptr<T>()};
   }
   template <class T>
-  narrowdeep::MlpParams<T> mutable_pointers() const {
+  narrowdeep::ChainParams<T> mutable_pointers() const {
     return {first_weight.mutable_data_ptr<T>(), first_bias.mutable_data_ptr<T>(), hidden_weight.mutable_data_ptr<T>(),
             hidden_bias.mutable_data_ptr<T>(),  last_weight.mutable_data_ptr<T>(), last_bias.mutable_data_ptr<T>()};
   }
@@ -78,20 +77,33 @@ void dispatch(const Tensor& x, const Body& body) {
   }
 }
 
-// ---- MLP ------------------------------------------------------------------------------------------------------------
+// ---- the families ---------------------------------------------------------------------------------------------------
+// A family is a Shape, made from the arguments with all checks; the dimensions of a hidden state; and the kernels.
 
-narrowdeep::MlpShape mlp_shape(const Tensor& x, const Params& p, double scale, bool offset, int64_t segment) {
-  check_input(x, 2);
-  STD_TORCH_CHECK(p.first_weight.dim() == 2, "first_weight must have 2 dimensions, got ", p.first_weight.dim());
-  STD_TORCH_CHECK(p.last_weight.dim() == 2, "last_weight must have 2 dimensions, got ", p.last_weight.dim());
-  STD_TORCH_CHECK(p.hidden_weight.dim() == 3, "hidden_weight must have 3 dimensions, got ", p.hidden_weight.dim());
+// What both shapes begin with, checked: batch, in, width, out and layers. `tap` and `image` as in chain_args.h.
+struct Sizes {
+  int64_t batch, in, width, out, layers;
+};
+
+std::vector<int64_t> joined(std::vector<int64_t> head, const std::vector<int64_t>& tail) {
+  head.insert(head.end(), tail.begin(), tail.end());
+  return head;
+}
+
+Sizes check_chain(const Tensor& x, const Params& p, bool offset, int64_t segment, const std::vector<int64_t>& tap) {
+  const int64_t dims = int64_t(2 + tap.size());
+  check_input(x, dims);
+  STD_TORCH_CHECK(p.first_weight.dim() == dims, "first_weight must have ", dims, " dimensions, got ", p.first_weight.dim());
+  STD_TORCH_CHECK(p.last_weight.dim() == dims, "last_weight must have ", dims, " dimensions, got ", p.last_weight.dim());
+  STD_TORCH_CHECK(p.hidden_weight.dim() == dims + 1, "hidden_weight must have ", dims + 1, " dimensions, got ",
+                  p.hidden_weight.dim());
   STD_TORCH_CHECK(segment >= 0, "segment must be at least 0, got ", segment);
   const int64_t in = x.size(1), width = p.first_weight.size(0), out = p.last_weight.size(0), layers = p.hidden_weight.size(0);
-  check_shape("first_weight", p.first_weight, {width, in});
+  check_shape("first_weight", p.first_weight, joined({width, in}, tap));
   check_shape("first_bias", p.first_bias, {width});
-  check_shape("hidden_weight", p.hidden_weight, {layers, width, width});
+  check_shape("hidden_weight", p.hidden_weight, joined({layers, width, width}, tap));
   check_shape("hidden_bias", p.hidden_bias, {layers, width});
-  check_shape("last_weight", p.last_weight, {out, width});
+  check_shape("last_weight", p.last_weight, joined({out, width}, tap));
   check_shape("last_bias", p.last_bias, {out});
   STD_TORCH_CHECK(width >= 1 && in >= 1 && out >= 1, "first_weight and last_weight must not be empty");
   STD_TORCH_CHECK(!offset || width == in + 1 + out, "first_weight must have in + 1 + out = ", in + 1 + out,
@@ -102,15 +114,50 @@ narrowdeep::MlpShape mlp_shape(const Tensor& x, const Params& p, double scale, b
   check_like("hidden_bias", p.hidden_bias, x);
   check_like("last_weight", p.last_weight, x);
   check_like("last_bias", p.last_bias, x);
-  return {x.size(0), in, width, out, layers, segment, offset, scale};
+  return {x.size(0), in, width, out, layers};
 }
 
+struct Mlp {
+  using Shape = narrowdeep::MlpShape;
+
+  static Shape shape(const Tensor& x, const Params& p, double scale, bool offset, int64_t segment) {
+    const Sizes s = check_chain(x, p, offset, segment, {});
+    return {s.batch, s.in, s.width, s.out, s.layers, segment, offset, scale};
+  }
+  static std::vector<int64_t> state(const Shape& s) { return {s.width, s.batch}; }
+  template <class T>
+  static narrowdeep::MlpKernels<T> kernels() {
+    return narrowdeep::mlp_kernels<T>(narrowdeep::selected_isa());
+  }
+};
+
+struct Conv {
+  using Shape = narrowdeep::ConvShape;
+
+  static Shape shape(const Tensor& x, const Params& p, double scale, bool offset, int64_t segment) {
+    const int64_t size = p.first_weight.dim() == 4 ? p.first_weight.size(3) : 0;
+    const Sizes s = check_chain(x, p, offset, segment, {size, size});
+    STD_TORCH_CHECK(size % 2 == 1, "first_weight must have filters of odd size, got ", size);
+    STD_TORCH_CHECK(x.size(2) >= 1 && x.size(3) >= 1, "x must have images of at least 1x1 pixels, got ", x.size(2), "x",
+                    x.size(3));
+    return {s.batch, s.in, s.width, s.out, size, x.size(2), x.size(3), s.layers, segment, offset, scale};
+  }
+  static std::vector<int64_t> state(const Shape& s) { return {s.width, s.image_height, s.image_width, s.batch}; }
+  template <class T>
+  static narrowdeep::ConvKernels<T> kernels() {
+    return narrowdeep::conv_kernels<T>(narrowdeep::selected_isa());
+  }
+};
+
+// ---- the ops of a family --------------------------------------------------------------------------------------------
+
 // narrowdeep.ops.reference.saved_shape
-std::vector<int64_t> mlp_saved_shape(const narrowdeep::MlpShape& s) {
-  if (s.segment == 0) return {0, 1, s.width, s.batch};
-  if (s.segment == 1) return {s.layers + 1, 1, s.width, s.batch};
+template <class Family>
+std::vector<int64_t> saved_shape(const typename Family::Shape& s) {
+  if (s.segment == 0) return joined({0, 1}, Family::state(s));
+  if (s.segment == 1) return joined({s.layers + 1, 1}, Family::state(s));
   const int64_t states = s.layers ? (s.layers + s.segment - 1) / s.segment : 1;
-  return {states, s.offset ? 2 : 1, s.width, s.batch};
+  return joined({states, s.offset ? 2 : 1}, Family::state(s));
 }
 
 Params contiguous(const Tensor& w1, const Tensor& b1, const Tensor& wh, const Tensor& bh, const Tensor& wl, const Tensor& bl) {
@@ -118,46 +165,48 @@ Params contiguous(const Tensor& w1, const Tensor& b1, const Tensor& wh, const Te
   return {contiguous(w1), contiguous(b1), contiguous(wh), contiguous(bh), contiguous(wl), contiguous(bl)};
 }
 
-void mlp_run_forward(const narrowdeep::MlpShape& shape, const Params& params, const Tensor& x, const Tensor& out,
+template <class Family>
+void run_forward(const typename Family::Shape& shape, const Params& params, const Tensor& x, const Tensor& out,
                      const Tensor& saved) {
   if (shape.batch == 0) return;
   dispatch(x, [&](auto zero) {
     using T = decltype(zero);
-    narrowdeep::mlp_kernels<T>(narrowdeep::selected_isa())
+    Family::template kernels<T>()
         .forward({shape, params.pointers<T>(), x.const_data_ptr<T>(), out.mutable_data_ptr<T>(),
                   saved.mutable_data_ptr<T>()},
                  pool());
   });
 }
 
-std::tuple<Tensor, Tensor> mlp_forward(Tensor x_any, Tensor w1, Tensor b1, Tensor wh, Tensor bh, Tensor wl, Tensor bl,
+template <class Family>
+std::tuple<Tensor, Tensor> forward(Tensor x_any, Tensor w1, Tensor b1, Tensor wh, Tensor bh, Tensor wl, Tensor bl,
                                        double scale, bool offset, int64_t segment) {
   const Params params = contiguous(w1, b1, wh, bh, wl, bl);
   const Tensor x = torch::stable::contiguous(x_any);
-  const narrowdeep::MlpShape shape = mlp_shape(x, params, scale, offset, segment);
+  const typename Family::Shape shape = Family::shape(x, params, scale, offset, segment);
   Tensor out = torch::stable::new_empty(x, {shape.batch, shape.out});
-  Tensor saved = torch::stable::new_empty(x, mlp_saved_shape(shape));
-  mlp_run_forward(shape, params, x, out, saved);
+  Tensor saved = torch::stable::new_empty(x, saved_shape<Family>(shape));
+  run_forward<Family>(shape, params, x, out, saved);
   return {out, saved};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(
+template <class Family>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     Tensor grad_out_any, Tensor x_any, Tensor w1, Tensor b1, Tensor wh, Tensor bh, Tensor wl, Tensor bl, Tensor saved_any,
     double scale, bool offset, int64_t segment, bool need_input, bool need_params) {
   const Params params = contiguous(w1, b1, wh, bh, wl, bl);
   const Tensor x = torch::stable::contiguous(x_any), grad_out = torch::stable::contiguous(grad_out_any);
   Tensor saved = torch::stable::contiguous(saved_any);
-  narrowdeep::MlpShape shape = mlp_shape(x, params, scale, offset, segment);
+  typename Family::Shape shape = Family::shape(x, params, scale, offset, segment);
   check_shape("grad_out", grad_out, {shape.batch, shape.out});
   check_like("grad_out", grad_out, x);
   if (segment == 0) {
     shape.segment = kDefaultSegment;
-    saved = torch::stable::new_empty(x, mlp_saved_shape(shape));
-    mlp_run_forward(shape, params, x, torch::stable::new_empty(grad_out, {shape.batch, shape.out}), saved);
+    saved = torch::stable::new_empty(x, saved_shape<Family>(shape));
+    run_forward<Family>(shape, params, x, torch::stable::new_empty(grad_out, {shape.batch, shape.out}), saved);
   } else {
     check_like("saved", saved, x);
-    const std::vector<int64_t> expected = mlp_saved_shape(shape);
-    check_shape("saved", saved, {expected[0], expected[1], expected[2], expected[3]});
+    check_shape("saved", saved, saved_shape<Family>(shape));
   }
   const auto zeros = [&](const Tensor& like) {
     return need_params ? torch::stable::new_zeros(like, like.sizes()) : torch::stable::new_empty(like, {0});
@@ -168,23 +217,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(
   if (shape.batch > 0 && (need_input || need_params)) {
     dispatch(x, [&](auto zero) {
       using T = decltype(zero);
-      narrowdeep::MlpBackward<T> args{shape, params.pointers<T>(), grad_out.const_data_ptr<T>(), x.const_data_ptr<T>(),
+      narrowdeep::ChainBackward<typename Family::Shape, T> args{shape, params.pointers<T>(), grad_out.const_data_ptr<T>(), x.const_data_ptr<T>(),
                                       saved.const_data_ptr<T>(), nullptr, {}};
       if (need_input) args.grad_x = grad_x.mutable_data_ptr<T>();
       if (need_params) args.grads = grads.mutable_pointers<T>();
-      narrowdeep::mlp_kernels<T>(narrowdeep::selected_isa()).backward(args, pool());
+      Family::template kernels<T>().backward(args, pool());
     });
   }
   return {grad_x,           grads.first_weight, grads.first_bias, grads.hidden_weight,
           grads.hidden_bias, grads.last_weight,  grads.last_bias};
 }
 
-Tensor mlp_jvp(Tensor x_any, Tensor w1, Tensor b1, Tensor wh, Tensor bh, Tensor wl, Tensor bl, std::optional<Tensor> x_t,
+template <class Family>
+Tensor jvp(Tensor x_any, Tensor w1, Tensor b1, Tensor wh, Tensor bh, Tensor wl, Tensor bl, std::optional<Tensor> x_t,
                std::optional<Tensor> w1_t, std::optional<Tensor> b1_t, std::optional<Tensor> wh_t,
                std::optional<Tensor> bh_t, std::optional<Tensor> wl_t, std::optional<Tensor> bl_t, double scale, bool offset) {
   const Params params = contiguous(w1, b1, wh, bh, wl, bl);
   const Tensor x = torch::stable::contiguous(x_any);
-  const narrowdeep::MlpShape shape = mlp_shape(x, params, scale, offset, 0);
+  const typename Family::Shape shape = Family::shape(x, params, scale, offset, 0);
   Tensor out = torch::stable::new_empty(x, {shape.batch, shape.out});
   std::vector<Tensor> owners;
   // The data of a tangent, checked against its primal; null when there is none.
@@ -208,7 +258,7 @@ Tensor mlp_jvp(Tensor x_any, Tensor w1, Tensor b1, Tensor wh, Tensor bh, Tensor 
   dispatch(x, [&](auto zero) {
     using T = decltype(zero);
     const auto at = [&](int i) { return static_cast<const T*>(data[i]); };
-    narrowdeep::mlp_kernels<T>(narrowdeep::selected_isa())
+    Family::template kernels<T>()
         .jvp({shape, params.pointers<T>(), {at(1), at(2), at(3), at(4), at(5), at(6)}, x.const_data_ptr<T>(), at(0),
               out.mutable_data_ptr<T>()},
              pool());
@@ -219,7 +269,10 @@ Tensor mlp_jvp(Tensor x_any, Tensor w1, Tensor b1, Tensor wh, Tensor bh, Tensor 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(narrowdeep, CPU, m) {
-  m.impl("mlp_forward", TORCH_BOX(&mlp_forward));
-  m.impl("mlp_backward", TORCH_BOX(&mlp_backward));
-  m.impl("mlp_jvp", TORCH_BOX(&mlp_jvp));
+  m.impl("mlp_forward", TORCH_BOX(&forward<Mlp>));
+  m.impl("mlp_backward", TORCH_BOX(&backward<Mlp>));
+  m.impl("mlp_jvp", TORCH_BOX(&jvp<Mlp>));
+  m.impl("conv_forward", TORCH_BOX(&forward<Conv>));
+  m.impl("conv_backward", TORCH_BOX(&backward<Conv>));
+  m.impl("conv_jvp", TORCH_BOX(&jvp<Conv>));
 }

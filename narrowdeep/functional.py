@@ -22,8 +22,8 @@ Form = Literal["offset", "plain"]
 
 _OPS: dict[str, ChainOps] = {"mlp": _mlp_ops, "conv": _conv_ops}
 _SECOND_ORDER = (
-    "narrowdeep differentiates its chains once: second derivatives (create_graph=True, torch.func.hessian, jvp of grad) "
-    "are not supported; use model.to_sequential() for them"
+    "narrowdeep differentiates its chains once: second derivatives (create_graph=True, torch.func.hessian, jvp of grad)"
+    " are not supported; use model.to_sequential() for them"
 )
 
 
@@ -114,9 +114,7 @@ class _TransformableChain(_Chain):
         return _ChainJvp.apply(ctx.family, *inputs, *tangents[:7], scale, offset), None
 
 
-def _apply(
-    family: str, x: Tensor, params: tuple[Tensor, ...], scale: float, form: Form, segment: int
-) -> Tensor:
+def _apply(family: str, x: Tensor, params: tuple[Tensor, ...], scale: float, form: Form, segment: int) -> Tensor:
     function = _Chain if torch.compiler.is_compiling() else _TransformableChain
     out, _ = function.apply(family, x, *params, float(scale), form == "offset", segment)
     return out
@@ -149,7 +147,9 @@ def check_tensors(x: Tensor, params: dict[str, Tensor]) -> None:
             raise ValueError(f"x and {name} must be on the same device, got {x.device} and {param.device}")
 
 
-def _check_params(params: dict[str, Tensor], names: tuple[str, str], form: str, tap: tuple[int, ...]) -> tuple[int, int]:
+def _check_params(
+    params: dict[str, Tensor], names: tuple[str, str], form: str, tap: tuple[int, ...]
+) -> tuple[int, int]:
     """Shapes of the six parameters agree; returns the numbers of inputs and outputs, called ``names`` in messages.
 
     ``tap`` is what follows (rows, columns) in a weight: () or (f, f).
@@ -174,7 +174,8 @@ def _check_params(params: dict[str, Tensor], names: tuple[str, str], form: str, 
             raise ValueError(f"{name} must have shape {shape}, got {tuple(params[name].shape)}")
     if form == "offset" and width != inputs + 1 + outputs:
         raise ValueError(
-            f"first_weight must have {names[0]} + 1 + {names[1]} = {inputs + 1 + outputs} rows in offset form, got {width}"
+            f"first_weight must have {names[0]} + 1 + {names[1]} = {inputs + 1 + outputs} rows in offset form, "
+            f"got {width}"
         )
     return inputs, outputs
 

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "common/runtime.h"
+#include "common/chain_args.h"
 
 namespace narrowdeep {
 
@@ -18,44 +18,14 @@ struct ConvShape {
 };
 
 template <class T>
-struct ConvParams {  // contiguous, row-major
-  T *first_weight, *first_bias;    // (width, in, size, size), (width)
-  T *hidden_weight, *hidden_bias;  // (layers, width, width, size, size), (layers, width)
-  T *last_weight, *last_bias;      // (out, width, size, size), (out)
-};
-
+using ConvParams = ChainParams<T>;
 template <class T>
-struct ConvForward {
-  ConvShape shape;
-  ConvParams<const T> params;
-  const T* x;  // (batch, in, image_height, image_width)
-  T* out;      // (batch, out)
-  T* saved;    // (states, 2 or 1, width, image_height, image_width, batch)
-};
-
+using ConvForward = ChainForward<ConvShape, T>;
 template <class T>
-struct ConvBackward {
-  ConvShape shape;
-  ConvParams<const T> params;
-  const T *grad_out, *x, *saved;
-  T* grad_x;            // null when not needed
-  ConvParams<T> grads;  // all null when not needed, else zeroed by the caller
-};
-
+using ConvBackward = ChainBackward<ConvShape, T>;
 template <class T>
-struct ConvJvp {
-  ConvShape shape;
-  ConvParams<const T> params, tangents;  // a null tangent is zero
-  const T *x, *x_tangent;
-  T* out;
-};
-
-// The entry points of one instruction set.
+using ConvJvp = ChainJvp<ConvShape, T>;
 template <class T>
-struct ConvKernels {
-  void (*forward)(const ConvForward<T>&, const Parallel&);
-  void (*backward)(const ConvBackward<T>&, const Parallel&);
-  void (*jvp)(const ConvJvp<T>&, const Parallel&);
-};
+using ConvKernels = ChainKernels<ConvShape, T>;
 
 }  // namespace narrowdeep

@@ -248,7 +248,7 @@ void conv_forward(const ConvForward<T>& args, const Parallel& parallel) {
 }
 
 // ---- backward -------------------------------------------------------------------------------------------------------
-// The backward of one chunk of tiles. `grads` gains the chunk's weight gradients.
+// The backward of one chunk of tiles; something is saved (segment >= 1). `grads` gains the chunk's weight gradients.
 template <class T>
 class TileBackward {
  public:
@@ -276,9 +276,7 @@ class TileBackward {
     forward_.load(args_.x + sample_ * shape_.in * geometry_.positions, valid_);
     load_gradient();
     const int64_t last = geometry_.last_state;
-    if (shape_.segment == 0) {
-      run_segment(1, last + 1);
-    } else if (shape_.segment == 1) {
+    if (shape_.segment == 1) {
       for (int64_t t = last; t >= 1; --t) run_segment(t, t + 1);
     } else {
       // States 1, 1 + segment, ... before the last one are saved.
@@ -296,9 +294,7 @@ class TileBackward {
     return shape_.segment == 1 ? 1 : min_of(most, longest());
   }
   // States from one saved state to the next, the first included; a chain's last segment may have one more.
-  int64_t longest() const {
-    return shape_.segment == 0 ? geometry_.last_state : min_of(shape_.segment + 1, geometry_.last_state);
-  }
+  int64_t longest() const { return min_of(shape_.segment + 1, geometry_.last_state); }
   int64_t inner_segments() const { return held_ < longest() ? ceil_div(longest(), held_) : 0; }
   int64_t sums_elements() const {
     const int64_t channels = max_of(shape_.width, shape_.in);
@@ -333,12 +329,8 @@ class TileBackward {
                 shape_.batch, states_);
       return back(end, states_);
     }
-    if (shape_.segment == 0) {
-      forward_.first(states_);
-    } else {
-      const int64_t slot = (begin - 1) / shape_.segment;
-      forward_.restore(valid_, args_.saved + slot * parts * units * shape_.batch + sample_, shape_.batch, states_);
-    }
+    const int64_t slot = (begin - 1) / shape_.segment;
+    forward_.restore(valid_, args_.saved + slot * parts * units * shape_.batch + sample_, shape_.batch, states_);
     if (end - begin <= held_) return run_held(begin, end);
     // Too long to hold: keep a state every `held_` layers, then hold one piece after the other, from the last.
     int64_t pieces = 0;
@@ -535,6 +527,11 @@ void conv_jvp(const ConvJvp<T>& args, const Parallel& parallel) {
       pool(s.out, geometry.positions, valid, z, args.out + sample * s.out);
     }
   });
+}
+
+template <class T>
+ConvKernels<T> conv_kernels() {
+  return {conv_forward<T>, conv_backward<T>, conv_jvp<T>};
 }
 
 }  // namespace ND_ISA

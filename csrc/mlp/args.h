@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "common/runtime.h"
+#include "common/chain_args.h"
 
 namespace narrowdeep {
 
@@ -16,44 +16,14 @@ struct MlpShape {
 };
 
 template <class T>
-struct MlpParams {  // contiguous, row-major
-  T *first_weight, *first_bias;    // (width, in), (width)
-  T *hidden_weight, *hidden_bias;  // (layers, width, width), (layers, width)
-  T *last_weight, *last_bias;      // (out, width), (out)
-};
-
+using MlpParams = ChainParams<T>;
 template <class T>
-struct MlpForward {
-  MlpShape shape;
-  MlpParams<const T> params;
-  const T* x;  // (batch, in)
-  T* out;      // (batch, out)
-  T* saved;    // (states, 2 or 1, width, batch)
-};
-
+using MlpForward = ChainForward<MlpShape, T>;
 template <class T>
-struct MlpBackward {
-  MlpShape shape;
-  MlpParams<const T> params;
-  const T *grad_out, *x, *saved;
-  T* grad_x;           // null when not needed
-  MlpParams<T> grads;  // all null when not needed, else zeroed by the caller
-};
-
+using MlpBackward = ChainBackward<MlpShape, T>;
 template <class T>
-struct MlpJvp {
-  MlpShape shape;
-  MlpParams<const T> params, tangents;  // a null tangent is zero
-  const T *x, *x_tangent;
-  T* out;
-};
-
-// The entry points of one instruction set.
+using MlpJvp = ChainJvp<MlpShape, T>;
 template <class T>
-struct MlpKernels {
-  void (*forward)(const MlpForward<T>&, const Parallel&);
-  void (*backward)(const MlpBackward<T>&, const Parallel&);
-  void (*jvp)(const MlpJvp<T>&, const Parallel&);
-};
+using MlpKernels = ChainKernels<MlpShape, T>;
 
 }  // namespace narrowdeep

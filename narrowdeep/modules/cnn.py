@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -144,7 +145,7 @@ class DeepNarrowCNN(DeepNarrowBase):
                     raise ValueError(f"seq[{2 * i}] must have {name}={value}, got {module}")
         in_channels, out_channels = convs[0].in_channels, convs[-1].out_channels
         width = in_channels + 1 + out_channels
-        for i, (module, following) in enumerate(zip(convs[:-1], convs[1:], strict=True)):
+        for i, (module, following) in enumerate(pairwise(convs)):
             if module.out_channels != width or following.in_channels != width:
                 raise ValueError(f"seq[{2 * i}] must have in + 1 + out = {width} hidden channels, got {module}")
         model = cls(

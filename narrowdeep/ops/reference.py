@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 MOVE_PERIOD = 32
-"""Layers between two exact moves of ``a`` into ``moved`` (THEORY section 5: 2.6e-8 at L = 10000; more often gains nothing)."""
+"""Layers between two exact moves of ``a`` into ``moved`` (2.6e-8 off at L = 10000; more often gains nothing)."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def forward(
     params = (first_weight, first_bias, hidden_weight, hidden_bias, last_weight, last_bias)
     outputs, width = last_weight.shape[:2]
     saved = x.new_empty(saved_shape(hidden_weight.shape[0] + 2, (width, *x.shape[1:]), offset, segment))
-    for t, base, moved, a in _states(affine, x, params, scale, offset):  # noqa: B007 (the last state is used below)
+    for t, base, moved, a in _states(affine, x, params, scale, offset):
         h = (base + moved) + a
         if segment == 1:
             saved[t - 1, 0] = h

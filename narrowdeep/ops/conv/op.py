@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from narrowdeep.ops import chain
-from narrowdeep.ops.conv import reference
+from narrowdeep.ops import chain, engine
 from narrowdeep.ops.reference import saved_shape
 
 
@@ -19,7 +18,4 @@ def _saved_shape(x: Tensor, hidden_weight: Tensor, last_weight: Tensor, offset: 
 
 
 ops = chain.define("conv", _saved_shape)
-# TEMPORARY until the engine lands: the reference is the CPU implementation.
-chain.library.impl("conv_forward", reference.conv_forward, "CPU")
-chain.library.impl("conv_backward", reference.conv_backward, "CPU")
-chain.library.impl("conv_jvp", reference.conv_jvp, "CPU")
+engine.load()

@@ -1,0 +1,7 @@
+#include "conv/conv.h"
+
+#include "common/select.h"
+
+namespace narrowdeep {
+ND_SELECT(conv, ConvKernels)
+}
