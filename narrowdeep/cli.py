@@ -5,6 +5,8 @@ from __future__ import annotations
 import typer
 
 from narrowdeep.commands.info import info
+from narrowdeep.commands.plan import plan
+from narrowdeep.commands.profile import profile
 from narrowdeep.commands.train import train
 
 app = typer.Typer(
@@ -16,6 +18,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command()(train)
+app.command()(plan)
+app.command()(profile)
 app.command()(info)
 
 

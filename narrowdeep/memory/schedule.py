@@ -155,7 +155,7 @@ def _split(length: int, snapshots: int) -> int:
 
 
 def binomial(length: int, snapshots: int) -> Iterator[Action]:
-    """The schedule that advances the fewest segments with ``snapshots`` slots: ``fewest_advances(length, snapshots)``."""
+    """The schedule that advances the fewest segments with ``snapshots`` slots; how many, ``fewest_advances`` says."""
     _check_at_least_one(length=length, snapshots=snapshots)
     stored = [0]  # states in slots 0, 1, ...: the next to be loaded is the last
     current = 0
@@ -177,6 +177,37 @@ def binomial(length: int, snapshots: int) -> Iterator[Action]:
         if stored[-1] == last:
             yield Action(Op.FREE, last, len(stored) - 1)
             stored.pop()
+
+
+def first_snapshots(length: int, snapshots: int) -> list[int]:
+    """The states that the binomial schedule keeps in its first sweep, before it reverses anything."""
+    _check_at_least_one(length=length, snapshots=snapshots)
+    kept = [0]
+    while len(kept) < snapshots and kept[-1] < length - 1:
+        following = kept[-1] + _split(length - kept[-1], snapshots - len(kept) + 1)
+        if following == length - 1:  # reversed at once
+            break
+        kept.append(following)
+    return kept
+
+
+def resumed(actions: Iterable[Action]) -> Iterator[Action]:
+    """The schedule of a backward that starts apart from its forward, so without a current state.
+
+    Up to the first REVERSE it is what a forward does on its way to the output; there the state stored last is loaded
+    and advanced again.
+    """
+    stored = Action(Op.STORE, 0, 0)
+    reversing = False
+    for action in actions:
+        if action.op == Op.STORE:
+            stored = action
+        if action.op == Op.REVERSE and not reversing:
+            reversing = True
+            yield Action(Op.LOAD, stored.segment, stored.slot)
+            if stored.segment < action.segment:
+                yield Action(Op.ADVANCE, action.segment)
+        yield action
 
 
 def _broken(number: int, action: Action, rule: str) -> ScheduleError:

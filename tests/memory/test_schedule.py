@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from functools import cache
@@ -104,6 +105,60 @@ def test_encoding_round_trips(length: int, snapshots: int) -> None:
     assert flat.itemsize == 8
     assert len(flat) == 2 + 3 * len(actions)
     assert schedule.decode(flat) == (actions, length, snapshots)
+
+
+@given(lengths, st.integers(1, 40))
+def test_a_backward_apart_from_its_forward(length: int, snapshots: int) -> None:
+    """The first sweep's snapshots are told beforehand, and going on from the last of them costs what it must."""
+    actions = list(schedule.binomial(length, snapshots))
+    first = next(i for i, action in enumerate(actions) if action.op == Op.REVERSE)
+    kept = schedule.first_snapshots(length, snapshots)
+    assert kept == [action.segment for action in actions[:first] if action.op == Op.STORE]
+    resumed = list(schedule.resumed(actions))
+    assert resumed[:first] == actions[:first]
+    assert resumed[first] == Action(Op.LOAD, kept[-1], len(kept) - 1)
+    cost = schedule.simulate(resumed, length, snapshots)
+    assert cost.advances == schedule.fewest_advances(length, snapshots) + length - 1 - kept[-1]
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 17])
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda n: (schedule.binomial(n, 1), 1),
+        lambda n: (schedule.binomial(n, 3), 3),
+        lambda n: (schedule.resumed(schedule.binomial(n, 2)), 2),
+        lambda n: (schedule.two_level(n, 4), n + 2),
+        lambda n: (schedule.uniform(n), n),
+    ],
+)
+def test_an_engine_that_executes_the_numbers(build, length: int) -> None:
+    """Gradients of a chain y -> a_i sin(y), reversed as the encoded numbers say, against the chain rule."""
+    factors = [1.0 + 0.1 * i for i in range(length)]
+    states = [0.7]
+    for a in factors:
+        states.append(a * math.sin(states[-1]))
+    expected = math.prod(a * math.cos(y) for a, y in zip(factors, states, strict=False))
+
+    actions, snapshots = build(length)
+    flat = schedule.encode(actions, length, snapshots)
+    slots, current, at, gradient = [math.nan] * flat[1], 0.7, 0, 1.0
+    for i in range(2, len(flat), 3):
+        op, segment, slot = flat[i : i + 3]
+        if op == 0:
+            for a in factors[at:segment]:
+                current = a * math.sin(current)
+            at = segment
+        elif op == 1:
+            slots[slot] = current
+        elif op == 2:
+            current, at = slots[slot], segment
+        elif op == 3:
+            gradient *= factors[segment] * math.cos(current)
+            current = math.nan
+        else:
+            slots[slot] = math.nan
+    assert gradient == pytest.approx(expected, rel=1e-12)
 
 
 def test_encoded_layout() -> None:

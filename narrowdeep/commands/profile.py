@@ -1,0 +1,89 @@
+"""``narrowdeep profile``: what a training step really takes, beside its plan and beside eager layers."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from narrowdeep import memory
+from narrowdeep.commands.network import (
+    Arch,
+    ArchOption,
+    BatchOption,
+    BudgetOption,
+    CheckpointOption,
+    Form,
+    FormOption,
+    ImageOption,
+    InputsOption,
+    KernelOption,
+    OutputsOption,
+    make_network,
+)
+from narrowdeep.commands.options import (
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    SeedOption,
+    one_line_errors,
+    print_json,
+    resolve_device,
+)
+from narrowdeep.memory.profile import plot, table
+
+
+def profile(
+    arch: ArchOption = Arch.mlp,
+    inputs: InputsOption = 64,
+    outputs: OutputsOption = 10,
+    depth: Annotated[
+        list[int] | None, typer.Option(help="L; more than once for several. [default: 100, 300 and 1000]")
+    ] = None,
+    image: ImageOption = "28x28",
+    kernel_size: KernelOption = 3,
+    form: FormOption = Form.offset,
+    checkpoint: CheckpointOption = "auto",
+    batch_size: BatchOption = 128,
+    budget: BudgetOption = None,
+    eager: Annotated[bool, typer.Option(help="Measure eager layers too, where they should fit.")] = True,
+    figure: Annotated[
+        Path | None, typer.Option("--plot", help="Draw peak against depth into this file; needs matplotlib.")
+    ] = None,
+    json: JsonOption = False,
+    seed: SeedOption = 0,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = Dtype.float32,
+) -> None:
+    """Peak memory of a forward and backward: planned, measured, and of the same layers run eagerly.
+
+    --json prints {"profiles": [...]}, one entry a depth.
+    """
+    profiles = []
+    with one_line_errors():
+        target = resolve_device(device)
+        if figure is not None and importlib.util.find_spec("matplotlib") is None:
+            raise ValueError("the plot needs matplotlib: install narrowdeep[plots], or leave --plot out")
+    for layers in depth or [100, 300, 1000]:
+        torch.manual_seed(seed)
+        with one_line_errors():
+            model, shape = make_network(
+                arch, inputs, outputs, layers, image, kernel_size, form, checkpoint, dtype, target
+            )
+            planned = memory.plan(model, batch_size=batch_size, input_shape=shape, budget=budget)
+        if budget is not None:
+            model.checkpoint = "none" if planned.segment == 1 else planned.segment
+        x = torch.randn(batch_size, *shape, dtype=dtype.torch, device=target)
+        profiles.append(memory.profile(model, x, eager=eager))
+        del model, x
+    if figure is not None:
+        with one_line_errors():
+            plot(profiles, figure)
+    if json:
+        print_json({"profiles": [p.to_dict() for p in profiles]})
+    else:
+        typer.echo(table(profiles))

@@ -1,0 +1,347 @@
+"""How much memory one training step takes, and the checkpointing that fits a budget, before anything runs."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from narrowdeep.memory import schedule
+from narrowdeep.modules.base import AUTO_SEGMENT, DeepNarrowBase
+from narrowdeep.ops import engine
+
+OPTIMIZER_TENSORS = {"sgd": 0, "momentum": 1, "adam": 2}
+"""Tensors of the parameters' size that an optimizer keeps."""
+
+BACKWARD_COST = 2.0
+"""What the backward of a layer costs when its input is at hand, in forwards of that layer: two products against one."""
+
+SCHEDULES_RUN = False
+"""Whether the ops can keep fewer boundaries than segments. While they cannot, no such plan is offered."""
+
+_UNITS = {"": 1, **{f"{prefix}B": 1000**i for i, prefix in enumerate(("", "k", "M", "G", "T"))}}
+_UNITS |= {f"{prefix}iB": 1024**i for i, prefix in enumerate(("K", "M", "G", "T"), 1)}
+_UNITS_BY_LOWER = {unit.lower(): factor for unit, factor in _UNITS.items()}
+_VECTOR_BYTES = {"avx512": 64, "avx2": 32, "neon": 16}
+_WIDEST_NARROW = 8  # kWidestNarrow of csrc/mlp/narrow.h
+
+
+class BudgetError(ValueError):
+    """No checkpointing fits the budget. ``smallest`` is the least number of bytes that one does."""
+
+    def __init__(self, budget: int, smallest: int) -> None:
+        super().__init__(
+            f"budget must be at least {format_bytes(smallest)} ({smallest} bytes) for this step, got "
+            f"{format_bytes(budget)} ({budget} bytes)"
+        )
+        self.smallest = smallest
+
+
+def parse_bytes(value: int | str, name: str = "budget") -> int:
+    """Bytes from an int, or from text such as "2GiB" or "1.5 MB": units of 1000 (kB, MB, ...) or of 1024 (KiB, ...).
+
+    Raises: TypeError for other types; ValueError for other text and for what is below 1 byte or not finite.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        raise TypeError(f'{name} must be bytes as an int, or text such as "2GiB" or "500MB", got {value!r}')
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:e\+?\d+)?)\s*([a-z]*)\s*", value.lower())
+        if match is None or match[2] not in _UNITS_BY_LOWER or not math.isfinite(float(match[1])):
+            units = ", ".join(unit for unit in _UNITS if unit)
+            raise ValueError(f"{name} must be a number and one of the units {units}, or bytes, got {value!r}")
+        number = int(match[1]) if match[1].isdigit() else float(match[1])
+        parsed = int(number * _UNITS_BY_LOWER[match[2]])
+    else:
+        parsed = value
+    if parsed < 1:
+        raise ValueError(f"{name} must be at least 1 byte, got {value!r}")
+    return parsed
+
+
+def format_bytes(count: int) -> str:
+    """Three digits and a binary unit: 1536 is "1.50 KiB"."""
+    size, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    digits = 0 if unit == "B" or size >= 1000 else 3 - len(str(int(size)))
+    return f"{size:.{digits}f} {unit}"
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The memory of one training step (forward, backward, update) at its peak, in bytes by part. ``str()`` is a table.
+
+    ``segment`` is the value to give to ``model.checkpoint`` ("none" where it is 1).
+    """
+
+    segment: int
+    """Layers between two saved states; 1 saves every state."""
+    schedule: array[int] | None = field(repr=False)
+    """What to save and to run again when fewer than all boundaries are kept, as ``schedule.encode`` lays it out; its
+    segments are those of ``segment`` layers. None: every boundary is kept."""
+    snapshots: int
+    """States that are kept from the forward to the backward."""
+    parts: dict[str, int]
+    """Bytes at the peak. "parameters", "gradients", "optimizer state"; "input and output": x, f(x) and its gradient;
+    "boundaries": the states saved for the backward; "backward state": what the backward carries from segment to
+    segment; "workspace": what each thread needs within a segment."""
+    forward_sweeps: float
+    """How often a step runs the layers forward; 1 when every state is saved."""
+    slow_down: float
+    """Predicted time of a step over that of one that saves every state, in arithmetic alone."""
+    budget: int | None
+
+    @property
+    def total(self) -> int:
+        """Bytes of all parts."""
+        return sum(self.parts.values())
+
+    @property
+    def activations(self) -> int:
+        """Bytes of what checkpointing decides: boundaries, backward state and workspace."""
+        return sum(self.parts[name] for name in ("boundaries", "backward state", "workspace"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain numbers, lists and text, for JSON."""
+        return {
+            "segment": self.segment,
+            "snapshots": self.snapshots,
+            "schedule": None if self.schedule is None else list(self.schedule),
+            "bytes": dict(self.parts),
+            "activation_bytes": self.activations,
+            "total_bytes": self.total,
+            "forward_sweeps": self.forward_sweeps,
+            "slow_down": self.slow_down,
+            "budget_bytes": self.budget,
+        }
+
+    def __str__(self) -> str:
+        if self.segment == 1:
+            saved = "every state"
+        elif self.schedule is None:
+            saved = f"one state in {self.segment} layers"
+        else:
+            saved = f"{self.snapshots} states, binomial schedule over segments of {self.segment} layers"
+        rows = [(name, format_bytes(size)) for name, size in self.parts.items()]
+        rows.append(("total", format_bytes(self.total)))
+        if self.budget is not None:
+            rows.append(("budget", format_bytes(self.budget)))
+        rows += [
+            ("saved", saved),
+            ("forward sweeps", f"{self.forward_sweeps:.3g}"),
+            ("slow-down", f"{self.slow_down:.2f}"),
+        ]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One training step in numbers: L - 2 hidden layers of n units at some positions, on a device."""
+
+    layers: int
+    width: int
+    inputs: int
+    outputs: int
+    positions: int
+    """H W of an image, 1 for the MLP."""
+    batch: int
+    parts: int
+    """Tensors a saved boundary takes: 2 in offset form, (moved, a), else 1."""
+    itemsize: int
+    cuda: bool
+    threads: int
+    lanes: int
+    """Samples in a vector of the CPU engine."""
+
+    @property
+    def state(self) -> int:
+        """Bytes of one hidden state of the whole batch."""
+        return self.width * self.positions * self.batch * self.itemsize
+
+    def segments(self, segment: int) -> int:
+        return max(1, _ceil(self.layers, segment))
+
+    def activations(self, segment: int, snapshots: int) -> dict[str, int]:
+        """Bytes that depend on checkpointing, by part. ``snapshots`` is read when ``segment`` is not 1."""
+        boundaries = (self.layers + 1) * self.state if segment == 1 else snapshots * self.parts * self.state
+        backward, workspace = self._gpu(segment) if self.cuda else self._engine(segment)
+        return {"boundaries": boundaries, "backward state": backward, "workspace": workspace}
+
+    def _gpu(self, segment: int) -> tuple[int, int]:
+        """One layer at a time: a segment's states for the whole batch (ops/layered.py)."""
+        states = 0 if segment == 1 else min(segment, self.layers) + 1
+        return 8 * self.state, states * self.state
+
+    def _engine(self, segment: int) -> tuple[int, int]:
+        """Memory of ``Backward`` in csrc/mlp/kernels.h, whose names are used here."""
+        share = _ceil(_ceil(self.batch, self.lanes), self.threads)
+        samples = (4 if share >= 3 else share) * self.lanes
+        tiles = _ceil(self.batch, samples)
+        workers = min(self.threads, tiles)
+        size = self.width * self.positions * samples
+        kept = tiles * (3 * size + (self.inputs * self.positions + self.outputs) * samples)
+        step = segment if segment > 1 else max(4, min(64, 2**19 // (2 * size * self.itemsize)))
+        longest = min(step, self.layers)
+        if self.positions == 1 and self.width <= _WIDEST_NARROW:
+            entries = self.width * (self.width + 1)
+            partial = _ceil(entries, self.lanes) * self.lanes
+            steps = self.segments(step)
+            together = min(steps, max(1, 2**20 // (partial * self.itemsize * step)))
+            a_worker = min(together * step, self.layers) * partial + size * (4 + longest + 1)
+        else:
+            transposed = _ceil(self.width + 1, self.lanes) * self.lanes * samples
+            a_worker = size * (4 + longest + 1 + longest) + transposed
+        return kept * self.itemsize, workers * a_worker * self.itemsize
+
+    def sweeps(self, segment: int, snapshots: int) -> float:
+        """Forward runs of the whole chain in one step, as ``schedule.resumed`` has it."""
+        if segment == 1:
+            return 1.0
+        length = self.segments(segment)
+        if snapshots >= length:
+            return 2.0
+        kept = schedule.first_snapshots(length, snapshots)
+        # The forward runs to the output. The backward advances what the schedule does beyond that, goes on from the
+        # last snapshot, and runs every segment where it reverses it.
+        return 1 + (schedule.fewest_advances(length, snapshots) - kept[-1] + length) / length
+
+
+def _vector_bytes() -> int | None:
+    """Of the instruction set in use; None for the scalar kernels, which take one number at a time."""
+    return _VECTOR_BYTES.get(os.environ.get("NARROWDEEP_ISA") or engine.instruction_sets()[0])
+
+
+def _uniform(layers: int) -> set[int]:
+    """The shortest segment for every number of boundaries, and AUTO_SEGMENT."""
+    root = math.isqrt(layers)
+    lengths = {*range(2, root + 1), *(_ceil(layers, count) for count in range(1, root + 2)), AUTO_SEGMENT}
+    return {max(2, min(length, layers)) for length in lengths}
+
+
+def _scheduled(step: _Step, available: int) -> Iterator[tuple[int, int]]:
+    """(segment, snapshots) with fewer snapshots than segments: for each segment as many as ``available`` bytes hold."""
+    segment = 2
+    while step.segments(segment) > 1:
+        parts = step.activations(segment, 0)
+        fitting = (available - sum(parts.values())) // (step.parts * step.state)
+        yield segment, max(1, min(fitting, step.segments(segment) - 1))
+        segment *= 2
+
+
+def plan(
+    model: DeepNarrowBase,
+    *,
+    batch_size: int,
+    input_shape: tuple[int, ...] | None = None,
+    budget: int | str | None = None,
+    optimizer: str = "sgd",
+) -> MemoryPlan:
+    """The memory of one training step, and the checkpointing that fits ``budget`` at the least slow-down.
+
+    Checkpointing trades memory for running the chain forward again: every state saved (nothing runs twice), or one
+    state in ``segment`` layers, a segment's own states being recomputed where they are used (everything runs twice),
+    or fewer boundaries than segments under a binomial schedule (Griewank and Walther, ACM TOMS 26(1), 2000).
+
+    Arguments:
+        model: a DeepNarrowMLP or DeepNarrowCNN, which is only read.
+        batch_size: samples a step, at least 1.
+        input_shape: of one sample. (in,) for an MLP, which needs none; (C, H, W) for a CNN.
+        budget: bytes of the whole step, parameters included: an int, or text such as "2GiB" or "500MB". None plans
+            what the model's own ``checkpoint`` does.
+        optimizer: "sgd", "momentum" or "adam": what keeps 0, 1 or 2 tensors of the parameters' size.
+
+    Returns: a MemoryPlan; of those that fit, the fastest, and of equally fast ones the one whose segment is nearest
+        to ``AUTO_SEGMENT`` layers. It counts tensors and the engine's own memory, not the interpreter and its
+        libraries.
+
+    Raises: TypeError or ValueError naming the argument, the rule and the value; BudgetError (a ValueError), with the
+        smallest budget that can be met, when this one cannot.
+    """
+    step = _step(model, batch_size, input_shape)
+    if optimizer not in OPTIMIZER_TENSORS:
+        raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZER_TENSORS)}, got {optimizer!r}")
+    wanted = None if budget is None else parse_bytes(budget)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    fixed = {
+        "parameters": size,
+        # The ops compute all gradients or none.
+        "gradients": size if any(p.requires_grad for p in model.parameters()) else 0,
+        "optimizer state": OPTIMIZER_TENSORS[optimizer] * size,
+        "input and output": (step.inputs * step.positions + 2 * step.outputs) * step.batch * step.itemsize,
+    }
+
+    if wanted is None:
+        segment = model.segment(step.batch * step.positions)
+        return _finish(step, fixed, segment, step.segments(segment), None)
+    candidates = [(1, 0), *((k, step.segments(k)) for k in _uniform(step.layers))]
+    if SCHEDULES_RUN:
+        candidates += _scheduled(step, wanted - sum(fixed.values()))
+    totals = {c: sum(fixed.values()) + sum(step.activations(*c).values()) for c in candidates}
+    fitting = [c for c in candidates if totals[c] <= wanted]
+    if not fitting:
+        raise BudgetError(wanted, min(totals.values()))
+    best = min(fitting, key=lambda c: (step.sweeps(*c), abs(math.log2(c[0] / AUTO_SEGMENT))))
+    return _finish(step, fixed, *best, wanted)
+
+
+def _step(model: DeepNarrowBase, batch_size: int, input_shape: tuple[int, ...] | None) -> _Step:
+    if not isinstance(model, DeepNarrowBase):
+        raise TypeError(f"model must be a DeepNarrowMLP or a DeepNarrowCNN, got {type(model).__name__}")
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int):
+        raise TypeError(f"batch_size must be an int, got {batch_size!r}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    weight, *_, last_weight, _ = model.stacked()
+    inputs, image = weight.shape[1], weight.dim() == 4
+    shape = (inputs,) if input_shape is None and not image else input_shape
+    expected = f"({inputs}, H, W)" if image else f"({inputs},)"
+    if (
+        not isinstance(shape, (tuple, list))
+        or len(shape) != (3 if image else 1)
+        or shape[0] != inputs
+        or any(isinstance(d, bool) or not isinstance(d, int) or d < 1 for d in shape)
+    ):
+        raise ValueError(f"input_shape must be {expected}, got {input_shape}")
+    itemsize = weight.element_size()
+    vector = _vector_bytes()
+    return _Step(
+        layers=model.depth - 2,
+        width=model.width,
+        inputs=inputs,
+        outputs=last_weight.shape[0],
+        positions=math.prod(shape[1:]),
+        batch=batch_size,
+        parts=2 if model.form == "offset" else 1,
+        itemsize=itemsize,
+        cuda=weight.is_cuda,
+        threads=torch.get_num_threads(),
+        lanes=vector // itemsize if vector else 1,
+    )
+
+
+def _finish(step: _Step, fixed: dict[str, int], segment: int, snapshots: int, budget: int | None) -> MemoryPlan:
+    length, sweeps, actions = step.segments(segment), step.sweeps(segment, snapshots), None
+    if segment > 1 and snapshots < length:
+        actions = schedule.encode(schedule.resumed(schedule.binomial(length, snapshots)), length, snapshots)
+    return MemoryPlan(
+        segment=segment,
+        schedule=actions,
+        snapshots=step.layers + 1 if segment == 1 else snapshots,
+        parts=fixed | step.activations(segment, snapshots),
+        forward_sweeps=sweeps,
+        slow_down=(sweeps + BACKWARD_COST) / (1 + BACKWARD_COST),
+        budget=budget,
+    )

@@ -1,0 +1,181 @@
+"""The memory one training step really takes, beside its plan and beside eager layers."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from narrowdeep.memory.plan import MemoryPlan, format_bytes, plan
+from narrowdeep.modules import DeepNarrowCNN, DeepNarrowMLP
+
+
+@dataclass(frozen=True)
+class MemoryProfile:
+    """Peaks of one forward and backward, in bytes, parameters and input included. ``str()`` is a table."""
+
+    depth: int
+    plan: MemoryPlan
+    measured: int
+    """Of the model: the process's on the CPU, the allocator's on CUDA, less what was there before the model."""
+    eager: int | None
+    """Of the same layers as eager modules; None when not measured because it might not fit."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain numbers, lists and text, for JSON."""
+        return {
+            "depth": self.depth,
+            "measured_bytes": self.measured,
+            "eager_bytes": self.eager,
+            "plan": self.plan.to_dict(),
+        }
+
+    def __str__(self) -> str:
+        return table([self])
+
+
+def profile(model: DeepNarrowMLP | DeepNarrowCNN, x: Tensor, *, eager: bool = True) -> MemoryProfile:
+    """Measure the peak memory of ``model(x).sum().backward()``; no optimizer steps.
+
+    Parameters, their ``.grad`` and the random state come out as they went in.
+
+    Arguments:
+        model: a DeepNarrowMLP or DeepNarrowCNN, on the CPU or on CUDA.
+        x: a batch, (B, in) or (B, C, H, W).
+        eager: also measure ``model.to_sequential()`` if it should fit in half of the free memory.
+
+    Returns: a MemoryProfile. The CPU's peak is the process's, so other threads must be idle; it is exact to about a
+        megabyte. Eager layers always count as a fresh copy of the parameters, as if the model were not there.
+
+    Raises: TypeError and ValueError as ``plan`` does; NotImplementedError where the system keeps no peak (it needs
+        Linux on the CPU).
+    """
+    if not isinstance(x, Tensor) or x.dim() < 2:
+        raise ValueError(f"x must be a tensor with its batch in dimension 0, got {_describe(x)}")
+    planned = plan(model, batch_size=x.shape[0], input_shape=tuple(x.shape[1:]))
+    measured = _step_peak(model, x)
+    eager_peak = None
+    if eager and _eager_estimate(model, x) < _free_bytes(x.device) // 2:
+        eager_peak = _step_peak(model.to_sequential(), x)
+    return MemoryProfile(model.depth, planned, measured, eager_peak)
+
+
+def _describe(x: Any) -> str:
+    return f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+
+
+def _bytes_of(tensors: Sequence[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _step_peak(module: nn.Module, x: Tensor) -> int:
+    """Peak bytes of a forward and a backward, with the parameters and x."""
+    params = list(module.parameters())
+    before = [p.grad for p in params]
+
+    def step(x: Tensor) -> None:
+        for p in params:
+            p.grad = None
+        module(x).sum().backward()
+        for p in params:
+            p.grad = None
+
+    try:
+        step(x[:1])  # thread pools, library handles and code that is loaded on first use
+        growth = _peak_growth(lambda: step(x), x.device)
+    finally:
+        for p, grad in zip(params, before, strict=True):
+            p.grad = grad
+    return growth + _bytes_of([*params, x])
+
+
+def _peak_growth(run: Callable[[], None], device: torch.device) -> int:
+    """Bytes by which memory in use grows at the most while ``run`` runs."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    if sys.platform != "linux":
+        raise NotImplementedError(f"the peak memory of a process can be reset on Linux only, this is {sys.platform}")
+    _give_back_free_memory()
+    Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak resident set size
+    before = _status("VmRSS")
+    run()
+    return _status("VmHWM") - before
+
+
+def _give_back_free_memory() -> None:
+    """Freed memory that the C library holds on to would be used again without counting as growth."""
+    with contextlib.suppress(AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _status(name: str) -> int:
+    """A field of /proc/self/status, in bytes."""
+    match = re.search(rf"^{name}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    if match is None:
+        raise NotImplementedError(f"this system does not say {name} in /proc/self/status")
+    return 1024 * int(match[1])
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    match = re.search(r"^MemAvailable:\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    return 1024 * int(match[1]) if match else 0
+
+
+def _eager_estimate(model: DeepNarrowMLP | DeepNarrowCNN, x: Tensor) -> int:
+    """Parameters, gradients and one state a layer, which autograd keeps."""
+    positions = x.numel() // model.stacked()[0].shape[1]
+    state = model.width * positions * x.element_size()
+    return 2 * _bytes_of(model.stacked()) + (model.depth + 2) * state
+
+
+def table(profiles: Sequence[MemoryProfile]) -> str:
+    """One row a profile: depth, segment, planned and measured peak, their ratio, eager's peak."""
+    rows = [("depth", "segment", "planned", "measured", "measured / planned", "eager")]
+    for p in profiles:
+        eager = "-" if p.eager is None else format_bytes(p.eager)
+        ratio = f"{p.measured / p.plan.total:.2f}"
+        rows.append(
+            (str(p.depth), str(p.plan.segment), format_bytes(p.plan.total), format_bytes(p.measured), ratio, eager)
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True)) for row in rows)
+
+
+def plot(profiles: Sequence[MemoryProfile], path: str | Path) -> None:
+    """Draw peak memory against depth into ``path`` (the ending says the format); needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    ordered = sorted(profiles, key=lambda p: p.depth)
+    with_eager = [p for p in ordered if p.eager is not None]
+    curves: list[tuple[str, str, Sequence[int], Sequence[float]]] = [
+        ("eager layers, measured", "s-", [p.depth for p in with_eager], [float(p.eager or 0) for p in with_eager]),
+        ("narrowdeep, measured", "o-", [p.depth for p in ordered], [float(p.measured) for p in ordered]),
+        ("narrowdeep, planned", "x--", [p.depth for p in ordered], [float(p.plan.total) for p in ordered]),
+    ]
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for label, style, depths, peaks in curves:
+        if depths:
+            axes.loglog(depths, [peak / 2**20 for peak in peaks], style, label=label)
+    axes.set_xlabel("depth (affine layers)")
+    axes.set_ylabel("peak memory of a training step (MiB)")
+    axes.grid(which="both", alpha=0.2)
+    axes.legend()
+    figure.savefig(path)

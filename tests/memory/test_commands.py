@@ -1,0 +1,104 @@
+"""``narrowdeep plan`` and ``narrowdeep profile``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from narrowdeep import DeepNarrowCNN, DeepNarrowMLP, memory
+from narrowdeep.cli import app
+
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="the process's peak can be reset on Linux only")
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def refused(*arguments: object) -> str:
+    """The one line on standard error of a command that ends with status 2."""
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+@pytest.mark.parametrize("command", ["plan", "profile"])
+def test_help(command: str) -> None:
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    for option in ("--budget", "--json", "--seed", "--device", "--dtype"):
+        assert option in result.output
+
+
+def test_plan_is_the_function_s() -> None:
+    result = run(
+        "plan", "--inputs", 2, "--outputs", 1, "--depth", 700, "--budget", "3MB", "--optimizer", "adam", "--json"
+    )
+    assert result.exit_code == 0, result.output
+    planned = memory.plan(DeepNarrowMLP(2, 1, 700), batch_size=128, budget="3MB", optimizer="adam")
+    assert json.loads(result.stdout) == planned.to_dict()
+    text = run("plan", "--inputs", 2, "--outputs", 1, "--depth", 700, "--budget", "3MB", "--optimizer", "adam")
+    assert text.stdout == f"{planned}\n"
+
+
+def test_plan_of_images() -> None:
+    result = run(
+        *("plan", "--arch", "cnn", "--inputs", 1, "--outputs", 1, "--depth", 50, "--image", "7x5", "--kernel-size", 5),
+        *("--form", "plain", "--checkpoint", 10, "--dtype", "float64", "--json"),
+    )
+    assert result.exit_code == 0, result.output
+    model = DeepNarrowCNN(1, 1, 50, kernel_size=5, form="plain", checkpoint=10, dtype=torch.float64)
+    assert json.loads(result.stdout) == memory.plan(model, batch_size=128, input_shape=(1, 7, 5)).to_dict()
+
+
+def test_plan_allocates_nothing_and_needs_no_gpu() -> None:
+    result = run("plan", "--inputs", 2000, "--outputs", 10, "--depth", 1_000_000, "--device", "cuda", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["bytes"]["parameters"] > 10**13
+
+
+@on_linux
+def test_profile(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    figure = tmp_path / "peak.png"
+    arguments = ("profile", "--inputs", 2, "--outputs", 1, "--depth", 20, "--depth", 60, "--plot", figure)
+    result = run(*arguments, "--json", "--no-eager", "--checkpoint", 7)
+    assert result.exit_code == 0, result.output
+    profiles = json.loads(result.stdout)["profiles"]
+    assert [(p["depth"], p["plan"]["segment"], p["eager_bytes"]) for p in profiles] == [(20, 7, None), (60, 7, None)]
+    assert figure.stat().st_size > 0
+    lines = run(*arguments).stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["depth", "20", "60"]
+
+
+@on_linux
+def test_profile_runs_what_the_budget_leaves() -> None:
+    result = run("profile", "--depth", 100, "--batch-size", 2048, "--budget", "30MB", "--no-eager", "--json")
+    assert result.exit_code == 0, result.output
+    (entry,) = json.loads(result.stdout)["profiles"]
+    assert entry["plan"]["total_bytes"] < 30_000_000
+    assert entry["measured_bytes"] < 33_000_000
+
+
+@pytest.mark.parametrize("command", ["plan", "profile"])
+def test_bad_values(command: str) -> None:
+    assert "device must be cpu, cuda or cuda:N, got 'tpu'" in refused(command, "--device", "tpu")
+    assert "image must be HxW, such as 28x28, got '28'" in refused(command, "--arch", "cnn", "--image", "28")
+    assert "budget must be a number and one of the units" in refused(command, "--budget", "much")
+    assert "budget must be at least" in refused(command, "--budget", "1kB")
+    assert "depth must be at least 2, got 1" in refused(command, "--depth", 1)
+    assert "checkpoint must be 'auto', 'none' or an int, got 'some'" in refused(command, "--checkpoint", "some")
+
+
+def test_plot_into_no_folder(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    message = refused("profile", "--depth", 3, "--no-eager", "--plot", tmp_path / "none" / "peak.png")
+    assert "No such file or directory" in message

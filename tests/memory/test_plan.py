@@ -1,0 +1,230 @@
+"""Plans against the ops that they describe, numbers worked out by hand, and budgets against brute force."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from narrowdeep import DeepNarrowCNN, DeepNarrowMLP
+from narrowdeep.memory import BudgetError, MemoryPlan, plan, schedule
+
+planning: Any = importlib.import_module("narrowdeep.memory.plan")  # narrowdeep.memory.plan is the function
+
+
+def smallest_budget(model: DeepNarrowMLP, batch: int) -> int:
+    with pytest.raises(BudgetError) as caught:
+        plan(model, batch_size=batch, budget=1)
+    assert str(caught.value.smallest) in str(caught.value)
+    return caught.value.smallest
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        (1, 1),
+        ("7", 7),
+        ("500MB", 500_000_000),
+        ("500 mb", 500_000_000),
+        ("2GiB", 2 << 30),
+        (" 2.5 KiB ", 2560),
+        ("1.5kB", 1500),
+        ("1e3B", 1000),
+        ("3TiB", 3 << 40),
+        ("9007199254740993", 9007199254740993),  # 2^53 + 1: no float on the way
+    ],
+)
+def test_parse_bytes(text: int | str, count: int) -> None:
+    assert planning.parse_bytes(text) == count
+
+
+@pytest.mark.parametrize(
+    "text", ["", "GiB", "2GB4", "2 gigs", "-1GB", "nan", "inf", "1e999GB", "0", "0.2", 0, -5, "2,5GB"]
+)
+def test_nonsense_budgets_are_refused(text: int | str) -> None:
+    with pytest.raises(ValueError, match="^budget must be"):
+        plan(DeepNarrowMLP(2, 1, 5), batch_size=1, budget=text)
+
+
+@pytest.mark.parametrize("value", [2.5, True, [1], torch.tensor(5)])
+def test_budgets_of_other_types_are_refused(value: object) -> None:
+    with pytest.raises(TypeError, match="budget must be bytes as an int, or text"):
+        plan(DeepNarrowMLP(2, 1, 5), batch_size=1, budget=value)  # type: ignore[arg-type]
+
+
+@given(st.integers(1, 2**50))
+def test_format_bytes_keeps_three_digits(count: int) -> None:
+    text = planning.format_bytes(count)
+    assert abs(planning.parse_bytes(text) - count) <= 0.005 * count + 1
+    assert len(text) <= 8
+
+
+@pytest.mark.parametrize("form", ["offset", "plain"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("depth", [2, 3, 129])
+@pytest.mark.parametrize("batch", [1, 37])
+@pytest.mark.parametrize("checkpoint", ["auto", "none", 2, 5, 200])
+def test_boundaries_are_what_the_op_saves(form, dtype, depth, batch, checkpoint) -> None:
+    model = DeepNarrowMLP(3, 1, depth, form=form, dtype=dtype, checkpoint=checkpoint)
+    planned = plan(model, batch_size=batch)
+    x = torch.randn(batch, 3, dtype=dtype)
+    saved = torch.ops.narrowdeep.mlp_forward(x, *model.stacked(), model.scale, form == "offset", model.segment(batch))[
+        1
+    ]
+    assert planned.segment == model.segment(batch)
+    assert planned.parts["boundaries"] == saved.numel() * saved.element_size()
+    assert planned.snapshots == saved.shape[0]
+    assert planned.schedule is None
+
+
+def test_image_boundaries_are_what_the_op_saves() -> None:
+    model = DeepNarrowCNN(2, 1, 9, checkpoint=3)
+    x = torch.randn(5, 2, 4, 3)
+    saved = torch.ops.narrowdeep.conv_forward(x, *model.stacked(), model.scale, True, 3)[1]
+    planned = plan(model, batch_size=5, input_shape=(2, 4, 3))
+    assert planned.parts["boundaries"] == saved.numel() * 4
+    assert planned.parts["input and output"] == 4 * (5 * 2 * 4 * 3 + 2 * 5)
+
+
+def test_parts_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Width 10, 7 layers, 5 samples in float64 with scalar kernels on one thread: tiles of 4 samples, 2 of them."""
+    monkeypatch.setenv("NARROWDEEP_ISA", "scalar")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    model = DeepNarrowMLP(6, 3, 7, dtype=torch.float64, checkpoint=2)
+    numbers = 10 * 6 + 10 + 5 * (10 * 10 + 10) + 3 * 10 + 3
+    tile = 10 * 4
+    assert plan(model, batch_size=5, optimizer="adam").parts == {
+        "parameters": 8 * numbers,
+        "gradients": 8 * numbers,
+        "optimizer state": 16 * numbers,
+        "input and output": 8 * 5 * (6 + 3 + 3),
+        "boundaries": 8 * 3 * 2 * 10 * 5,  # before hidden layers 0, 2, 4, in two parts
+        "backward state": 8 * 2 * (3 * tile + 9 * 4),
+        "workspace": 8 * ((4 + 3 + 2) * tile + 11 * 4),
+    }
+
+
+def test_what_a_budget_does_not_change() -> None:
+    model = DeepNarrowMLP(2, 1, 500, checkpoint=7)
+    free, tight = plan(model, batch_size=256), plan(model, batch_size=256, budget="1 GiB")
+    for part in ("parameters", "gradients", "optimizer state", "input and output"):
+        assert free.parts[part] == tight.parts[part]
+    assert model.checkpoint == 7
+    assert (free.segment, free.forward_sweeps) == (7, 2.0)
+    assert free.slow_down == pytest.approx(4 / 3)
+    assert (tight.segment, tight.forward_sweeps, tight.slow_down) == (1, 1.0, 1.0)
+    for p in model.parameters():
+        p.requires_grad_(False)
+    assert plan(model, batch_size=256).parts["gradients"] == 0
+
+
+def test_takes_the_longest_way_round_only_when_it_must() -> None:
+    model = DeepNarrowMLP(6, 3, 3000)
+    everything = plan(model, batch_size=1000, budget="1TB")
+    assert everything.segment == 1
+    assert plan(model, batch_size=1000, budget=everything.total).segment == 1
+    assert plan(model, batch_size=1000, budget=everything.total - 1).segment == planning.AUTO_SEGMENT
+
+
+@given(
+    st.integers(2, 200), st.integers(1, 300), st.sampled_from([(2, 1), (7, 9)]), st.sampled_from(["offset", "plain"])
+)
+def test_smallest_budget(depth: int, batch: int, shape: tuple[int, int], form) -> None:
+    model = DeepNarrowMLP(*shape, depth, form=form)
+    smallest = smallest_budget(model, batch)
+    assert plan(model, batch_size=batch, budget=smallest).total == smallest
+    with pytest.raises(BudgetError):
+        plan(model, batch_size=batch, budget=smallest - 1)
+    if shape == (7, 9):  # widths up to 8 trade memory for fewer passes in steps, which a search of few lengths may miss
+        totals = []
+        for checkpoint in ("none", *range(2, depth + 1)):
+            model.checkpoint = checkpoint
+            totals.append(plan(model, batch_size=batch).total)
+        assert smallest == min(totals)
+
+
+@given(st.integers(2, 400), st.integers(1, 3000), st.integers(0, 4_000_000), st.integers(0, 4_000_000))
+def test_more_memory_is_never_slower(depth: int, batch: int, a: int, b: int) -> None:
+    model = DeepNarrowMLP(5, 4, depth)
+    smallest = smallest_budget(model, batch)
+    plans: list[MemoryPlan] = []
+    for budget in sorted((smallest + a, smallest + b)):
+        plans.append(plan(model, batch_size=batch, budget=budget))
+        assert plans[-1].total <= budget
+    assert plans[1].slow_down <= plans[0].slow_down
+
+
+@settings(max_examples=30)
+@given(st.integers(200, 2000), st.floats(0.3, 0.99))
+def test_a_schedule_where_uniform_segments_do_not_fit(depth: int, share: float) -> None:
+    model = DeepNarrowMLP(6, 3, depth)
+    fixed = plan(model, batch_size=4000).total - plan(model, batch_size=4000).activations
+    budget = fixed + int(share * (smallest_budget(model, 4000) - fixed))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "SCHEDULES_RUN", True)
+        planned = plan(model, batch_size=4000, budget=max(budget, smallest_budget(model, 4000)))
+    assert planned.schedule is not None
+    actions, length, snapshots = schedule.decode(planned.schedule)
+    assert (length, snapshots) == (-(-(depth - 2) // planned.segment), planned.snapshots)
+    assert planned.parts["boundaries"] == snapshots * 2 * 10 * 4000 * 4
+    # Besides what the schedule advances: the last segment on the way to the output, and every segment once, reversed.
+    advances = schedule.simulate(actions, length, snapshots).advances
+    assert planned.forward_sweeps == pytest.approx((advances + 1 + length) / length)
+    assert planned.slow_down > 4 / 3
+
+
+def test_no_schedule_is_offered_while_the_ops_run_none() -> None:
+    model = DeepNarrowMLP(6, 3, 2000)
+    assert plan(model, batch_size=4000, budget=smallest_budget(model, 4000)).schedule is None
+
+
+def test_table_and_json_say_the_same() -> None:
+    planned = plan(DeepNarrowMLP(2, 1, 1000, checkpoint=50), batch_size=64, budget="100 MiB", optimizer="momentum")
+    rows = dict(line.split("  ", 1) for line in str(planned).splitlines())
+    rows = {name: text.strip() for name, text in rows.items()}
+    assert rows["total"] == planning.format_bytes(planned.total)
+    assert rows["budget"] == "100 MiB"
+    assert rows["saved"] == "every state"
+    data = json.loads(json.dumps(planned.to_dict()))
+    assert sum(data["bytes"].values()) == data["total_bytes"] == planned.total
+    assert data["bytes"]["optimizer state"] == data["bytes"]["parameters"]
+    assert data["activation_bytes"] == planned.activations
+
+
+def test_no_memory_is_needed_to_plan() -> None:
+    model = DeepNarrowMLP(784, 10, 4000, device="meta")
+    planned = plan(model, batch_size=128, budget="24GB")
+    assert planned.parts["parameters"] > 10_000_000_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"batch_size": 4, "input_shape": (4,)}, r"input_shape must be \(3,\), got \(4,\)"),
+        ({"batch_size": 4, "input_shape": (3, 2, 2)}, r"input_shape must be \(3,\)"),
+        ({"batch_size": 4, "optimizer": "lion"}, "optimizer must be one of sgd, momentum, adam, got 'lion'"),
+    ],
+)
+def test_bad_arguments(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan(DeepNarrowMLP(3, 1, 4), **arguments)
+
+
+def test_images_need_a_shape() -> None:
+    for shape in (None, (2, 5), (3, 5, 5), (2, 0, 5), (2, 5.0, 5)):
+        with pytest.raises(ValueError, match=r"input_shape must be \(2, H, W\), got"):
+            plan(DeepNarrowCNN(2, 1, 4), batch_size=1, input_shape=shape)  # type: ignore[arg-type]
+
+
+def test_other_models_are_refused() -> None:
+    with pytest.raises(TypeError, match="model must be a DeepNarrowMLP or a DeepNarrowCNN, got Linear"):
+        plan(nn.Linear(2, 2), batch_size=1)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"batch_size must be an int, got 2\.0"):
+        plan(DeepNarrowMLP(3, 1, 4), batch_size=2.0)  # type: ignore[arg-type]

@@ -1,0 +1,97 @@
+"""Measured peaks: that the measurement measures, that the plan agrees with it, and that nothing is left behind."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from narrowdeep import DeepNarrowMLP
+from narrowdeep.memory import MemoryProfile, profile
+
+profiling: Any = importlib.import_module("narrowdeep.memory.profile")  # narrowdeep.memory.profile is the function
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the process's peak can be reset on Linux only")
+
+MEGABYTE = 1 << 20
+
+
+@pytest.mark.parametrize("megabytes", [20, 200])
+def test_growth_is_the_peak_and_not_what_stays(megabytes: int) -> None:
+    def run() -> None:
+        large = torch.ones(megabytes * MEGABYTE, dtype=torch.uint8)
+        del large
+        small = torch.ones(5 * MEGABYTE, dtype=torch.uint8)
+        del small
+
+    growth = profiling._peak_growth(run, torch.device("cpu"))
+    assert abs(growth - megabytes * MEGABYTE) < 2 * MEGABYTE
+
+
+@pytest.mark.parametrize(
+    ("features", "depth", "batch"), [((2, 1), 1500, 4096), ((64, 10), 100, 1024), ((784, 10), 20, 256)]
+)
+@pytest.mark.parametrize("checkpoint", ["none", 64, 200])
+def test_plan_agrees_with_the_measurement(features: tuple[int, int], depth: int, batch: int, checkpoint) -> None:
+    model = DeepNarrowMLP(*features, depth, checkpoint=checkpoint)
+    measured = profile(model, torch.randn(batch, features[0]), eager=False)
+    assert abs(measured.measured - measured.plan.total) < 0.1 * measured.plan.total + MEGABYTE
+
+
+def test_eager_layers_keep_every_state() -> None:
+    model = DeepNarrowMLP(2, 1, 200, checkpoint=14)
+    x = torch.randn(8192, 2)
+    measured = profile(model, x)
+    states = 199 * 4 * 8192 * 4
+    assert measured.eager is not None
+    assert states < measured.eager < 2.5 * states
+    assert measured.measured < 0.3 * states
+    assert profile(model, x, eager=False).eager is None
+
+
+def test_eager_layers_are_left_out_where_they_might_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiling, "_free_bytes", lambda device: 2 * 19 * 8 * 4 * 4)
+    assert profile(DeepNarrowMLP(2, 1, 20), torch.randn(8, 2)).eager is None
+
+
+def test_nothing_is_left_behind() -> None:
+    model = DeepNarrowMLP(2, 1, 30)
+    model.first_bias.grad = torch.full((4,), 7.0)
+    before = [p.detach().clone() for p in model.parameters()]
+    state = torch.get_rng_state()
+    profile(model, torch.randn(16, 2, generator=torch.Generator()))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(model.first_bias.grad, torch.full((4,), 7.0))
+    assert [name for name, p in model.named_parameters() if p.grad is not None] == ["first_bias"]
+    for p, q in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p.detach(), q)
+
+
+def test_table_json_and_plot(tmp_path: Path) -> None:
+    profiles = [profile(DeepNarrowMLP(2, 1, depth), torch.randn(64, 2), eager=depth < 50) for depth in (10, 100)]
+    lines = profiling.table(profiles).splitlines()
+    assert [line.split()[0] for line in lines] == ["depth", "10", "100"]
+    assert lines[2].split()[-1] == "-"
+    assert str(profiles[0]) == profiling.table(profiles[:1])
+    data = json.loads(json.dumps(profiles[1].to_dict()))
+    assert (data["depth"], data["eager_bytes"], data["measured_bytes"]) == (100, None, profiles[1].measured)
+    assert isinstance(profiles[0], MemoryProfile)
+    pytest.importorskip("matplotlib")
+    profiling.plot(profiles, tmp_path / "peak.png")
+    assert (tmp_path / "peak.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bad_inputs() -> None:
+    model = DeepNarrowMLP(2, 1, 5)
+    with pytest.raises(ValueError, match=r"x must be a tensor with its batch in dimension 0, got shape \(2,\)"):
+        profile(model, torch.zeros(2))
+    with pytest.raises(ValueError, match="got list"):
+        profile(model, [[1.0, 2.0]])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"input_shape must be \(2,\), got \(3,\)"):
+        profile(model, torch.zeros(4, 3))
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        profile(model, torch.zeros(0, 2))
