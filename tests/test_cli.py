@@ -220,6 +220,7 @@ def test_info():
     assert facts["narrowdeep"] == version("narrowdeep")
     assert facts["torch"] == torch.__version__
     assert facts["threads"] == torch.get_num_threads()
+    assert facts["instruction_sets"][-1] == "scalar"
     text = run("info").stdout
     assert all(name in text for name in facts)
 

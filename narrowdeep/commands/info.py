@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import platform
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 import typer
 
-from narrowdeep import ops
 from narrowdeep.commands.options import (
     DeviceOption,
     Dtype,
@@ -20,6 +20,7 @@ from narrowdeep.commands.options import (
     print_json,
     resolve_device,
 )
+from narrowdeep.ops import engine
 
 
 def info(
@@ -44,7 +45,7 @@ def info(
 
 
 def gather() -> dict[str, Any]:
-    """The facts that ``narrowdeep info`` prints, by name."""
+    """The facts that ``narrowdeep info`` prints, by name; instruction sets are those in use, fastest first."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return {
         "narrowdeep": version("narrowdeep"),
@@ -53,7 +54,8 @@ def gather() -> dict[str, Any]:
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
         "cuda": [torch.cuda.get_device_name(i) for i in range(count)],
-        **getattr(ops, "backends", dict)(),
+        "triton": version("triton") if find_spec("triton") else None,
+        "instruction_sets": engine.instruction_sets(),
     }
 
 
@@ -62,4 +64,4 @@ def _text(value: Any) -> str:
         return ", ".join(f"{k}: {_text(v)}" for k, v in value.items()) or "none"
     if isinstance(value, (list, tuple)):
         return ", ".join(map(str, value)) or "none"
-    return str(value)
+    return "none" if value is None else str(value)
