@@ -18,7 +18,7 @@ settings.load_profile("narrowdeep")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:
-            if "gpu" in item.keywords:
+            if item.get_closest_marker("gpu"):  # not the keyword: tests/gpu has that name too
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
