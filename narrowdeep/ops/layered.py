@@ -2,8 +2,8 @@
 
 The same results as ``reference.py``, with the memory of a fused chain: states are saved every ``segment`` layers and
 computed again in the backward, no autograd graph. One layer is a matrix product (cuBLAS on a GPU) and three or four
-elementwise operations. Symbols as in ``reference.py``; what a kernel does between the first and the last layer enters
-and leaves through ``first_state``, ``first_tangent``, ``last_gradient`` and their likes, which the Triton kernels use too.
+elementwise operations. Symbols as in ``reference.py``. The Triton kernels enter and leave a chain here as well:
+``first_state``, ``last_output``, ``last_gradient`` and their likes.
 """
 
 from __future__ import annotations
@@ -138,9 +138,16 @@ def last_gradient(layer: Layer, grad_out: Tensor, h: Tensor, last_weight: Tensor
 
 
 def first_gradients(
-    layer: Layer, full: Tensor, x: Tensor, params: Params, grads: list[Tensor], scale: float, offset: bool, need_input: bool
+    layer: Layer,
+    full: Tensor,
+    x: Tensor,
+    params: Params,
+    grads: list[Tensor],
+    scale: float,
+    offset: bool,
+    need_input: bool,
 ) -> Tensor:
-    """Gradients of first_weight and first_bias into ``grads`` (if there are any); returns that of x, (B, in, *positions)."""
+    """Gradients of first_weight and first_bias into ``grads`` (if any); returns that of x, (B, in, *positions)."""
     if grads:
         layer.weight_grad(full, x, grads[0])
         _bias_grad(full, grads[1])
@@ -189,7 +196,7 @@ def first_tangent(
 def last_tangent(
     layer: Layer, tangent: Parts, full: Tensor, h: Tensor, params: Params, tangents: tuple[Tensor | None, ...]
 ) -> Tensor:
-    """The output's tangent from the last state ``h`` and its tangent ``full``; ``tangents`` of last_weight and last_bias."""
+    """The output's tangent from the last state ``h`` and its tangent ``full``; last_weight's and last_bias's."""
     weight_t, bias_t = tangents
     outputs = params[4].shape[0]
     z_t = layer.apply(params[4], full, _new_state(h, outputs))
@@ -260,7 +267,7 @@ def backward(
     need_input: bool,
     need_params: bool,
 ) -> tuple[Tensor, ...]:
-    """As ``reference.backward``, from ``saved``. With segment 0 the forward runs again and saves every sqrt(L)-th state."""
+    """As ``reference.backward``, from ``saved``; with segment 0 the forward runs again first."""
     params = (first_weight, first_bias, hidden_weight, hidden_bias, last_weight, last_bias)
     layers = hidden_weight.shape[0]
     if segment == 0:

@@ -1,0 +1,173 @@
+"""Registers, memory and instruction mix of every Triton kernel, without a GPU: compiled and disassembled.
+
+``python -m benchmarks.gpu.static_figures`` writes docs/gpu_static.json for the installed Triton (minutes). A test
+compiles some of it again and compares. Instruction counts are those of the loop over layers, as issued by one warp.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from narrowdeep.ops.mlp import triton as mlp
+from narrowdeep.ops.triton_common import Block
+
+TABLE = Path(__file__).parents[2] / "docs" / "gpu_static.json"
+TARGETS = (75, 80, 90, 100)
+WIDTHS = (4, 8, 16, 32, 80)
+_POINTEE = {torch.float32: "fp32", torch.float64: "fp64"}
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One compiled kernel: what it is for, and how a batch is cut."""
+
+    kernel: str
+    dtype: torch.dtype
+    offset: bool
+    width: int
+    target: int
+
+    def __str__(self) -> str:
+        form = "offset" if self.offset else "plain"
+        return f"{self.kernel} {str(self.dtype).removeprefix('torch.')} {form} n={self.width} sm_{self.target}"
+
+
+@dataclass(frozen=True)
+class Figures:
+    """``spills`` are stack and local bytes a thread; ``fma`` the share of FFMA, DFMA, HMMA and DMMA in the loop."""
+
+    samples: int
+    warps: int
+    registers: int
+    spills: int
+    shared: int
+    loop: int
+    fma: float
+    mix: dict[str, int]
+
+
+def entries(targets: tuple[int, ...] = TARGETS, widths: tuple[int, ...] = WIDTHS) -> Iterator[Entry]:
+    """Every supported combination: offset form for all targets, plain form for sm_90."""
+    for target in targets:
+        for width in widths:
+            for dtype in (torch.float32, torch.float64):
+                for kernel in ("forward", "recompute", "backward", "jvp"):
+                    if width <= mlp.widest(kernel, dtype):
+                        yield Entry(kernel, dtype, True, width, target)
+                        if target == 90:
+                            yield Entry(kernel, dtype, False, width, target)
+                if width <= 16:
+                    yield Entry("weight_gradient", dtype, True, width, target)
+
+
+def _kernel(entry: Entry) -> tuple[Any, dict[str, Any], Block]:
+    if entry.kernel == "weight_gradient":
+        rows, samples = mlp.weight_gradient_block(entry.width, entry.dtype)
+        options = {"WIDTH": entry.width, "ROWS": rows, "SPLIT": 4096, "BLOCK": samples, "ALIGNED": True}
+        return mlp.weight_gradient, options, Block(samples, 4)
+    function, more = {
+        "forward": (mlp.chain_forward, {"SAVE": 2}),
+        "recompute": (mlp.chain_recompute, {}),
+        "backward": (mlp.chain_backward, {"STORE": True}),
+        "jvp": (mlp.chain_jvp, {"HAS_WEIGHT_T": True, "HAS_BIAS_T": True}),
+    }[entry.kernel]
+    block = mlp.blocks(entry.kernel, entry.width, entry.dtype, entry.offset)[0]
+    return function, mlp.constants(entry.kernel, entry.width, entry.offset, 1, 128, block) | more, block
+
+
+def _tool(name: str, *arguments: str) -> str:
+    return subprocess.run([_TOOLS / name, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def _loops(listing: str) -> list[collections.Counter[str]]:
+    """Opcodes of every innermost loop."""
+    code: list[tuple[str, str]] = []
+    labels = {}
+    for line in listing.splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label[1]] = len(code)
+        elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)\s*([^;]*);", line):
+            code.append((found[1], found[2]))
+    spans = []
+    for end, (opcode, operands) in enumerate(code):
+        target = re.search(r"(\.L_\w+)", operands) if opcode.startswith("BRA") else None
+        if target and labels.get(target[1], end) < end:
+            spans.append((labels[target[1]], end))
+    inner = [(a, b) for a, b in spans if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in spans)]
+    return [collections.Counter(opcode.split(".")[0] for opcode, _ in code[a : b + 1]) for a, b in inner]
+
+
+def measure(entry: Entry) -> Figures:
+    """Compile for the target and read the binary."""
+    function, options, block = _kernel(entry)
+    signature, constants, hints = {}, {}, {}
+    for i, name in enumerate(function.arg_names):
+        if name in options:
+            signature[name], constants[(i,)] = "constexpr", options[name]
+        elif name.endswith("_ptr"):
+            signature[name], hints[(i,)] = "*" + _POINTEE[entry.dtype], [["tt.divisibility", 16]]
+        else:
+            signature[name] = "i32"
+    compiled = triton.compile(
+        ASTSource(fn=function, signature=signature, constexprs=constants, attrs=hints),
+        target=GPUTarget("cuda", entry.target, 32),
+        options={"num_warps": block.warps, "enable_fp_fusion": True},
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", _tool("cuobjdump", "-res-usage", file.name))
+        loops = _loops(_tool("nvdisasm", "-c", file.name))
+    assert usage is not None
+
+    def products(mix: collections.Counter[str]) -> int:
+        return sum(mix[name] for name in ("FFMA", "FFMA2", "DFMA", "HMMA", "DMMA"))
+
+    mix = max(loops, key=products)
+    return Figures(
+        samples=block.samples,
+        warps=block.warps,
+        registers=int(usage[1]),
+        spills=int(usage[2]) + int(usage[3]),
+        shared=compiled.metadata.shared,
+        loop=mix.total(),
+        fma=round(products(mix) / mix.total(), 3),
+        mix=dict(sorted(mix.items(), key=lambda pair: (-pair[1], pair[0]))[:8]),
+    )
+
+
+def main() -> None:
+    """Write the table, one target after another; figures already there for this Triton are kept unless --fresh."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--fresh", action="store_true", help="measure everything again")
+    parser.add_argument("--target", type=int, action="append", choices=TARGETS)
+    parser.add_argument("--width", type=int, action="append")
+    arguments = parser.parse_args()
+    table: dict[str, Any] = json.loads(TABLE.read_text()) if TABLE.exists() and not arguments.fresh else {}
+    if table.get("triton") != triton.__version__:
+        table = {"triton": triton.__version__, "kernels": {}}
+    for entry in entries(tuple(arguments.target or TARGETS), tuple(arguments.width or WIDTHS)):
+        if str(entry) not in table["kernels"]:
+            figures = measure(entry)
+            table["kernels"][str(entry)] = asdict(figures)
+            print(f"{entry}: {figures}", flush=True)
+            TABLE.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+    main()

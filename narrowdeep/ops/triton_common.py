@@ -1,0 +1,283 @@
+"""Device functions shared by the Triton kernels of both chains, and the one place that launches a kernel.
+
+A hidden state is a tuple of tensors, so that one kernel text serves two layouts. ``ROWS`` = 1: an entry is a unit,
+shape (BLOCK,), one sample a lane, weights are scalars (no lane ever talks to another). ``ROWS`` = 16: an entry is a
+tile of 16 units, shape (16, BLOCK), weights are tiles of ``tl.dot``. Matrices in memory are (n, B), batch last.
+"""
+
+# ruff: noqa: RUF005 (the kernel language has no starred tuples)
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import knobs
+
+from narrowdeep.ops.reference import MOVE_PERIOD as _MOVE_PERIOD
+
+MOVE_PERIOD = tl.constexpr(_MOVE_PERIOD)
+
+PREFETCH = not knobs.runtime.interpret
+"""The interpreter knows no inline assembly."""
+
+TILE = 16
+"""Units a tile of the ``tl.dot`` layout holds: the least ``tl.dot`` takes."""
+
+
+MULTIPROCESSORS = 132
+"""Assumed where there is no device to ask (H100)."""
+
+_best: dict[Any, Block] = {}
+_autotune = False
+
+
+@dataclass(frozen=True)
+class Block:
+    """Samples of a program and its warps."""
+
+    samples: int
+    warps: int
+
+
+def autotune(enabled: bool = True) -> None:
+    """Time every block size once a shape and keep the fastest, instead of the choice by the table. CUDA only."""
+    global _autotune
+    _autotune = enabled
+    _best.clear()
+
+
+def empty(like: Tensor, *shape: int) -> Tensor:
+    """Memory that a kernel fills (tests replace this to see that it does)."""
+    return like.new_empty(shape)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, **constants: Any) -> None:
+    """``kernel[grid](*args)`` on the device of the first tensor (tests replace this to run the PTX on a CPU)."""
+    device = next(a for a in args if isinstance(a, Tensor)).device
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            kernel[grid](*args, num_warps=num_warps, enable_fp_fusion=True, **constants)
+    else:  # the interpreter
+        kernel[grid](*args, num_warps=num_warps, **constants)
+
+
+def choose_block(
+    key: tuple, options: list[Block], samples: int, device: torch.device, start: Callable[[Block], None]
+) -> None:
+    """``start(block)`` with the first of ``options`` that gives every multiprocessor work, or with the last.
+
+    Under ``autotune`` with the fastest one; ``start`` is then called several times, so it must not change its inputs.
+    """
+    if _autotune and device.type == "cuda":
+        key = (key, torch.cuda.get_device_name(device))
+        if key not in _best:
+            times = [
+                (triton.testing.do_bench(functools.partial(start, block), warmup=5, rep=20), block) for block in options
+            ]
+            _best[key] = min(times, key=lambda pair: pair[0])[1]
+        start(_best[key])
+        return
+    count = MULTIPROCESSORS
+    if device.type == "cuda":
+        count = torch.cuda.get_device_properties(device).multi_processor_count
+    fitting = [block for block in options if samples * block.warps >= count * 4 * block.samples]
+    start(fitting[0] if fitting else options[-1])
+
+
+@triton.jit
+def two_sum(a, b):
+    """Knuth's exact sum (compilers contract products to fma but never reassociate sums, so it stays exact)."""
+    s = a + b
+    t = s - a
+    return s, (a - (s - t)) + (b - t)
+
+
+@triton.jit
+def unit_index(i: tl.constexpr, ROWS: tl.constexpr):
+    """Unit numbers of entry i as a column, for ROWS > 1."""
+    return i * ROWS + tl.arange(0, ROWS)[:, None]
+
+
+@triton.jit
+def kept(i: tl.constexpr, MIDDLE: tl.constexpr, ROWS: tl.constexpr):
+    """Where the diagonal of E is 1 in entry i: everywhere but at the middle unit."""
+    return unit_index(i, ROWS) != MIDDLE
+
+
+@triton.jit
+def read_state(ptr, column, batch, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    """Entries of the (n, B) matrix at ptr; 0 outside."""
+    state = ()
+    for i in tl.static_range((WIDTH + ROWS - 1) // ROWS):
+        if ROWS == 1:
+            entry = tl.load(ptr + i * batch + column, mask=column < batch, other=0.0)
+        else:
+            unit = unit_index(i, ROWS)
+            inside = (unit < WIDTH) & (column[None, :] < batch)
+            entry = tl.load(ptr + unit * batch + column[None, :], mask=inside, other=0.0)
+        state = state + (entry,)
+    return state
+
+
+@triton.jit
+def write_state(ptr, state, column, batch, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    """The way back from ``read_state``."""
+    for i in tl.static_range((WIDTH + ROWS - 1) // ROWS):
+        if ROWS == 1:
+            tl.store(ptr + i * batch + column, state[i], mask=column < batch)
+        else:
+            unit = unit_index(i, ROWS)
+            tl.store(ptr + unit * batch + column[None, :], state[i], mask=(unit < WIDTH) & (column[None, :] < batch))
+
+
+@triton.jit
+def add_states(a, b, COUNT: tl.constexpr):
+    """a + b, entry by entry."""
+    total = ()
+    for i in tl.static_range(COUNT):
+        total = total + (a[i] + b[i],)
+    return total
+
+
+@triton.jit
+def product(weight, state, START, WIDTH: tl.constexpr, ROWS: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """START + W state, or START + W^T state; START is a tuple of entries or of scalars."""
+    result = ()
+    for i in tl.static_range((WIDTH + ROWS - 1) // ROWS):
+        if ROWS == 1:
+            total = tl.broadcast_to(START[i], state[0].shape)
+            for k in tl.static_range(WIDTH):
+                index = k * WIDTH + i if TRANSPOSED else i * WIDTH + k
+                total = tl.fma(tl.broadcast_to(tl.load(weight + index), state[k].shape), state[k], total)
+        else:
+            total = tl.broadcast_to(START[i], state[0].shape)
+            unit = unit_index(i, ROWS)
+            for k in tl.static_range((WIDTH + ROWS - 1) // ROWS):
+                other = k * ROWS + tl.arange(0, ROWS)[None, :]
+                index = other * WIDTH + unit if TRANSPOSED else unit * WIDTH + other
+                tile = tl.load(weight + index, mask=(unit < WIDTH) & (other < WIDTH), other=0.0)
+                total = tl.dot(tile, state[k], total, input_precision="ieee", out_dtype=tile.dtype)
+        result = result + (total,)
+    return result
+
+
+@triton.jit
+def read_bias(bias, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    """Entries of a bias vector: scalars, or columns of a tile."""
+    entries = ()
+    for i in tl.static_range((WIDTH + ROWS - 1) // ROWS):
+        if ROWS == 1:
+            entry = tl.load(bias + i)
+        else:
+            unit = unit_index(i, ROWS)
+            entry = tl.load(bias + unit, mask=unit < WIDTH, other=0.0)
+        entries = entries + (entry,)
+    return entries
+
+
+@triton.jit
+def add_kept(z, a, MIDDLE: tl.constexpr, COUNT: tl.constexpr, ROWS: tl.constexpr):
+    """z + E a: the identity part of an offset layer."""
+    result = ()
+    for i in tl.static_range(COUNT):
+        entry = z[i]
+        if ROWS == 1:
+            if i != MIDDLE:
+                entry = a[i] + entry
+        elif i == MIDDLE // ROWS:
+            entry = tl.where(kept(i, MIDDLE, ROWS), a[i] + entry, entry)
+        else:
+            entry = a[i] + entry
+        result = result + (entry,)
+    return result
+
+
+@triton.jit
+def clip(z, base, OFFSET: tl.constexpr, COUNT: tl.constexpr):
+    """max(z, -base), max(z, 0) in plain form; a NaN stays a NaN, as in ``torch.relu``.
+
+    One instruction in float32 (sm_80 on); in float64 there is none, and a comparison is cheaper than ``maximum``.
+    """
+    result = ()
+    for i in tl.static_range(COUNT):
+        floor = -base[i] if OFFSET else tl.zeros_like(z[i])
+        if z[i].dtype == tl.float32:
+            entry = tl.maximum(z[i], floor, propagate_nan=tl.PropagateNan.ALL)
+        else:
+            entry = tl.where(floor > z[i], floor, z[i])
+        result = result + (entry,)
+    return result
+
+
+@triton.jit
+def mask_gradient(h, grad, base, OFFSET: tl.constexpr, COUNT: tl.constexpr):
+    """The gradient behind a ReLU whose output is h: grad where h > 0, else whatever makes base + it exactly 0."""
+    result = ()
+    for i in tl.static_range(COUNT):
+        dead = -base[i] if OFFSET else tl.zeros_like(grad[i])
+        result = result + (tl.where(h[i] <= 0.0, dead, grad[i]),)
+    return result
+
+
+@triton.jit
+def move(fixed_ptr, base, moved, a, column, batch, MIDDLE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    """Move a into moved by an exact two-sum (``reference._move``): new (base, moved, a), with base = fixed + moved.
+
+    ``fixed`` is read again: it is needed once in MOVE_PERIOD layers and would hold n registers.
+    """
+    fixed = read_state(fixed_ptr, column, batch, WIDTH, ROWS)
+    new_base = ()
+    new_moved = ()
+    new_a = ()
+    for i in tl.static_range((WIDTH + ROWS - 1) // ROWS):
+        total, rest = two_sum(moved[i], a[i])
+        dead = base[i] + a[i] == 0.0
+        total = tl.where(dead, -fixed[i], total)
+        rest = tl.where(dead, 0.0, rest)
+        if ROWS == 1:
+            if i == MIDDLE:
+                total = moved[i]
+                rest = a[i]
+        elif i == MIDDLE // ROWS:
+            total = tl.where(kept(i, MIDDLE, ROWS), total, moved[i])
+            rest = tl.where(kept(i, MIDDLE, ROWS), rest, a[i])
+        new_base = new_base + (fixed[i] + total,)
+        new_moved = new_moved + (total,)
+        new_a = new_a + (rest,)
+    return new_base, new_moved, new_a
+
+
+@triton.jit
+def zeros_like_state(a, COUNT: tl.constexpr):
+    """A tuple of zeros of the entries' shape."""
+    zeros = ()
+    for i in tl.static_range(COUNT):
+        zeros = zeros + (tl.zeros_like(a[i]),)
+    return zeros
+
+
+@triton.jit
+def prefetch(ptr, first, end, COUNT: tl.constexpr, ENABLED: tl.constexpr):
+    """Ask for elements first .. first + COUNT - 1 (none past end) to be brought near; one request a 128-byte line.
+
+    The chain reads weights in order and nothing else hides their latency when few warps run.
+    """
+    if ENABLED:
+        LINE: tl.constexpr = 128 // (ptr.dtype.element_ty.primitive_bitwidth // 8)
+        lines: tl.constexpr = triton.next_power_of_2((COUNT + LINE - 1) // LINE)
+        index = first + tl.arange(0, lines) * LINE
+        index = tl.minimum(index, end - 1)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L1 [$1]; mov.u32 $0, 0;",
+            "=r,l",
+            [ptr + index],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )

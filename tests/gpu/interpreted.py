@@ -1,0 +1,37 @@
+"""Run by test_interpreter.py in a process with TRITON_INTERPRET=1: prints one line of JSON a case."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+
+from narrowdeep.ops.mlp import triton as mlp
+from tests.gpu.cases import Case, check_mlp
+
+F32, F64 = torch.float32, torch.float64
+CASES = [
+    Case(1, 1, 2, 5, True, F32, 1),  # no hidden layer
+    Case(1, 1, 3, 0, True, F64, 1),  # no sample
+    Case(1, 1, 3, 1, False, F32, 50),
+    Case(1, 1, 37, 5, True, F64, 5),
+    Case(2, 1, 5, 33, False, F64, 1, width=2),
+    Case(2, 2, 6, 7, True, F32, 0),
+    Case(3, 1, 4, 5, False, F64, 2, width=17),
+    Case(10, 6, 35, 3, True, F32, 6),
+]
+
+
+def main() -> None:
+    for case in CASES:
+        try:
+            check_mlp(case, mlp.mlp_forward, mlp.mlp_backward, mlp.mlp_jvp)
+            failure = None
+        except Exception as error:
+            failure = f"{type(error).__name__}: {error}"
+        print(json.dumps({"case": str(case), "failure": failure}), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
