@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from narrowdeep.functional import Form, conv_chain
-from narrowdeep.modules.base import Checkpoint, DeepNarrowBase, Init, _check_count
+from narrowdeep.modules.base import AUTO_SEGMENT, Checkpoint, DeepNarrowBase, Init, _check_count
 
 
 class DeepNarrowCNN(DeepNarrowBase):
@@ -77,6 +78,14 @@ class DeepNarrowCNN(DeepNarrowBase):
             dtype=dtype,
         )
 
+    def segment(self, positions: int) -> int:
+        """Layers between saved states for a call on ``positions`` = B H W.
+
+        ``checkpoint="auto"`` saves one state in sqrt(L) layers, at least ``AUTO_SEGMENT``: to compute a layer again in
+        the cache takes less time than to write its state to memory and read it back, however small the batch.
+        """
+        return max(AUTO_SEGMENT, math.isqrt(self.depth)) if self.checkpoint == "auto" else super().segment(positions)
+
     def forward(self, x: Tensor) -> Tensor:
         positions = x.numel() // self.in_channels if isinstance(x, Tensor) else 0
         return conv_chain(x, *self.stacked(), scale=self.scale, form=self.form, segment=self.segment(positions))
@@ -113,8 +122,9 @@ class DeepNarrowCNN(DeepNarrowBase):
         Raises: ValueError when ``seq`` has another structure.
         """
         modules = list(seq)
-        convs, relus, head = modules[:-2:2], modules[1:-2:2], modules[-2:]
-        if len(convs) < 2 or len(relus) != len(convs) - 1:
+        convs: list[nn.Conv2d] = []
+        relus, head = modules[1:-2:2], modules[-2:]
+        if len(relus) < 1 or len(modules) != 2 * len(relus) + 3:
             raise ValueError(
                 "seq must be nn.Conv2d, nn.ReLU, ..., nn.Conv2d, nn.AdaptiveAvgPool2d, nn.Flatten with at least 2 "
                 f"nn.Conv2d, got {len(seq)} modules"
@@ -126,9 +136,10 @@ class DeepNarrowCNN(DeepNarrowBase):
             raise ValueError(f"seq[{len(seq) - 2}] must be nn.AdaptiveAvgPool2d(1), got {head[0]}")
         if not isinstance(head[1], nn.Flatten):
             raise ValueError(f"seq[{len(seq) - 1}] must be nn.Flatten, got {head[1]}")
-        for i, module in enumerate(convs):
+        for i, module in enumerate(modules[:-2:2]):
             if not isinstance(module, nn.Conv2d) or module.bias is None:
                 raise ValueError(f"seq[{2 * i}] must be nn.Conv2d with a bias, got {module}")
+            convs.append(module)
         size = convs[0].kernel_size[0]
         wanted = {
             "kernel_size": (size, size),
@@ -138,16 +149,16 @@ class DeepNarrowCNN(DeepNarrowBase):
             "groups": 1,
             "padding_mode": "zeros",
         }
-        for i, module in enumerate(convs):
+        for i, conv in enumerate(convs):
             for name, value in wanted.items():
                 # padding="same" is the same padding for an odd filter and stride 1
-                if getattr(module, name) not in (value, "same" if name == "padding" else value):
-                    raise ValueError(f"seq[{2 * i}] must have {name}={value}, got {module}")
+                if getattr(conv, name) not in (value, "same" if name == "padding" else value):
+                    raise ValueError(f"seq[{2 * i}] must have {name}={value}, got {conv}")
         in_channels, out_channels = convs[0].in_channels, convs[-1].out_channels
         width = in_channels + 1 + out_channels
-        for i, (module, following) in enumerate(pairwise(convs)):
-            if module.out_channels != width or following.in_channels != width:
-                raise ValueError(f"seq[{2 * i}] must have in + 1 + out = {width} hidden channels, got {module}")
+        for i, (conv, following) in enumerate(pairwise(convs)):
+            if conv.out_channels != width or following.in_channels != width:
+                raise ValueError(f"seq[{2 * i}] must have in + 1 + out = {width} hidden channels, got {conv}")
         model = cls(
             in_channels,
             out_channels,
@@ -158,5 +169,5 @@ class DeepNarrowCNN(DeepNarrowBase):
             device=convs[0].weight.device,
             dtype=convs[0].weight.dtype,
         )
-        model.load_layers([(module.weight, module.bias) for module in convs])
+        model.load_layers([(conv.weight, conv.bias) for conv in convs if conv.bias is not None])
         return model

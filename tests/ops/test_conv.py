@@ -149,7 +149,9 @@ def test_engine_is_the_reference(
             assert_close(ops.jvp(*args, *given_tangents, 7.0, offset), expected, tolerance)
     finally:
         torch.use_deterministic_algorithms(False)
-    for name, got, want in zip(("out", "x", "w1", "b1", "wh", "bh", "wl", "bl"), results[0], (out, *grads), strict=True):
+    for name, got, want in zip(
+        ("out", "x", "w1", "b1", "wh", "bh", "wl", "bl"), results[0], (out, *grads), strict=True
+    ):
         assert not got.isnan().any(), name
         assert_close(got, want, tolerance)
     for other in results[1:]:  # a segment changes no bit
@@ -157,7 +159,7 @@ def test_engine_is_the_reference(
             assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("need_input, need_params", [(True, False), (False, True), (False, False)])
+@pytest.mark.parametrize(("need_input", "need_params"), [(True, False), (False, True), (False, False)])
 def test_what_is_not_needed_is_empty_and_changes_nothing(need_input: bool, need_params: bool) -> None:
     args = arguments(CASES[0], torch.float32, True)
     grad_out = torch.randn(CASES[0].batch, 1)
@@ -244,11 +246,14 @@ def test_an_infinite_sample_in_the_last_tile_leaves_no_trace_in_the_lanes_withou
 @pytest.mark.parametrize("segment", [0, 1, 8])
 def test_opcheck(segment: int) -> None:
     args = arguments(Case(1, 2, 12, 3, 3, 4, 6), torch.float64, True)
+    namespace = torch.ops.narrowdeep
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(ops.forward, (*args, 3.0, True, segment), test_utils=tests)
+    torch.library.opcheck(namespace.conv_forward.default, (*args, 3.0, True, segment), test_utils=tests)
     out, saved = ops.forward(*args, 3.0, True, segment)
-    torch.library.opcheck(ops.backward, (out, *args, saved, 3.0, True, segment, True, True), test_utils=tests)
-    torch.library.opcheck(ops.jvp, (*args, *args, 3.0, True), test_utils=tests)
+    torch.library.opcheck(
+        namespace.conv_backward.default, (out, *args, saved, 3.0, True, segment, True, True), test_utils=tests
+    )
+    torch.library.opcheck(namespace.conv_jvp.default, (*args, *args, 3.0, True), test_utils=tests)
 
 
 @pytest.mark.parametrize("layout", ["transposed", "expanded", "sliced"])

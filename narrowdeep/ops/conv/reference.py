@@ -7,7 +7,9 @@ The identity part of a weight is the centre tap, which never reaches into the pa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +39,6 @@ def _weight_grad(weight: Tensor, g: Tensor, h: Tensor) -> Tensor:
 
 CONV = reference.Affine(apply=_apply, transpose=_transpose, weight_grad=_weight_grad)
 
-conv_forward = partial(reference.forward, CONV)
-conv_backward = partial(reference.backward, CONV)
-conv_jvp = partial(reference.jvp, CONV)
+conv_forward: Callable[..., Any] = partial(reference.forward, CONV)
+conv_backward: Callable[..., Any] = partial(reference.backward, CONV)
+conv_jvp: Callable[..., Any] = partial(reference.jvp, CONV)
