@@ -157,6 +157,10 @@ class _Step:
     outputs: int
     positions: int
     """H W of an image, 1 for the MLP."""
+    taps: int
+    """Entries of a filter; 0 for the MLP."""
+    parameters: int
+    """Of the whole network."""
     batch: int
     parts: int
     """Tensors a saved boundary takes: 2 in offset form, (moved, a), else 1."""
@@ -177,7 +181,12 @@ class _Step:
     def activations(self, segment: int, snapshots: int) -> dict[str, int]:
         """Bytes that depend on checkpointing, by part. ``snapshots`` is read when ``segment`` is not 1."""
         boundaries = (self.layers + 1) * self.state if segment == 1 else snapshots * self.parts * self.state
-        backward, workspace = self._gpu(segment) if self.cuda else self._engine(segment)
+        if self.cuda:
+            backward, workspace = self._gpu(segment)
+        elif self.taps:
+            backward, workspace = 0, self._conv_engine(segment)
+        else:
+            backward, workspace = self._mlp_engine(segment)
         return {"boundaries": boundaries, "backward state": backward, "workspace": workspace}
 
     def _gpu(self, segment: int) -> tuple[int, int]:
@@ -185,17 +194,17 @@ class _Step:
         states = 0 if segment == 1 else min(segment, self.layers) + 1
         return 8 * self.state, states * self.state
 
-    def _engine(self, segment: int) -> tuple[int, int]:
+    def _mlp_engine(self, segment: int) -> tuple[int, int]:
         """Memory of ``Backward`` in csrc/mlp/kernels.h, whose names are used here."""
         share = _ceil(_ceil(self.batch, self.lanes), self.threads)
         samples = (4 if share >= 3 else share) * self.lanes
         tiles = _ceil(self.batch, samples)
         workers = min(self.threads, tiles)
-        size = self.width * self.positions * samples
-        kept = tiles * (3 * size + (self.inputs * self.positions + self.outputs) * samples)
+        size = self.width * samples
+        kept = tiles * (3 * size + (self.inputs + self.outputs) * samples)
         step = segment if segment > 1 else max(4, min(64, 2**19 // (2 * size * self.itemsize)))
         longest = min(step, self.layers)
-        if self.positions == 1 and self.width <= _WIDEST_NARROW:
+        if self.width <= _WIDEST_NARROW:
             entries = self.width * (self.width + 1)
             partial = _ceil(entries, self.lanes) * self.lanes
             steps = self.segments(step)
@@ -206,17 +215,38 @@ class _Step:
             a_worker = size * (4 + longest + 1 + longest) + transposed
         return kept * self.itemsize, workers * a_worker * self.itemsize
 
+    def _held(self, segment: int) -> tuple[int, int]:
+        """States of a segment, and how many of them csrc/conv/chain.h holds at once (``longest``, ``held_states``)."""
+        longest = min(segment + 1, self.layers + 1)
+        fits = 2**24 // (self.width * self.positions * self.lanes * self.itemsize)
+        return longest, min(max(32, min(256, fits)), longest)
+
+    def _conv_engine(self, segment: int) -> int:
+        """Memory of ``TileBackward`` and ``conv_backward`` in csrc/conv/chain.h, whose names are used here."""
+        workers = min(self.threads, _ceil(self.batch, self.lanes))
+        row = self.positions * self.lanes
+        state = self.width * row
+        longest, held = (1, 1) if segment == 1 else self._held(segment)
+        inner = _ceil(longest, held) if held < longest else 0
+        sums = self.width * max(self.width, self.inputs) * self.taps * self.lanes
+        tile_states = 2 * 4 * state + self.inputs * row
+        a_worker = (held + 2) * state + self.outputs * row + sums + inner * self.parts * state + tile_states
+        return (workers * a_worker + (workers - 1) * self.parameters) * self.itemsize
+
     def sweeps(self, segment: int, snapshots: int) -> float:
         """Forward runs of the whole chain in one step, as ``schedule.resumed`` has it."""
         if segment == 1:
             return 1.0
         length = self.segments(segment)
+        # The convolution engine divides a segment that it cannot hold, and runs all but the last part once more.
+        longest, held = self._held(segment)
+        divided = 1 - held / longest if self.taps and not self.cuda else 0.0
         if snapshots >= length:
-            return 2.0
+            return 2.0 + divided
         kept = schedule.first_snapshots(length, snapshots)
         # The forward runs to the output. The backward advances what the schedule does beyond that, goes on from the
         # last snapshot, and runs every segment where it reverses it.
-        return 1 + (schedule.fewest_advances(length, snapshots) - kept[-1] + length) / length
+        return 1 + (schedule.fewest_advances(length, snapshots) - kept[-1] + length) / length + divided
 
 
 def _vector_bytes() -> int | None:
@@ -323,6 +353,8 @@ def _step(model: DeepNarrowBase, batch_size: int, input_shape: tuple[int, ...] |
         inputs=inputs,
         outputs=last_weight.shape[0],
         positions=math.prod(shape[1:]),
+        taps=math.prod(weight.shape[2:]) if image else 0,
+        parameters=sum(p.numel() for p in model.parameters()),
         batch=batch_size,
         parts=2 if model.form == "offset" else 1,
         itemsize=itemsize,

@@ -7,7 +7,7 @@ import ctypes
 import gc
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,17 +110,32 @@ def _peak_growth(run: Callable[[], None], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     if sys.platform != "linux":
         raise NotImplementedError(f"the peak memory of a process can be reset on Linux only, this is {sys.platform}")
-    _give_back_free_memory()
-    Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak resident set size
-    before = _status("VmRSS")
-    run()
-    return _status("VmHWM") - before
+    with _no_reuse_of_freed_memory():
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak resident set size
+        before = _status("VmRSS")
+        run()
+        return _status("VmHWM") - before
 
 
-def _give_back_free_memory() -> None:
-    """Freed memory that the C library holds on to would be used again without counting as growth."""
-    with contextlib.suppress(AttributeError):  # not glibc
-        ctypes.CDLL(None).malloc_trim(0)
+@contextlib.contextmanager
+def _no_reuse_of_freed_memory() -> Iterator[None]:
+    """Freed memory that glibc holds on to would be used again without counting as growth (other C libraries: no-op).
+
+    Inside, free memory is given back and blocks of 128 KiB and more are taken from the system each time. Afterwards
+    they are kept up to 32 MiB, the most that glibc's own sliding threshold comes to.
+    """
+    c = ctypes.CDLL(None)
+    if not hasattr(c, "malloc_trim") or not hasattr(c, "mallopt"):
+        yield
+        return
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+    c.malloc_trim(0)
+    c.mallopt(mmap_threshold, 128 << 10)
+    try:
+        yield
+    finally:
+        c.mallopt(mmap_threshold, 32 << 20)
+        c.mallopt(trim_threshold, 64 << 20)
 
 
 def _status(name: str) -> int:

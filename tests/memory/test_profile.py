@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from narrowdeep import DeepNarrowMLP
+from narrowdeep import DeepNarrowCNN, DeepNarrowMLP
 from narrowdeep.memory import MemoryProfile, profile
 
 profiling: Any = importlib.import_module("narrowdeep.memory.profile")  # narrowdeep.memory.profile is the function
@@ -39,6 +39,14 @@ def test_growth_is_the_peak_and_not_what_stays(megabytes: int) -> None:
 def test_plan_agrees_with_the_measurement(features: tuple[int, int], depth: int, batch: int, checkpoint) -> None:
     model = DeepNarrowMLP(*features, depth, checkpoint=checkpoint)
     measured = profile(model, torch.randn(batch, features[0]), eager=False)
+    assert abs(measured.measured - measured.plan.total) < 0.1 * measured.plan.total + MEGABYTE
+
+
+@pytest.mark.parametrize(("channels", "depth"), [((1, 1), 300), ((1, 10), 100)])
+@pytest.mark.parametrize("checkpoint", ["none", 64, 290])
+def test_plan_of_images_agrees_with_the_measurement(channels: tuple[int, int], depth: int, checkpoint) -> None:
+    model = DeepNarrowCNN(*channels, depth, checkpoint=checkpoint)
+    measured = profile(model, torch.rand(200, channels[0], 7, 7), eager=False)
     assert abs(measured.measured - measured.plan.total) < 0.1 * measured.plan.total + MEGABYTE
 
 
