@@ -1,0 +1,7 @@
+#include "gram/gram.h"
+
+#include "common/select.h"
+
+namespace narrowdeep {
+ND_SELECT(gram, GramKernels)
+}
