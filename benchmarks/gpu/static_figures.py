@@ -22,34 +22,47 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from narrowdeep.ops import triton_chain
+from narrowdeep.ops.conv import triton as conv
 from narrowdeep.ops.mlp import triton as mlp
 from narrowdeep.ops.triton_common import Block
 
 TABLE = Path(__file__).parents[2] / "docs" / "gpu_static.json"
 TARGETS = (75, 80, 90, 100)
 WIDTHS = (4, 8, 16, 32, 80)
+CHANNELS = (3, 12)
+"""Of a convolution chain on 7 x 7 images with 3 x 3 filters, the thesis's two networks."""
+DTYPES = (torch.float32, torch.float64)
 _POINTEE = {torch.float32: "fp32", torch.float64: "fp64"}
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_CHAIN = {
+    "forward": (triton_chain.chain_forward, {"SAVE": 2}),
+    "recompute": (triton_chain.chain_recompute, {}),
+    "backward": (triton_chain.chain_backward, {"STORE": True}),
+    "jvp": (triton_chain.chain_jvp, {"HAS_WEIGHT_T": True, "HAS_BIAS_T": True}),
+}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One compiled kernel: what it is for, and how a batch is cut."""
+    """One compiled kernel; ``offset`` None where the form makes no difference."""
 
+    family: str
     kernel: str
     dtype: torch.dtype
-    offset: bool
+    offset: bool | None
     width: int
     target: int
 
     def __str__(self) -> str:
-        form = "offset" if self.offset else "plain"
-        return f"{self.kernel} {str(self.dtype).removeprefix('torch.')} {form} n={self.width} sm_{self.target}"
+        form = {True: "offset ", False: "plain ", None: ""}[self.offset]
+        kind = str(self.dtype).removeprefix("torch.")
+        return f"{self.family} {self.kernel} {kind} {form}n={self.width} sm_{self.target}"
 
 
 @dataclass(frozen=True)
 class Figures:
-    """``spills`` are stack and local bytes a thread; ``fma`` the share of FFMA, DFMA, HMMA and DMMA in the loop."""
+    """``spills`` are stack and local bytes a thread; ``fma`` the share of multiply-adds in the loop."""
 
     samples: int
     warps: int
@@ -61,33 +74,52 @@ class Figures:
     mix: dict[str, int]
 
 
-def entries(targets: tuple[int, ...] = TARGETS, widths: tuple[int, ...] = WIDTHS) -> Iterator[Entry]:
+def _tensors(entry: Entry) -> tuple[torch.Tensor, torch.Tensor]:
+    """An x and hidden weights of the entry's shape, without memory."""
+    n = entry.width
+    if entry.family == "conv":
+        x, weight = torch.empty(128, 1, 7, 7, device="meta"), torch.empty(8, n, n, 3, 3, device="meta")
+    else:
+        x, weight = torch.empty(128, 1, device="meta"), torch.empty(8, n, n, device="meta")
+    return x.to(entry.dtype), weight.to(entry.dtype)
+
+
+def entries() -> Iterator[Entry]:
     """Every supported combination: offset form for all targets, plain form for sm_90."""
-    for target in targets:
-        for width in widths:
-            for dtype in (torch.float32, torch.float64):
-                for kernel in ("forward", "recompute", "backward", "jvp"):
-                    if width <= mlp.widest(kernel, dtype):
-                        yield Entry(kernel, dtype, True, width, target)
-                        if target == 90:
-                            yield Entry(kernel, dtype, False, width, target)
-                if width <= 16:
-                    yield Entry("weight_gradient", dtype, True, width, target)
+    for target in TARGETS:
+        for family, widths in ((mlp.FAMILY, WIDTHS), (conv.FAMILY, CHANNELS)):
+            name = "mlp" if family is mlp.FAMILY else "conv"
+            for width in widths:
+                for dtype in DTYPES:
+                    for kernel in _CHAIN:
+                        x, weight = _tensors(Entry(name, kernel, dtype, True, width, target))
+                        if family.supported(kernel, x, weight):
+                            yield Entry(name, kernel, dtype, True, width, target)
+                            if target == 90:
+                                yield Entry(name, kernel, dtype, False, width, target)
+                    if width <= 16:
+                        yield Entry(name, "weight_gradient", dtype, None, width, target)
 
 
 def _kernel(entry: Entry) -> tuple[Any, dict[str, Any], Block]:
-    if entry.kernel == "weight_gradient":
+    """(the function, its constants, its block)."""
+    x, weight = _tensors(entry)
+    if entry.kernel != "weight_gradient":
+        family = mlp.FAMILY if entry.family == "mlp" else conv.FAMILY
+        function, more = _CHAIN[entry.kernel]
+        block = family.blocks(entry.kernel, x, weight, bool(entry.offset))[0]
+        return (
+            function,
+            triton_chain.constants(family, entry.kernel, x, weight, bool(entry.offset), block) | more,
+            block,
+        )
+    if entry.family == "mlp":
         rows, samples = mlp.weight_gradient_block(entry.width, entry.dtype)
         options = {"WIDTH": entry.width, "ROWS": rows, "SPLIT": 4096, "BLOCK": samples, "ALIGNED": True}
         return mlp.weight_gradient, options, Block(samples, 4)
-    function, more = {
-        "forward": (mlp.chain_forward, {"SAVE": 2}),
-        "recompute": (mlp.chain_recompute, {}),
-        "backward": (mlp.chain_backward, {"STORE": True}),
-        "jvp": (mlp.chain_jvp, {"HAS_WEIGHT_T": True, "HAS_BIAS_T": True}),
-    }[entry.kernel]
-    block = mlp.blocks(entry.kernel, entry.width, entry.dtype, entry.offset)[0]
-    return function, mlp.constants(entry.kernel, entry.width, entry.offset, 1, 128, block) | more, block
+    rows = conv.weight_gradient_rows(entry.width, 3)
+    options = {"WIDTH": entry.width, "ROWS": rows, "TAP": 3, "HEIGHT": 7, "LENGTH": 7, "SPLIT": 8192, "BLOCK": 128}
+    return conv.weight_gradient, options, Block(128, 4)
 
 
 def _tool(name: str, *arguments: str) -> str:
@@ -152,17 +184,16 @@ def measure(entry: Entry) -> Figures:
 
 
 def main() -> None:
-    """Write the table, one target after another; figures already there for this Triton are kept unless --fresh."""
+    """Write the table; figures already there for this Triton are kept unless --fresh."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--fresh", action="store_true", help="measure everything again")
-    parser.add_argument("--target", type=int, action="append", choices=TARGETS)
-    parser.add_argument("--width", type=int, action="append")
+    parser.add_argument("--only", default="", help="entries whose name matches this regular expression")
     arguments = parser.parse_args()
     table: dict[str, Any] = json.loads(TABLE.read_text()) if TABLE.exists() and not arguments.fresh else {}
     if table.get("triton") != triton.__version__:
         table = {"triton": triton.__version__, "kernels": {}}
-    for entry in entries(tuple(arguments.target or TARGETS), tuple(arguments.width or WIDTHS)):
-        if str(entry) not in table["kernels"]:
+    for entry in entries():
+        if str(entry) not in table["kernels"] and re.search(arguments.only, str(entry)):
             figures = measure(entry)
             table["kernels"][str(entry)] = asdict(figures)
             print(f"{entry}: {figures}", flush=True)

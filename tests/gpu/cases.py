@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 
+from narrowdeep.ops.conv import reference as conv_reference
 from narrowdeep.ops.mlp import reference as mlp_reference
 
 
 @dataclass(frozen=True)
 class Case:
-    """One chain: ``out_features = width - 1 - in_features`` in offset form."""
+    """One chain; ``width`` other than in + 1 + out is for the plain form."""
 
     in_features: int
     out_features: int
@@ -26,6 +26,9 @@ class Case:
     dtype: torch.dtype
     segment: int
     width: int = 0
+    image: tuple[int, ...] = ()
+    """(H, W) makes it a convolution chain."""
+    tap: int = 3
 
     @property
     def hidden(self) -> int:
@@ -34,7 +37,8 @@ class Case:
     def __str__(self) -> str:
         form = "offset" if self.offset else "plain"
         kind = str(self.dtype).removeprefix("torch.")
-        return f"n{self.hidden}-L{self.depth}-B{self.batch}-{form}-{kind}-k{self.segment}"
+        image = f"-{self.image[0]}x{self.image[1]}f{self.tap}" if self.image else ""
+        return f"n{self.hidden}{image}-L{self.depth}-B{self.batch}-{form}-{kind}-k{self.segment}"
 
 
 SCALE = 10.0
@@ -45,17 +49,19 @@ def draw(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def mlp_inputs(case: Case) -> tuple[Tensor, ...]:
+def draw_inputs(case: Case) -> tuple[Tensor, ...]:
     """x and the six parameters; hidden layers keep the size of a state about constant, and units do die."""
     n, hidden, dtype = case.hidden, case.depth - 2, case.dtype
+    taps = (case.tap, case.tap) if case.image else ()
+    spread = math.prod(taps) ** 0.5
     factor = 1 / case.depth if case.offset else (1.5 / n) ** 0.5
     return (
-        draw(case.batch, case.in_features, dtype=dtype, seed=1),
-        draw(n, case.in_features, dtype=dtype, seed=2),
+        draw(case.batch, case.in_features, *case.image, dtype=dtype, seed=1),
+        draw(n, case.in_features, *taps, dtype=dtype, seed=2) / spread,
         draw(n, dtype=dtype, seed=3),
-        draw(hidden, n, n, dtype=dtype, seed=4) * factor,
+        draw(hidden, n, n, *taps, dtype=dtype, seed=4) * (factor / spread),
         draw(hidden, n, dtype=dtype, seed=5) * (factor if case.offset else 0.1),
-        draw(case.out_features, n, dtype=dtype, seed=6),
+        draw(case.out_features, n, *taps, dtype=dtype, seed=6) / spread,
         draw(case.out_features, dtype=dtype, seed=7),
     )
 
@@ -70,32 +76,29 @@ def assert_close(actual: Tensor, expected: Tensor, what: str) -> None:
     assert error < (2e-5 if expected.dtype == torch.float32 else 1e-10), f"{what}: relative error {error:.2e}"
 
 
-def check_mlp(case: Case, forward: Callable[..., Any], backward: Callable[..., Any], jvp: Callable[..., Any]) -> None:
-    """All three raw ops against the reference."""
-    inputs = mlp_inputs(case)
+Ops = tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]
+
+MLP_REFERENCE: Ops = (mlp_reference.mlp_forward, mlp_reference.mlp_backward, mlp_reference.mlp_jvp)
+CONV_REFERENCE: Ops = (conv_reference.conv_forward, conv_reference.conv_backward, conv_reference.conv_jvp)
+
+
+def check(case: Case, ops: Ops) -> None:
+    """Forward, backward and jvp against the reference."""
+    (forward, backward, jvp), reference = ops, CONV_REFERENCE if case.image else MLP_REFERENCE
+    inputs = draw_inputs(case)
     settings = (SCALE, case.offset, case.segment)
     out, saved = forward(*inputs, *settings)
-    expected_out, expected_saved = mlp_reference.mlp_forward(*inputs, *settings)
+    expected_out, expected_saved = reference[0](*inputs, *settings)
     assert_close(out, expected_out, "out")
     assert_close(saved, expected_saved, "saved")
     grad = draw(*out.shape, dtype=case.dtype, seed=8)
-    flags = [(True, True), (True, False)] if case.segment % 2 else [(True, True), (False, True)]
     names = ("x", "first_weight", "first_bias", "hidden_weight", "hidden_bias", "last_weight", "last_bias")
-    for need in flags:
+    for need in [(True, True), (True, False) if case.segment % 2 else (False, True)]:
         gradients = backward(grad, *inputs, saved, *settings, *need)
-        expected = mlp_reference.mlp_backward(grad, *inputs, expected_saved, *settings, *need)
+        expected = reference[1](grad, *inputs, expected_saved, *settings, *need)
         for name, a, b in zip(names, gradients, expected, strict=True):
             assert_close(a, b, f"gradient of {name}")
     tangents: list[Tensor | None] = [draw(*t.shape, dtype=case.dtype, seed=20 + i) for i, t in enumerate(inputs)]
     if case.segment == 1:  # without tangents of the hidden layers: another kernel
         tangents[3] = tangents[4] = None
-    assert_close(
-        jvp(*inputs, *tangents, *settings[:2]), mlp_reference.mlp_jvp(*inputs, *tangents, *settings[:2]), "tangent"
-    )
-
-
-@contextlib.contextmanager
-def replaced(module: Any, **names: Any) -> Iterator[None]:
-    """``module`` with other ``launch`` or ``empty``, or smaller limits."""
-    with mock.patch.multiple(module, **names):
-        yield
+    assert_close(jvp(*inputs, *tangents, *settings[:2]), reference[2](*inputs, *tangents, *settings[:2]), "tangent")

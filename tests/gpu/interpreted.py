@@ -7,8 +7,9 @@ import sys
 
 import torch
 
+from narrowdeep.ops.conv import triton as conv
 from narrowdeep.ops.mlp import triton as mlp
-from tests.gpu.cases import Case, check_mlp
+from tests.gpu.cases import Case, Ops, check
 
 F32, F64 = torch.float32, torch.float64
 CASES = [
@@ -20,13 +21,19 @@ CASES = [
     Case(2, 2, 6, 7, True, F32, 0),
     Case(3, 1, 4, 5, False, F64, 2, width=17),
     Case(10, 6, 35, 3, True, F32, 6),
+    Case(1, 1, 35, 2, True, F64, 4, image=(3, 2)),
+    Case(2, 1, 4, 3, False, F32, 1, image=(2, 5), width=2),
+    Case(1, 2, 3, 2, True, F32, 0, image=(1, 1), tap=1),
+    Case(1, 1, 3, 1, True, F32, 2, image=(4, 3), tap=5),
 ]
+MLP: Ops = (mlp.mlp_forward, mlp.mlp_backward, mlp.mlp_jvp)
+CONV: Ops = (conv.conv_forward, conv.conv_backward, conv.conv_jvp)
 
 
 def main() -> None:
     for case in CASES:
         try:
-            check_mlp(case, mlp.mlp_forward, mlp.mlp_backward, mlp.mlp_jvp)
+            check(case, CONV if case.image else MLP)
             failure = None
         except Exception as error:
             failure = f"{type(error).__name__}: {error}"

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+from unittest import mock
+
 import pytest
 import torch
 
+from narrowdeep.ops import triton_chain
+from narrowdeep.ops.conv import triton as conv
 from narrowdeep.ops.mlp import triton as mlp
 from narrowdeep.ops.triton_common import Block
-from tests.gpu.cases import Case, check_mlp, replaced
+from tests.gpu.cases import Case, check
+from tests.gpu.interpreted import CONV, MLP
 from tests.gpu.simulator import Simulator, load
 
 F32, F64 = torch.float32, torch.float64
@@ -17,7 +23,9 @@ CASES = [
     Case(2, 3, 36, 5, True, F64, 7),
     Case(2, 2, 4, 33, False, F32, 0),
     Case(10, 7, 4, 17, True, F32, 2),  # tiles of 16 units: 2 x 2
-    Case(10, 7, 4, 17, True, F64, 1),
+    Case(10, 5, 4, 17, True, F64, 1),
+    Case(1, 1, 35, 3, True, F32, 4, image=(3, 5)),
+    Case(2, 1, 4, 3, False, F64, 1, image=(7, 7)),
 ]
 SLOW = [
     Case(8, 3, 36, 37, True, F32, 5),
@@ -27,42 +35,64 @@ SLOW = [
     Case(40, 10, 4, 5, True, F32, 2),
     Case(40, 39, 4, 5, False, F32, 2, width=80),
     Case(21, 10, 35, 5, True, F64, 6),
+    Case(1, 10, 4, 2, True, F32, 2, image=(7, 7)),
+    Case(1, 10, 4, 1, True, F64, 2, image=(7, 7)),
+    Case(1, 1, 4, 2, True, F32, 2, image=(28, 28)),
+    Case(1, 1, 4, 2, True, F64, 1, image=(4, 9), tap=5),
 ]
 
 
-def check(case: Case, simulator: Simulator, **limits: object) -> None:
+def run(case: Case, simulator: Simulator, **limits: Any) -> None:
     load()
-    with replaced(mlp, launch=simulator.launch, empty=simulator.empty, **limits):
-        check_mlp(case, mlp.mlp_forward, mlp.mlp_backward, mlp.mlp_jvp)
-    assert {"chain_forward", "chain_backward", "chain_jvp"} <= set(simulator.launches)
+    stand_ins = {"launch": simulator.launch, "empty": simulator.empty}
+    with (
+        mock.patch.multiple(triton_chain, **stand_ins, **limits),
+        mock.patch.multiple(mlp, **stand_ins, _SPLIT=512),
+        mock.patch.multiple(conv, **stand_ins, _SPLIT=128),
+    ):
+        check(case, CONV if case.image else MLP)
+    assert {"chain_forward", "chain_backward"} <= set(simulator.launches)
 
 
 @pytest.mark.parametrize("target", [80, 90])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernels(case: Case, target: int) -> None:
-    check(case, Simulator(target))
+    simulator = Simulator(target)
+    run(case, simulator)
+    assert "chain_jvp" in simulator.launches
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", [80, 90])
 @pytest.mark.parametrize("case", SLOW, ids=str)
-def test_more_widths(case: Case, target: int) -> None:
-    check(case, Simulator(target))
+def test_more_shapes(case: Case, target: int) -> None:
+    run(case, Simulator(target))
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("case", [Case(1, 1, 35, 5, True, F32, 2), Case(10, 6, 3, 3, True, F64, 2)], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(1, 1, 35, 5, True, F32, 2),
+        Case(10, 6, 3, 3, True, F64, 2),
+        Case(1, 1, 4, 3, True, F32, 2, image=(3, 5)),
+        Case(1, 1, 3, 2, False, F64, 1, image=(7, 5)),
+    ],
+    ids=str,
+)
 def test_random_warp_order(case: Case, seed: int) -> None:
-    check(case, Simulator(80, mode="warp", seed=seed), blocks=lambda *_: [Block(64, 2)])
+    samples = 4 if case.image else 64
+    run(case, Simulator(80, mode="warp", seed=seed), choose_block=lambda *args: args[-1](Block(samples, 2)))
 
 
 @pytest.mark.parametrize("dtype", [F32, F64])
 def test_blocks_for_large_batches(dtype: torch.dtype) -> None:
-    """Several samples a lane, in groups of several launches, and weight gradients in several parts."""
-    largest = mlp.blocks("backward", 3, dtype, True)[0]
+    """Several samples a lane, groups of segments in several launches, weight gradients in several parts."""
+    weight = torch.empty(7, 3, 3, dtype=dtype)
+    largest = mlp.blocks("backward", weight[0], weight, True)[0]
     assert largest.samples >= 512
     case = Case(1, 1, 9, largest.samples + 4, True, dtype, 2)
     simulator = Simulator(90)
-    group = 2 * 2 * 3 * case.batch * dtype.itemsize * 2  # bytes of two segments of two states
-    check(case, simulator, choose_block=lambda key, options, *_: _[-1](options[0]), _SCRATCH_BYTES=group, _SPLIT=512)
+    group = 2 * 2 * 2 * 3 * case.batch * dtype.itemsize  # bytes of h and g of two segments of two states
+    run(case, simulator, choose_block=lambda *args: args[-1](args[1][0]), SCRATCH_BYTES=group)
     assert simulator.launches.count("chain_recompute") == 2 * 2

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from narrowdeep.ops import chain, engine
+from narrowdeep.ops import chain, engine, triton_dispatch
 from narrowdeep.ops.reference import saved_shape
 
 
@@ -19,3 +19,4 @@ def _saved_shape(x: Tensor, hidden_weight: Tensor, last_weight: Tensor, offset: 
 
 ops = chain.define("conv", _saved_shape)
 engine.load()
+triton_dispatch.register(chain.library, "conv", ("forward", "backward", "jvp"))

@@ -1,0 +1,137 @@
+"""The convolution chain on a GPU: what the kernels of ``ops/triton_chain.py`` take, and the weight gradient kernel."""
+
+# ruff: noqa: RUF005 (the kernel language has no starred tuples)
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from narrowdeep.ops import triton_chain
+from narrowdeep.ops.conv.layered import CONVOLUTION
+from narrowdeep.ops.triton_common import PREFETCH, Block, empty, launch
+
+
+@triton.jit(do_not_specialize=["batch"])
+def weight_gradient(
+    g_ptr,
+    h_ptr,
+    partial_ptr,
+    batch,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    TAP: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    LENGTH: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """sum over samples and positions of G h^T. Program (layer, row group * input channel, split).
+
+    g, h: (layers, n, positions * B); partial: (splits, layers, row groups * ROWS, n, f * f).
+    """
+    RADIUS: tl.constexpr = TAP // 2
+    TAPS: tl.constexpr = TAP * TAP
+    batch = batch.to(tl.int64)
+    columns = batch * (HEIGHT * LENGTH)
+    layer = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(1) // WIDTH * ROWS
+    channel = tl.program_id(1) % WIDTH
+    split = tl.program_id(2).to(tl.int64)
+    g_ptr += layer * WIDTH * columns
+    h_ptr += (layer * WIDTH + channel) * columns
+    sums = ()
+    for _ in tl.static_range(ROWS * TAPS):
+        sums = sums + (tl.zeros((BLOCK,), g_ptr.dtype.element_ty),)
+    for start in range(split * SPLIT, tl.minimum(split * SPLIT + SPLIT, columns), BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        y = column // batch // LENGTH
+        x = column // batch % LENGTH
+        values = ()
+        for t in tl.static_range(TAPS):
+            down = t // TAP - RADIUS
+            right = t % TAP - RADIUS
+            inside = (y + down >= 0) & (y + down < HEIGHT) & (x + right >= 0) & (x + right < LENGTH)
+            shift = (down * LENGTH + right) * batch
+            values = values + (tl.load(h_ptr + column + shift, mask=inside & (column < columns), other=0.0),)
+        new = ()
+        for i in tl.static_range(ROWS):
+            unit = tl.minimum(row + i, WIDTH - 1)  # rows past the last are computed and dropped
+            g = tl.load(g_ptr + unit * columns + column, mask=column < columns, other=0.0)
+            for t in tl.static_range(TAPS):
+                new = new + (tl.fma(g, values[t], sums[i * TAPS + t]),)
+        sums = new
+    groups = tl.num_programs(1) // WIDTH
+    for i in tl.static_range(ROWS):
+        cell = ((split * tl.num_programs(0) + layer) * (groups * ROWS) + row + i) * WIDTH + channel
+        for t in tl.static_range(TAPS):
+            tl.store(partial_ptr + cell * TAPS + t, tl.sum(sums[i * TAPS + t], axis=0))
+
+
+_MOST_LANES = 1024
+"""Positions of an image, rounded up to a power of two, must fit one program."""
+
+_MOST_CHANNELS = {torch.float32: 16, torch.float64: 12}
+"""Hidden channels a lane holds without spills; in the tangent kernel half as many."""
+
+_MOST_TAP = 5
+"""Largest filter: a layer's taps are unrolled."""
+
+_SPLIT = 8192
+"""Columns that a program of ``weight_gradient`` sums: constant, so that the shape alone fixes the order of the sum."""
+
+_PREFETCH_BYTES = 64 << 10
+"""Weights of MOVE_PERIOD layers are asked for ahead if they fit the first-level cache beside the states."""
+
+
+def supported(kernel: str, x: Tensor, weight: Tensor) -> bool:
+    """Whether ``kernel`` takes this chain, of hidden weights (layers, n, n, f, f)."""
+    layers, channels, _, tap, _ = weight.shape
+    most = _MOST_CHANNELS[x.dtype] // (2 if kernel == "jvp" else 1)
+    lanes = triton.next_power_of_2(max(1, x.shape[2] * x.shape[3]))
+    return x.shape[0] > 0 and layers > 0 and 0 < channels <= most and tap <= _MOST_TAP and lanes <= _MOST_LANES
+
+
+def blocks(kernel: str, x: Tensor, weight: Tensor, offset: bool) -> list[Block]:
+    """Two columns a lane for few channels, one for many; one sample a program where the batch is small."""
+    lanes = triton.next_power_of_2(x.shape[2] * x.shape[3])
+    a_lane = 2 if weight.shape[1] <= 4 and x.dtype == torch.float32 else 1
+    samples = max(1, 128 * a_lane // lanes)
+    return [Block(size, max(1, min(8, lanes * size // (32 * a_lane)))) for size in dict.fromkeys((samples, 1))]
+
+
+def _constants(kernel: str, x: Tensor, weight: Tensor) -> dict[str, Any]:
+    near = weight[0].numel() * 32 * weight.element_size() <= _PREFETCH_BYTES
+    shape = {"TAP": weight.shape[-1], "HEIGHT": x.shape[2], "LENGTH": x.shape[3]}
+    return {"ROWS": 1, "PREFETCH": PREFETCH and near} | shape
+
+
+def weight_gradient_rows(channels: int, tap: int) -> int:
+    """Rows of a filter a program of ``weight_gradient`` sums: rows f^2 sums a lane have to fit the registers."""
+    return max(1, min(channels, 54 // tap**2))
+
+
+def sum_weight_gradients(g: Tensor, h: Tensor, weight_grad: Tensor, bias_grad: Tensor) -> None:
+    """Gradients of some layers: g and h (layers, n, H, W, B) to (layers, n, n, f, f) and (layers, n)."""
+    layers, channels, height, length, batch = g.shape
+    tap = weight_grad.shape[-1]
+    splits = triton.cdiv(height * length * batch, _SPLIT)
+    rows = weight_gradient_rows(channels, tap)
+    groups = triton.cdiv(channels, rows)
+    partial_sums = empty(g, splits, layers, groups * rows, channels, tap, tap)
+    constants = {"WIDTH": channels, "ROWS": rows, "TAP": tap, "HEIGHT": height, "LENGTH": length, "SPLIT": _SPLIT}
+    grid = (layers, groups * channels, splits)
+    launch(weight_gradient, grid, g, h, partial_sums, batch, num_warps=4, BLOCK=128, **constants)
+    torch.sum(partial_sums[:, :, :channels], dim=0, out=weight_grad)
+    torch.sum(g.flatten(2), dim=2, out=bias_grad)
+
+
+FAMILY = triton_chain.Family(CONVOLUTION, supported, blocks, _constants, sum_weight_gradients)
+
+conv_forward = partial(triton_chain.forward, FAMILY)
+conv_backward = partial(triton_chain.backward, FAMILY)
+conv_jvp = partial(triton_chain.jvp, FAMILY)

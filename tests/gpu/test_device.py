@@ -1,0 +1,129 @@
+"""On a CUDA device: the ops against the reference, and the public modules as on the CPU. Skipped without a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import narrowdeep
+from narrowdeep.ops import triton_common
+from narrowdeep.ops.conv.op import ops as conv_ops
+from narrowdeep.ops.mlp.op import ops as mlp_ops
+from tests.gpu.cases import Case, Ops, check
+
+F32, F64 = torch.float32, torch.float64
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+pytestmark = pytest.mark.filterwarnings("default")  # drivers and compilers warn of what is not ours
+
+
+def through(op: Callable[..., Any], device: str) -> Callable[..., Any]:
+    """``op`` on a device, from and to CPU tensors."""
+
+    def call(*args: Any) -> Any:
+        result = op(*(a.to(device) if isinstance(a, Tensor) else a for a in args))
+        return result.cpu() if isinstance(result, Tensor) else tuple(t.cpu() for t in result)
+
+    return call
+
+
+def ops_of(family: Any, device: str) -> Ops:
+    return through(family.forward, device), through(family.backward, device), through(family.jvp, device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("segment", [0, 1, 5, 64])
+@pytest.mark.parametrize("offset", [True, False], ids=["offset", "plain"])
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize(("inputs", "outputs", "depth", "batch"), [(1, 1, 129, 37), (2, 3, 40, 1), (11, 4, 35, 64)])
+def test_mlp(
+    inputs: int, outputs: int, depth: int, batch: int, dtype: torch.dtype, offset: bool, segment: int, device: str
+) -> None:
+    check(Case(inputs, outputs, depth, batch, offset, dtype, segment), ops_of(mlp_ops, device))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", range(2, 17))
+def test_every_narrow_width(width: int) -> None:
+    check(Case(1, 1, 36, 33, False, F32, 5, width=width), ops_of(mlp_ops, "cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("outputs", [16, 31, 62, 78, 200])  # tiles, then one layer at a time
+def test_wide(outputs: int, dtype: torch.dtype) -> None:
+    check(Case(1, outputs, 36, 33, True, dtype, 5), ops_of(mlp_ops, "cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_large_batch(dtype: torch.dtype) -> None:
+    check(Case(2, 1, 40, 70_001, True, dtype, 7), ops_of(mlp_ops, "cuda"))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("segment", [0, 1, 5])
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize(("outputs", "image", "tap"), [(1, (7, 7), 3), (2, (3, 5), 1), (1, (4, 6), 5)])
+def test_conv(outputs: int, image: tuple[int, int], tap: int, dtype: torch.dtype, segment: int, device: str) -> None:
+    check(Case(1, outputs, 36, 5, True, dtype, segment, image=image, tap=tap), ops_of(conv_ops, device))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_training_step_and_transforms(device: str) -> None:
+    """One wrapper for both devices: backward, jacrev, jacfwd and vmap agree with the eager network."""
+    model = narrowdeep.DeepNarrowMLP(2, 1, 40, dtype=F64).to(device)
+    eager = model.to_sequential()
+    x = torch.rand(9, 2, dtype=F64, generator=torch.Generator().manual_seed(3)).to(device).requires_grad_()
+    (grad,) = torch.autograd.grad(model(x).sum(), x)
+    (expected,) = torch.autograd.grad(eager(x).sum(), x)
+    torch.testing.assert_close(grad, expected)
+    torch.testing.assert_close(torch.func.vmap(torch.func.jacrev(model))(x), expected[:, None])
+    torch.testing.assert_close(torch.func.vmap(torch.func.jacfwd(model))(x), expected[:, None])
+    model(x).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.gpu
+def test_results_repeat_bit_for_bit() -> None:
+    model = narrowdeep.DeepNarrowMLP(3, 2, 300).cuda()
+    x = torch.rand(20_000, 3, device="cuda")
+    runs = [torch.autograd.grad(model(x).square().sum(), list(model.parameters())) for _ in range(3)]
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+@pytest.mark.gpu
+def test_autotuned_blocks_give_the_same_result() -> None:
+    model = narrowdeep.DeepNarrowMLP(3, 2, 100).cuda()
+    x = torch.rand(5000, 3, device="cuda")
+    expected = model(x)
+    triton_common.autotune()
+    try:
+        assert torch.equal(model(x), expected)
+    finally:
+        triton_common.autotune(False)
+
+
+@pytest.mark.gpu
+def test_cuda_graph() -> None:
+    model = narrowdeep.DeepNarrowMLP(1, 1, 200).cuda()
+    x = torch.rand(64, 1, device="cuda")
+    with torch.no_grad():
+        expected = model(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = model(x)
+        graph.replay()
+    assert torch.equal(captured, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_refused(dtype: torch.dtype) -> None:
+    model = narrowdeep.DeepNarrowMLP(1, 1, 5).cuda().to(dtype)
+    with pytest.raises(TypeError, match=r"must be torch\.float32 or torch\.float64"):
+        model(torch.rand(4, 1, device="cuda", dtype=dtype))

@@ -1,0 +1,49 @@
+"""The per-layer path on the CPU: the same results as the reference, whatever the segment."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from narrowdeep.ops.conv import layered as conv
+from narrowdeep.ops.mlp import layered as mlp
+from tests.gpu.cases import Case, Ops, check, draw, draw_inputs
+
+MLP: Ops = (mlp.mlp_forward, mlp.mlp_backward, mlp.mlp_jvp)
+CONV: Ops = (conv.conv_forward, conv.conv_backward, conv.conv_jvp)
+
+
+@pytest.mark.parametrize("segment", [0, 1, 2, 5, 64, 500])
+@pytest.mark.parametrize("offset", [True, False], ids=["offset", "plain"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("depth", "batch"), [(2, 1), (3, 0), (40, 7), (129, 37)])
+def test_mlp(depth: int, batch: int, dtype: torch.dtype, offset: bool, segment: int) -> None:
+    check(Case(3, 13, depth, batch, offset, dtype, segment), MLP)
+
+
+@pytest.mark.parametrize("segment", [0, 1, 5, 64])
+@pytest.mark.parametrize("offset", [True, False], ids=["offset", "plain"])
+@pytest.mark.parametrize(("depth", "image", "tap"), [(2, (1, 1), 1), (36, (3, 5), 3), (4, (2, 3), 5)])
+def test_conv(depth: int, image: tuple[int, int], tap: int, offset: bool, segment: int) -> None:
+    check(Case(2, 1, depth, 3, offset, torch.float64, segment, image=image, tap=tap), CONV)
+
+
+def test_results_do_not_depend_on_the_segment() -> None:
+    case = Case(2, 2, 70, 5, True, torch.float32, 0)
+    inputs = draw_inputs(case)
+    grad = draw(5, 2, dtype=torch.float32, seed=9)
+    results = []
+    for segment in (0, 1, 3, 32):
+        out, saved = mlp.mlp_forward(*inputs, 10.0, True, segment)
+        results.append((out, *mlp.mlp_backward(grad, *inputs, saved, 10.0, True, segment, True, True)))
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_nan_stays_nan() -> None:
+    case = Case(2, 1, 5, 3, False, torch.float32, 1)
+    x, *params = draw_inputs(case)
+    x[1, 0] = torch.nan
+    out, _ = mlp.mlp_forward(x, *params, 10.0, False, 1)
+    assert out.isnan().flatten().tolist() == [False, True, False]
