@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -78,7 +79,8 @@ def test_gradients_of_all_layers_never_exist_at_once() -> None:
 
 def test_groups_keep_their_own_settings_through_a_state_dict() -> None:
     a, b = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2))
-    optimizer = FusedSGD([{"params": [a]}, {"params": [b], "lr": 10.0, "momentum": 0.5}], 1.0)
+    groups: list[dict[str, Any]] = [{"params": [a]}, {"params": [b], "lr": 10.0, "momentum": 0.5}]
+    optimizer = FusedSGD(groups, 1.0)
     optimizer.load_state_dict(optimizer.state_dict())
     optimizer.param_groups[0]["lr"] = 2.0
     for _ in range(2):
@@ -128,11 +130,11 @@ def test_autograd_grad_does_not_step() -> None:
 
 def test_frozen_parameters_stay() -> None:
     model = _eager(2)
-    model[0].weight.requires_grad_(False)
-    before = model[0].weight.clone()
+    frozen = next(model.parameters()).requires_grad_(False)
+    before = frozen.clone()
     optimizer = FusedSGD(model, 0.1)
     model(torch.randn(3, 5)).sum().backward()
-    assert torch.equal(model[0].weight, before)
+    assert torch.equal(frozen, before)
     assert sum(len(g["params"]) for g in optimizer.param_groups) == 3
 
 
@@ -156,7 +158,7 @@ def test_optimizer_and_parameters_are_freed() -> None:
     model = _eager(1)
     optimizer = FusedSGD(model, 0.1, 0.9)
     model(torch.randn(3, 5)).sum().backward()
-    references = [weakref.ref(model), weakref.ref(model[0].weight), weakref.ref(optimizer)]
+    references: list[weakref.ref] = [weakref.ref(model), weakref.ref(model[0].weight), weakref.ref(optimizer)]
     del model, optimizer
     gc.collect()
     assert [r() for r in references] == [None, None, None]
