@@ -29,7 +29,7 @@ from torch import Tensor
 
 from narrowdeep.data import Task
 from narrowdeep.functional import Form
-from narrowdeep.modules import DeepNarrowMLP
+from narrowdeep.modules import DeepNarrowCNN, DeepNarrowMLP
 from narrowdeep.modules.base import Checkpoint, Init
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -37,6 +37,8 @@ METRICS = "metrics.jsonl"
 CURVES = "curves.png"
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+MODELS: dict[str, type[DeepNarrowMLP] | type[DeepNarrowCNN]] = {"mlp": DeepNarrowMLP, "cnn": DeepNarrowCNN}
 
 _FORMAT = "narrowdeep 1"
 _EVALUATION_BATCH = 1024
@@ -86,8 +88,8 @@ class TrainConfig:
             raise ValueError(f"momentum must be at least 0 and below 1, got {self.momentum}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be at least 0 and below 2^63, got {self.seed}")
-        if self.arch != "mlp":
-            raise ValueError(f"arch must be 'mlp', got {self.arch!r}")
+        if self.arch not in MODELS:
+            raise ValueError(f"arch must be one of {', '.join(MODELS)}, got {self.arch!r}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
 
@@ -116,15 +118,28 @@ def thesis_loss(prediction: Tensor, target: Tensor) -> Tensor:
     return (prediction - target).square().sum() / (2 * prediction.shape[0])
 
 
-def build_model(config: TrainConfig, task: Task, *, device: torch.device | str = "cpu") -> DeepNarrowMLP:
+def build_model(
+    config: TrainConfig, task: Task, *, device: torch.device | str = "cpu"
+) -> DeepNarrowMLP | DeepNarrowCNN:
     """The network of ``config`` for ``task``, drawn from ``config.seed``: the same numbers on every device."""
+    task = _inputs_for(config.arch, task)
     return _build(config, task.in_features, task.out_features, device, torch.Generator().manual_seed(config.seed))
+
+
+def _inputs_for(arch: str, task: Task) -> Task:
+    """The task with samples as the network takes them: (N, C, H, W) for a CNN, so that ``in_features`` is C."""
+    if arch != "cnn":
+        return task
+    if task.image_shape is None:
+        raise ValueError(f"arch 'cnn' needs a task of images, got {task.name!r}")
+    train, test = (x.unflatten(1, task.image_shape) for x in (task.x_train, task.x_test))
+    return dataclasses.replace(task, x_train=train, x_test=test)
 
 
 def _build(
     config: TrainConfig, inputs: int, outputs: int, device: torch.device | str, generator: torch.Generator
-) -> DeepNarrowMLP:
-    model = DeepNarrowMLP(
+) -> DeepNarrowMLP | DeepNarrowCNN:
+    model = MODELS[config.arch](
         inputs,
         outputs,
         config.depth,
@@ -152,6 +167,7 @@ class Trainer:
             raise ValueError(f"task must be {config.task!r} as the configuration says, got {task.name!r}")
         self.config = config
         self.device = torch.device(device)
+        task = _inputs_for(config.arch, task)
         self.task = task.to(self.device)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.model = _build(config, task.in_features, task.out_features, device, self.generator)
@@ -284,10 +300,9 @@ class Trainer:
             config = _config(header)
             epoch, step_in_epoch, seconds = header["epoch"], header["step_in_epoch"], float(header["seconds"])
             sizes = header["in_features"], header["out_features"]
-        if sizes != (task.in_features, task.out_features):
-            raise ValueError(
-                f"task must have {sizes} features as the run in {path}, got {task.in_features, task.out_features}"
-            )
+        found = _inputs_for(config.arch, task).in_features, task.out_features
+        if sizes != found:
+            raise ValueError(f"task must have {sizes} features as the run in {path}, got {found}")
         if epochs is not None:
             config = dataclasses.replace(config, epochs=epochs)
         trainer = cls(config, task, device=device)
@@ -402,11 +417,18 @@ def plot_metrics(metrics: list[EpochMetrics], path: str | Path, *, title: str = 
     os.replace(temporary, path)
 
 
-def save_model(model: DeepNarrowMLP, path: str | Path) -> None:
+def save_model(model: DeepNarrowMLP | DeepNarrowCNN, path: str | Path) -> None:
     """Write a model, its settings and its exact parameters (Delta in offset form) to a safetensors file, atomically."""
-    settings = {
-        "in_features": model.in_features,
-        "out_features": model.out_features,
+    if isinstance(model, DeepNarrowCNN):
+        settings: dict[str, Any] = {
+            "arch": "cnn",
+            "in_features": model.in_channels,
+            "out_features": model.out_channels,
+            "kernel_size": model.kernel_size,
+        }
+    else:
+        settings = {"arch": "mlp", "in_features": model.in_features, "out_features": model.out_features}
+    settings |= {
         "depth": model.depth,
         "scale": model.scale,
         "rho": model.rho,
@@ -419,7 +441,7 @@ def save_model(model: DeepNarrowMLP, path: str | Path) -> None:
     _write(Path(path), tensors, {"model": settings})
 
 
-def load_model(path: str | Path, *, device: torch.device | str = "cpu") -> DeepNarrowMLP:
+def load_model(path: str | Path, *, device: torch.device | str = "cpu") -> DeepNarrowMLP | DeepNarrowCNN:
     """The model in a file of ``save_model`` or in a run's checkpoint, dtype as saved.
 
     Raises: FileNotFoundError, DamagedFileError.
@@ -429,14 +451,15 @@ def load_model(path: str | Path, *, device: torch.device | str = "cpu") -> DeepN
         settings = header.get("model")
         if settings is None:
             config = header["config"]
-            names = ("depth", "scale", "rho", "beta", "init", "form", "checkpoint")
+            names = ("arch", "depth", "scale", "rho", "beta", "init", "form", "checkpoint")
             settings = {
                 "in_features": header["in_features"],
                 "out_features": header["out_features"],
                 **{name: config[name] for name in names},
             }
         state = _part(tensors, "model.")
-        model = DeepNarrowMLP(**settings, dtype=state["first_weight"].dtype)
+        sizes = settings.pop("in_features"), settings.pop("out_features")
+        model = MODELS[settings.pop("arch")](*sizes, **settings, dtype=state["first_weight"].dtype)
         model.load_state_dict(state)
     return model.to(device)
 
