@@ -31,7 +31,7 @@ struct ChainBackward {
   ChainParams<const T> params;
   const T *grad_out, *x, *saved;
   T* grad_x;            // null when not needed
-  ChainParams<T> grads;  // all null when not needed, else zeroed by the caller
+  ChainParams<T> grads;  // all null when not needed; zeroed by the caller for a family that adds to them
 };
 
 template <class Shape, class T>

@@ -15,12 +15,13 @@ namespace ND_ISA {
 template <int V>
 constexpr int kBlockRows = kRegisters == 32 ? (V == 4 ? 6 : V == 2 ? 12 : 16) : (V == 4 ? 2 : V == 2 ? 6 : 8);
 
+// acc += A B
 template <class T, int R, int V>
 ND_INLINE void multiply_block(const T* a, int64_t row_stride, int64_t k_stride, const T* b, int64_t ldb, int64_t depth,
                               Vec<T> (*acc)[V]) {
   Vec<T> sum[R][V];
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) sum[r][v] = Vec<T>{};
+    for (int v = 0; v < V; ++v) sum[r][v] = acc[r][v];
   for (int64_t k = 0; k < depth; ++k) {
     Vec<T> column[V];
     for (int v = 0; v < V; ++v) column[v] = load(b + k * ldb + v * kLanes<T>);
@@ -33,39 +34,46 @@ ND_INLINE void multiply_block(const T* a, int64_t row_stride, int64_t k_stride, 
     for (int v = 0; v < V; ++v) acc[r][v] = sum[r][v];
 }
 
-template <class T, int R, int V, class Epilogue>
-ND_INLINE int64_t multiply_rows_by(int64_t row, int64_t end, const T* a, int64_t row_stride, int64_t k_stride,
-                                   const T* b, int64_t ldb, int64_t depth, const Epilogue& epilogue) {
-  for (; row + R <= end; row += R) {
-    Vec<T> acc[R][V];
+// Calls rows.template operator()<R>(row) for blocks of R rows that cover [row, end): full blocks of kBlockRows<V>, then
+// smaller ones.
+template <int V, class Rows>
+ND_INLINE void for_row_blocks(int64_t row, int64_t end, const Rows& rows) {
+  constexpr int kRows = kBlockRows<V>;
+  for (; row + kRows <= end; row += kRows) rows.template operator()<kRows>(row);
+  if constexpr (kRows > 8)
+    for (; row + 8 <= end; row += 8) rows.template operator()<8>(row);
+  if constexpr (kRows > 4)
+    for (; row + 4 <= end; row += 4) rows.template operator()<4>(row);
+  if constexpr (kRows > 2)
+    for (; row + 2 <= end; row += 2) rows.template operator()<2>(row);
+  for (; row < end; ++row) rows.template operator()<1>(row);
+}
+
+template <class T, int V, class Epilogue>
+struct MultiplyRows {
+  const T* a;
+  int64_t row_stride, k_stride;
+  const T* b;
+  int64_t ldb, depth;
+  const Epilogue& epilogue;
+  template <int R>
+  ND_INLINE void operator()(int64_t row) const {
+    Vec<T> acc[R][V] = {};
     multiply_block<T, R, V>(a + row * row_stride, row_stride, k_stride, b, ldb, depth, acc);
     epilogue.template operator()<R, V>(row, acc);
   }
-  return row;
-}
+};
 
-// All rows [row, end) of C for V vectors of columns.
-template <class T, int V, class Epilogue>
-ND_INLINE void multiply_rows(int64_t row, int64_t end, const T* a, int64_t row_stride, int64_t k_stride, const T* b,
-                             int64_t ldb, int64_t depth, const Epilogue& epilogue) {
-  constexpr int kRows = kBlockRows<V>;
-  row = multiply_rows_by<T, kRows, V>(row, end, a, row_stride, k_stride, b, ldb, depth, epilogue);
-  if constexpr (kRows > 8) row = multiply_rows_by<T, 8, V>(row, end, a, row_stride, k_stride, b, ldb, depth, epilogue);
-  if constexpr (kRows > 4) row = multiply_rows_by<T, 4, V>(row, end, a, row_stride, k_stride, b, ldb, depth, epilogue);
-  if constexpr (kRows > 2) row = multiply_rows_by<T, 2, V>(row, end, a, row_stride, k_stride, b, ldb, depth, epilogue);
-  multiply_rows_by<T, 1, V>(row, end, a, row_stride, k_stride, b, ldb, depth, epilogue);
-}
-
-// The same for a number of vectors known at run time only: 1, 2 or 4.
+// All rows of C for 1, 2 or 4 vectors of columns. Never inlined: every call would unroll it again.
 template <class T, class Epilogue>
-ND_INLINE void multiply(int vectors, int64_t rows, const T* a, int64_t row_stride, int64_t k_stride, const T* b,
-                        int64_t ldb, int64_t depth, const Epilogue& epilogue) {
+__attribute__((noinline)) void multiply(int vectors, int64_t rows, const T* a, int64_t row_stride, int64_t k_stride,
+                                        const T* b, int64_t ldb, int64_t depth, const Epilogue& epilogue) {
   if (vectors == 4) {
-    multiply_rows<T, 4>(0, rows, a, row_stride, k_stride, b, ldb, depth, epilogue);
+    for_row_blocks<4>(0, rows, MultiplyRows<T, 4, Epilogue>{a, row_stride, k_stride, b, ldb, depth, epilogue});
   } else if (vectors == 2) {
-    multiply_rows<T, 2>(0, rows, a, row_stride, k_stride, b, ldb, depth, epilogue);
+    for_row_blocks<2>(0, rows, MultiplyRows<T, 2, Epilogue>{a, row_stride, k_stride, b, ldb, depth, epilogue});
   } else {
-    multiply_rows<T, 1>(0, rows, a, row_stride, k_stride, b, ldb, depth, epilogue);
+    for_row_blocks<1>(0, rows, MultiplyRows<T, 1, Epilogue>{a, row_stride, k_stride, b, ldb, depth, epilogue});
   }
 }
 

@@ -62,6 +62,18 @@ ND_INLINE Vec<T> broadcast(T x) {
   return x - Vec<T>{};  // x - 0 is x for every x, so this folds to a plain broadcast
 }
 
+// The first `count` lanes; the others are 0, and are left alone in memory.
+template <class T>
+ND_INLINE Vec<T> load_first(const T* p, int64_t count) {
+  Vec<T> v = {};
+  __builtin_memcpy(&v, p, size_t(count) * sizeof(T));
+  return v;
+}
+template <class T>
+ND_INLINE void store_first(T* p, Vec<T> v, int64_t count) {
+  __builtin_memcpy(p, &v, size_t(count) * sizeof(T));
+}
+
 // ---- a * b + c, fused where the instruction set can -----------------------------------------------------------------
 // clip(z, floor): floor > z ? floor : z. A NaN in z is kept, as torch.relu keeps it.
 // where_le0(h, a, b): h <= 0 ? a : b, lane by lane; a NaN in h takes b, as in torch's threshold_backward.

@@ -35,7 +35,7 @@ struct Net {
       keep[i] = s.offset && (i < s.in || i >= s.width - s.out) ? all_ones<T>() : T(0);
   }
   int64_t valid(int64_t tile) const { return min_of(samples, shape.batch - tile * samples); }
-  bool narrow() const { return shape.width <= kWidestNarrow; }
+  bool narrow() const { return shape.width >= kNarrowest && shape.width <= kWidestNarrow; }
 };
 
 // The state of one tile; every array [width][samples].
@@ -288,27 +288,43 @@ inline int64_t narrow_position(int64_t width, int entry) {
   return 0;
 }
 
-// Layers [begin, end) backwards. Narrow widths add their weight gradients to `partial` (or not, when null); others leave
-// G of every layer in `full` ((end - begin) * size), from which phase two of mlp_backward takes them.
+// Where a worker's tiles leave the weight gradients of the hidden layers of a step. Narrow widths always use `partial`, in
+// the order of NarrowEntries; others the layout of the gradients themselves.
 template <class T>
-inline void reverse_layers(const Net<T>& net, int64_t begin, int64_t end, const Reverse<T>& reverse, const T* root, T* floor,
-                           const T* states, T* full, T* partial) {
+struct HiddenGradients {
+  T* weight;  // of the step's first layer
+  T* bias;
+  bool add;  // to what is there, or write over it
+
+  HiddenGradients at(int64_t weights, int64_t biases) const { return {weight + weights, bias + biases, add}; }
+};
+
+// Layers [begin, end) backwards, their weight gradients (when `gradients.weight` is not null) taken from each while its G
+// and h are in cache. `scratch`: for widths that are not narrow, room for G and for the transposed states.
+template <class T>
+inline void reverse_layers(const Net<T>& net, int64_t begin, int64_t end, int64_t valid, const Reverse<T>& reverse,
+                           const T* root, T* floor, const T* states, const HiddenGradients<T>& gradients, T* scratch) {
   const MlpShape& s = net.shape;
   const int64_t partial_size = narrow_partial_size<T>(s.width);
   for (int64_t l = end; l > begin;) {
     const int64_t stop = s.offset ? max_of((l - 1) / kMovePeriod * kMovePeriod, begin) : begin;
     if (net.narrow()) {
       narrow_backward_any(net, stop, l, floor, reverse.g, states + (stop - begin) * net.size,
-                          partial ? partial + (stop - begin) * partial_size : nullptr);
+                          gradients.weight ? gradients.weight + (stop - begin) * partial_size : nullptr);
       l = stop;
     } else {
       while (l > stop) {
         --l;
-        T* const at = full + (l - begin) * net.size;
-        subtract(net.size, reverse.g, floor, at);
-        const HiddenBackward<T> epilogue{net.keep, floor, states + (l - begin) * net.size, reverse.g, net.samples};
-        multiply<T>(net.vectors, s.width, net.params.hidden_weight + l * s.width * s.width, 1, s.width, at, net.samples,
+        T* const full = scratch;
+        const T* const h = states + (l - begin) * net.size;
+        subtract(net.size, reverse.g, floor, full);
+        const HiddenBackward<T> epilogue{net.keep, floor, h, reverse.g, net.samples};
+        multiply<T>(net.vectors, s.width, net.params.hidden_weight + l * s.width * s.width, 1, s.width, full, net.samples,
                     s.width, epilogue);
+        if (!gradients.weight) continue;
+        const HiddenGradients<T> to = gradients.at((l - begin) * s.width * s.width, (l - begin) * s.width);
+        weight_gradient<T>({full, h, 0, 0, s.width, s.width, to.weight, to.bias, to.add}, 0, s.width, net.samples, 1, valid,
+                           scratch + net.size);
       }
     }
     if (s.offset && moves_after(l) && l > 0) {
@@ -336,11 +352,7 @@ class Backward {
         load_transposed(net, tile, net.shape.out, args.grad_out, true, reverse.r);
       }
     });
-    if (net.narrow()) {
-      hidden_narrow();
-    } else {
-      hidden_wide();
-    }
+    hidden();
     ends();
   }
 
@@ -368,115 +380,105 @@ class Backward {
     subtract(net.size, reverse.g, state.floor, reverse.g);
   }
 
-  // Every worker takes its tiles through many steps before the partial sums of all workers are added up, in order.
-  void hidden_narrow() {
+  // Elements of the hidden gradients of one layer as a worker holds them.
+  int64_t partial_size() const {
+    const int64_t width = net.shape.width;
+    return net.narrow() ? narrow_partial_size<T>(width) : width * width + width;
+  }
+
+  // Every worker takes its tiles through some steps; then the partial sums of all workers are added up, in order. A step
+  // is one segment; few steps go together where their gradients are large, many where each would be a wait for nothing.
+  // Worker 0 of a width that is not narrow writes to the gradients themselves.
+  void hidden() {
     const MlpShape& s = net.shape;
-    const bool wanted = args.grads.first_weight != nullptr;
-    const int64_t partial_size = narrow_partial_size<T>(s.width);
-    const int64_t steps = max_of(1, ceil_div(s.layers, step));
-    const int64_t fitting = (int64_t(1) << 20) / (partial_size * int64_t(sizeof(T)) * step);
-    const int64_t together = min_of(steps, max_of(1, fitting));  // steps between two additions
-    const int64_t partial_elements = wanted ? min_of(together * step, s.layers) * partial_size : 0;
-    const Buffer partials(workers * partial_elements * int64_t(sizeof(T)));
+    const bool wanted = args.grads.first_weight != nullptr, narrow = net.narrow();
+    const int64_t steps = max_of(1, ceil_div(s.layers, step)), longest = min_of(step, s.layers);
+    const int64_t fitting = (int64_t(1) << 20) / (partial_size() * int64_t(sizeof(T)) * step);
+    const int64_t together = min_of(steps, max_of(1, fitting));
+    const int64_t layers = min_of(together * step, s.layers), weights = s.width * s.width;
+    const int64_t partial_elements = wanted ? layers * partial_size() : 0;
+    const int64_t direct = narrow ? 0 : 1;  // workers that need no partial sums
+    const Buffer partials((workers - direct) * partial_elements * int64_t(sizeof(T)));
     for (int64_t last = steps; last > 0; last -= min_of(together, last)) {
-      const int64_t first = last - min_of(together, last);
+      const int64_t first = last - min_of(together, last), first_layer = first * step;
+      const int64_t count = min_of(last * step, s.layers) - first_layer;  // layers
       parallel_for(parallel, workers, [&](int64_t worker) {
-        T* const partial = partials.as<T>() + worker * partial_elements;
-        for (int64_t i = 0; i < partial_elements; ++i) partial[i] = T(0);
-        const Buffer memory(int64_t(sizeof(T)) * net.size * (State<T>::kArrays + min_of(step, s.layers) + 1));
+        T* const partial = partials.as<T>() + (worker - direct) * partial_elements;
+        if (narrow)
+          for (int64_t i = 0; i < partial_elements; ++i) partial[i] = T(0);
+        const int64_t scratch_size = narrow ? 0 : net.size + net.samples * padded_columns<T>(s.width);
+        const Buffer memory(int64_t(sizeof(T)) * (net.size * (State<T>::kArrays + longest + 1) + scratch_size));
         const State<T> state(memory.as<T>(), net.size);
         T* const states = memory.as<T>() + State<T>::kArrays * net.size;
+        T* const scratch = states + (longest + 1) * net.size;
         for (int64_t tile = worker; tile < net.tiles; tile += workers) {
           const Reverse<T> reverse = of(tile);
           for (int64_t i = last - 1; i >= first; --i) {
-            const int64_t begin = i * step, end = min_of(begin + step, s.layers);
+            const int64_t begin = i * step, end = min_of(begin + step, s.layers), layer = begin - first_layer;
+            HiddenGradients<T> to{nullptr, nullptr, tile != worker};
+            if (wanted && worker < direct) {
+              to = HiddenGradients<T>{args.grads.hidden_weight, args.grads.hidden_bias, to.add}.at(begin * weights, begin * s.width);
+            } else if (wanted) {
+              to = narrow ? HiddenGradients<T>{partial + layer * partial_size(), nullptr, true}
+                          : HiddenGradients<T>{partial, partial + layers * weights, to.add}.at(layer * weights, layer * s.width);
+            }
             enter(tile, begin, end, reverse, state, states);
-            reverse_layers<T>(net, begin, end, reverse, state.base, state.floor, states, nullptr,
-                              wanted ? partial + (begin - first * step) * partial_size : nullptr);
+            reverse_layers(net, begin, end, net.valid(tile), reverse, state.base, state.floor, states, to, scratch);
           }
           if (first == 0) leave(reverse, state);
         }
       });
       if (!wanted) continue;
-      const int64_t begin = first * step, end = min_of(last * step, s.layers);
-      const int64_t block = 256;
-      parallel_for(parallel, ceil_div(end - begin, block), [&](int64_t part) {
-        const int weights = int(s.width * s.width), entries = int(weights + s.width);
-        int positions[kWidestNarrow * (kWidestNarrow + 1)];
-        for (int e = 0; e < entries; ++e) positions[e] = int(narrow_position<T>(s.width, e));
-        for (int64_t l = begin + part * block; l < min_of(begin + (part + 1) * block, end); ++l)
-          for (int e = 0; e < entries; ++e) {
-            T sum = T(0);
-            const T* from = partials.as<T>() + (l - begin) * partial_size + positions[e];
-            for (int64_t worker = 0; worker < workers; ++worker) sum += from[worker * partial_elements];
-            if (e < weights) {
-              args.grads.hidden_weight[l * weights + e] = sum;
-            } else {
-              args.grads.hidden_bias[l * s.width + e - weights] = sum;
-            }
+      const int64_t block = max_of(1, (int64_t(1) << 14) / partial_size());  // layers a task
+      parallel_for(parallel, ceil_div(count, block), [&](int64_t task) {
+        const int64_t begin = task * block, end = min_of(begin + block, count);
+        if (narrow) {
+          add_narrow(partials.as<T>(), partial_elements, begin, end, first_layer);
+        } else {
+          for (int64_t worker = 0; worker < workers - 1; ++worker) {
+            const T* const from = partials.as<T>() + worker * partial_elements;
+            add(from + begin * weights, (end - begin) * weights, args.grads.hidden_weight + (first_layer + begin) * weights);
+            add(from + layers * weights + begin * s.width, (end - begin) * s.width,
+                args.grads.hidden_bias + (first_layer + begin) * s.width);
           }
+        }
       });
     }
   }
 
-  // Step by step, a block of tiles at a time: first every tile backwards through the step, leaving G and h of each
-  // layer; then the weight gradients, shared out by layers and rows, so that no two threads add to the same one.
-  void hidden_wide() {
-    const MlpShape& s = net.shape;
-    const bool wanted = args.grads.first_weight != nullptr;
-    const int64_t steps = max_of(1, ceil_div(s.layers, step)), longest = min_of(step, s.layers);
-    const int64_t states_size = (longest + 1) * net.size, full_size = longest * net.size;
-    const int64_t tile_size = State<T>::kArrays * net.size + states_size + full_size;
-    const Buffer memory(workers * tile_size * int64_t(sizeof(T)));
-    for (int64_t i = steps - 1; i >= 0; --i) {
-      const int64_t begin = i * step, end = min_of(begin + step, s.layers);
-      for (int64_t block = 0; block < net.tiles; block += workers) {
-        const int64_t count = min_of(workers, net.tiles - block);
-        parallel_for(parallel, count, [&](int64_t slot) {
-          T* const at = memory.as<T>() + slot * tile_size;
-          const State<T> state(at, net.size);
-          T* const states = at + State<T>::kArrays * net.size;
-          const Reverse<T> reverse = of(block + slot);
-          enter(block + slot, begin, end, reverse, state, states);
-          reverse_layers<T>(net, begin, end, reverse, state.base, state.floor, states, states + states_size, nullptr);
-          if (i == 0) leave(reverse, state);
-        });
-        if (!wanted) continue;
-        const T* const states = memory.as<T>() + State<T>::kArrays * net.size;
-        add_gradients(end - begin, count, [&](int64_t layer, int64_t slot) {
-          const T* const at = states + slot * tile_size + layer * net.size;
-          const int64_t l = begin + layer;
-          return Product{at + states_size, at, args.grads.hidden_weight + l * s.width * s.width,
-                         args.grads.hidden_bias + l * s.width, s.width, s.width, net.valid(block + slot)};
-        });
+  static void add(const T* from, int64_t count, T* to) {
+    for (int64_t i = 0; i < count; ++i) to[i] += from[i];
+  }
+
+  // Gradients of layers [begin, end), counted from `first_layer`, from all workers' partial sums.
+  void add_narrow(const T* partials, int64_t partial_elements, int64_t begin, int64_t end, int64_t first_layer) const {
+    const int64_t width = net.shape.width, weights = width * width, size = narrow_partial_size<T>(width);
+    int64_t positions[kWidestNarrow * (kWidestNarrow + 1)];
+    for (int64_t e = 0; e < weights + width; ++e) positions[e] = narrow_position<T>(width, int(e));
+    for (int64_t l = begin; l < end; ++l) {
+      T* const weight = args.grads.hidden_weight + (first_layer + l) * weights;
+      T* const bias = args.grads.hidden_bias + (first_layer + l) * width;
+      for (int64_t e = 0; e < weights + width; ++e) {
+        T sum = T(0);
+        for (int64_t worker = 0; worker < workers; ++worker) sum += partials[worker * partial_elements + l * size + positions[e]];
+        (e < weights ? weight[e] : bias[e - weights]) = sum;
       }
     }
   }
 
-  // One layer's weight gradient from one tile.
-  struct Product {
-    const T *full, *h;  // [rows][samples], [columns][samples]
-    T *weight, *bias;
-    int64_t rows, columns, valid;
-  };
-
-  // For `layers` layers and `count` tiles, product(layer, tile): shared out by layers and blocks of rows.
-  template <class Make>
-  void add_gradients(int64_t layers, int64_t count, const Make& make) const {
+  // The gradients of(layer) of `layers` layers from tiles [first, first + count), shared out by layers and rows.
+  template <class Of>
+  void weight_gradients(int64_t layers, int64_t rows, int64_t columns, int64_t first, int64_t count, const Of& of) const {
     if (layers == 0 || count == 0) return;
-    const Product any = make(0, 0);
-    // Enough blocks to share out few layers, none so small that transposing h again for it would cost more than 1/16.
-    const int64_t blocks = max_of(1, min_of(any.rows / 64, ceil_div(4 * parallel.threads, layers)));
-    const int64_t rows = ceil_div(any.rows, blocks), units = layers * blocks;
+    // Enough blocks of rows to share out few layers, none so small that transposing h again costs more than 1/16.
+    const int64_t blocks = max_of(1, min_of(rows / 64, ceil_div(4 * parallel.threads, layers)));
+    const int64_t block_rows = ceil_div(rows, blocks), units = layers * blocks;
     const int64_t threads = min_of(parallel.threads, units);
     parallel_for(parallel, threads, [&](int64_t thread) {
-      const Buffer scratch(int64_t(sizeof(T)) * net.samples * padded_columns<T>(any.columns));
+      const Buffer scratch(int64_t(sizeof(T)) * count * net.samples * padded_columns<T>(columns));
       for (int64_t unit = thread; unit < units; unit += threads) {
-        const int64_t begin = unit % blocks * rows, end = min_of(begin + rows, any.rows);
-        for (int64_t tile = 0; tile < count; ++tile) {
-          const Product p = make(unit / blocks, tile);
-          add_gradient(begin, end, p.columns, net.samples, p.valid, p.full, p.h, p.weight, p.bias, scratch.template as<T>());
-        }
+        const int64_t begin = unit % blocks * block_rows, end = min_of(begin + block_rows, rows);
+        weight_gradient(of(unit / blocks), begin, end, net.samples, count, net.valid(first + count - 1), scratch.as<T>());
       }
     });
   }
@@ -485,14 +487,20 @@ class Backward {
   void ends() {
     const MlpShape& s = net.shape;
     if (args.grads.first_weight) {
-      add_gradients(1, net.tiles, [&](int64_t, int64_t tile) {
-        const Reverse<T> reverse = of(tile);
-        return Product{reverse.r, reverse.h_last, args.grads.last_weight, args.grads.last_bias, s.out, s.width, net.valid(tile)};
-      });
-      add_gradients(1, net.tiles, [&](int64_t, int64_t tile) {
-        const Reverse<T> reverse = of(tile);
-        return Product{reverse.g, reverse.x, args.grads.first_weight, args.grads.first_bias, s.width, s.in, net.valid(tile)};
-      });
+      // A block of tiles at a time: the transposed states of all of them would take as much memory as the batch.
+      const int64_t stride = Reverse<T>::elements(net);
+      for (int64_t block = 0; block < net.tiles; block += workers) {
+        const int64_t count = min_of(workers, net.tiles - block);
+        const Reverse<T> reverse = of(block);
+        weight_gradients(1, s.out, s.width, block, count, [&](int64_t) {
+          return GradientOf<T>{reverse.r, reverse.h_last, stride, stride, s.out, s.width, args.grads.last_weight,
+                               args.grads.last_bias, block > 0};
+        });
+        weight_gradients(1, s.width, s.in, block, count, [&](int64_t) {
+          return GradientOf<T>{reverse.g, reverse.x, stride, stride, s.width, s.in, args.grads.first_weight,
+                               args.grads.first_bias, block > 0};
+        });
+      }
     }
     if (!args.grad_x) return;
     parallel_for(parallel, workers, [&](int64_t worker) {
