@@ -16,7 +16,7 @@ goes through scratch memory with a border of zeros, where the neighbouring lanes
 # ruff: noqa: RUF005, SIM102 (no starred tuples in the kernel language; a constexpr `if` must stand alone)
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -555,6 +555,65 @@ def forward(
     return layered.last_output(family.layer, state, h, last_weight, last_bias), saved
 
 
+@dataclass
+class Descent:
+    """The backward of a chain, a group of layers at a time from the top; ``full`` is G of the first state at last."""
+
+    family: Family
+    x: Tensor
+    params: layered.Params
+    saved: Tensor
+    scale: float
+    offset: bool
+    segment: int
+    step: int
+    """Layers a group, a multiple of ``segment``."""
+    r: Tensor | None = None
+    h_last: Tensor | None = None
+    full: Tensor | None = None
+
+    def groups(self, grad_out: Tensor, keep_g: bool) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+        """(first, last, h, g): states first .. last-1 and G of first+1 .. last (if ``keep_g``), (layers, n, ...).
+
+        Before the first one, ``r`` and ``h_last`` are what ``layered.last_gradients`` takes.
+        """
+        family, x, segment, offset = self.family, self.x, self.segment, self.offset
+        weight, bias, saved = self.params[2].contiguous(), self.params[3].contiguous(), self.saved.contiguous()
+        layers = weight.shape[0]
+        base = layered.first_state(family.layer, x.movedim(0, -1), self.params, self.scale, offset).base
+        shape = saved.shape[2:]
+        gradient = None
+        for first in range((layers - 1) // self.step * self.step, -1, -self.step):
+            last = min(first + self.step, layers)
+            count = last - first
+            if segment == 1:
+                h = saved[first:, 0]
+            else:
+                h = empty(x, count + (last == layers), *shape)
+                tensors = (h if base is None else base, saved, weight, bias, h)
+                numbers = (layers, segment, first // segment)
+                segments = triton.cdiv(count, segment)
+                _run(family, chain_recompute, "recompute", x, weight, offset, tensors, numbers, segments)
+            if gradient is None:
+                self.h_last = h[count]
+                self.r, gradient = layered.last_gradient(family.layer, grad_out, h[count], self.params[4], offset)
+                parts = gradient.a[None] if gradient.base is None else torch.stack((gradient.moved, gradient.a))
+            g = empty(x, count, *shape) if keep_g else h
+            result = empty(x, *parts.shape)
+            tensors = (parts if gradient.base is None else gradient.base, weight, h, parts, result, g)
+            _run(family, chain_backward, "backward", x, weight, offset, tensors, (layers, first, last), STORE=keep_g)
+            parts = result
+            yield first, last, h[:count], g
+        assert gradient is not None
+        self.full = parts[0] if gradient.base is None else (gradient.base + parts[0]) + parts[1]
+
+
+def layers_a_group(state: Tensor, segment: int) -> int:
+    """Layers whose states and gradients fit ``SCRATCH_BYTES``, a multiple of ``segment``; ``state`` is one of them."""
+    bytes_a_layer = (1 if segment == 1 else 2) * state.numel() * state.element_size()
+    return max(1, SCRATCH_BYTES // (bytes_a_layer * segment)) * segment
+
+
 def backward(
     family: Family,
     grad_out: Tensor,
@@ -577,46 +636,22 @@ def backward(
     if not family.supported("backward", x, hidden_weight):
         flags = (scale, offset, segment, need_input, need_params)
         return layered.backward(family.layer, grad_out, x, *params, saved, *flags)
-    layers = hidden_weight.shape[0]
     if segment == 0:
-        segment = max(2, round(layers**0.5))
+        segment = max(2, round(hidden_weight.shape[0] ** 0.5))
         saved = forward(family, x, *params, scale, offset, segment)[1]
-    weight, bias, saved = hidden_weight.contiguous(), hidden_bias.contiguous(), saved.contiguous()
     grads = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in params] if need_params else []
-    inputs = x.movedim(0, -1)
-    base = layered.first_state(family.layer, inputs, params, scale, offset).base
-    shape = saved.shape[2:]
-    every = segment == 1
-    bytes_a_layer = (1 if every else 2) * shape.numel() * x.element_size()
-    step = max(1, SCRATCH_BYTES // (bytes_a_layer * segment)) * segment  # layers a group
-    gradient = None
-    for first in range((layers - 1) // step * step, -1, -step):
-        last = min(first + step, layers)
-        count = last - first
-        if every:
-            h = saved[first:, 0]
-        else:
-            h = empty(x, count + (last == layers), *shape)
-            tensors = (h if base is None else base, saved, weight, bias, h)
-            numbers = (layers, segment, first // segment)
-            segments = triton.cdiv(count, segment)
-            _run(family, chain_recompute, "recompute", x, weight, offset, tensors, numbers, segments)
-        if gradient is None:
-            r, gradient = layered.last_gradient(family.layer, grad_out, h[count], last_weight, offset)
-            if need_params:
-                layered.last_gradients(family.layer, r, h[count], grads)
-            parts = gradient.a[None] if gradient.base is None else torch.stack((gradient.moved, gradient.a))
-        g = empty(x, count, *shape) if need_params else h
-        result = empty(x, *parts.shape)
-        tensors = (parts if gradient.base is None else gradient.base, weight, h, parts, result, g)
-        numbers = (layers, first, last)
-        _run(family, chain_backward, "backward", x, weight, offset, tensors, numbers, STORE=need_params)
-        parts = result
+    step = layers_a_group(saved[0, 0], segment)
+    descent = Descent(family, x, params, saved, scale, offset, segment, step)
+    for first, last, h, g in descent.groups(grad_out, need_params):
         if need_params:
-            family.sum_weight_gradients(g, h[:count], grads[2][first:last], grads[3][first:last])
-    assert gradient is not None
-    full = parts[0] if gradient.base is None else (gradient.base + parts[0]) + parts[1]
-    grad_x = layered.first_gradients(family.layer, full, inputs, params, grads, scale, offset, need_input)
+            family.sum_weight_gradients(g, h, grads[2][first:last], grads[3][first:last])
+    assert descent.full is not None
+    if need_params:
+        assert descent.r is not None
+        assert descent.h_last is not None
+        layered.last_gradients(family.layer, descent.r, descent.h_last, grads)
+    inputs = x.movedim(0, -1)
+    grad_x = layered.first_gradients(family.layer, descent.full, inputs, params, grads, scale, offset, need_input)
     return (grad_x, *(grads or [x.new_empty(0) for _ in params]))
 
 

@@ -37,22 +37,26 @@ def check_dtype(x: Tensor) -> None:
         raise TypeError(f"x must be torch.float32 or torch.float64, got {x.dtype}")
 
 
-def register(library: torch.library.Library, family: str, ops: tuple[str, ...]) -> None:
-    """Implement ``{family}_{op}`` for CUDA tensors with ``narrowdeep.ops.{family}.triton``, imported at the first call.
+def register(library: torch.library.Library, name: str, kernels: str, otherwise: Callable[..., Any]) -> None:
+    """Implement op ``name`` for CUDA tensors with the function of that name in module ``kernels``.
 
-    Where Triton is missing ``narrowdeep.ops.{family}.layered`` takes its place.
+    The module is imported at the first call; where Triton is missing ``otherwise`` takes its place.
     """
 
-    def implement(name: str) -> Callable[..., Any]:
-        def call(*args: Any) -> Any:
-            check_dtype(next(a for a in args if isinstance(a, Tensor)))
-            module = "layered" if missing() else "triton"
-            return getattr(importlib.import_module(f"narrowdeep.ops.{family}.{module}"), name)(*args)
+    def call(*args: Any) -> Any:
+        check_dtype(next(a for a in args if isinstance(a, Tensor)))
+        function = otherwise if missing() else getattr(importlib.import_module(kernels), name)
+        return function(*args)
 
-        return call
+    library.impl(name, call, "CUDA")
 
-    for op in ops:
-        library.impl(f"{family}_{op}", implement(f"{family}_{op}"), "CUDA")
+
+def register_chain(library: torch.library.Library, family: str) -> None:
+    """``register`` forward, backward and jvp of a family; ``layered.py`` takes the place of missing kernels."""
+    layered = importlib.import_module(f"narrowdeep.ops.{family}.layered")
+    for op in ("forward", "backward", "jvp"):
+        name = f"{family}_{op}"
+        register(library, name, f"narrowdeep.ops.{family}.triton", getattr(layered, name))
 
 
 def triton_status() -> dict[str, Any]:
@@ -73,11 +77,17 @@ def triton_status() -> dict[str, Any]:
             device = torch.cuda.get_device_name()
     kernels = {}
     if version is not None:
+        from narrowdeep.ops.conv.triton import limits as conv_limits
+        from narrowdeep.ops.gram.triton import WIDEST
         from narrowdeep.ops.mlp.triton import widest
 
+        past = "past that one layer at a time"
         for kernel in ("forward", "backward", "jvp"):
-            limits = ", ".join(f"{str(d).removeprefix('torch.')} width <= {widest(kernel, d)}" for d in DTYPES)
-            kernels[f"mlp {kernel}"] = f"{limits}; past that one layer at a time through cuBLAS"
+            widths = ", ".join(f"width <= {widest(kernel, d)} in {str(d).removeprefix('torch.')}" for d in DTYPES)
+            kernels[f"mlp {kernel}"] = f"{widths}; {past} (cuBLAS)"
+            kernels[f"conv {kernel}"] = f"{conv_limits(kernel)}; {past} (cuDNN)"
+        kernels["mlp gram"] = f"width <= {WIDEST}; {past}"
+        kernels["conv gram"] = "one layer at a time"
     return {
         "available": reason is None,
         "reason": reason,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from narrowdeep.ops.conv import reference as conv_reference
+from narrowdeep.ops.gram import reference as gram_reference
 from narrowdeep.ops.mlp import reference as mlp_reference
 
 
@@ -102,3 +103,31 @@ def check(case: Case, ops: Ops) -> None:
     if case.segment == 1:  # without tangents of the hidden layers: another kernel
         tangents[3] = tangents[4] = None
     assert_close(jvp(*inputs, *tangents, *settings[:2]), reference[2](*inputs, *tangents, *settings[:2]), "tangent")
+
+
+@dataclass(frozen=True)
+class GramCase:
+    """The tangent kernel of the case's samples with ``others`` more, or with themselves if 0."""
+
+    case: Case
+    others: int
+    reduce: int
+    trainable: int = gram_reference.ALL_TRAINABLE
+
+    def __str__(self) -> str:
+        return f"gram-{self.case}-N{self.others}-r{self.reduce}-t{self.trainable}"
+
+
+def check_gram(gram_case: GramCase, gram: Callable[..., Tensor]) -> None:
+    """The gram op against the reference."""
+    case = gram_case.case
+    x1, *params = draw_inputs(case)
+    x2 = draw(gram_case.others, case.in_features, dtype=case.dtype, seed=50) if gram_case.others else x1
+    settings = (SCALE, case.offset, gram_case.others == 0, gram_case.trainable, gram_case.reduce)
+    actual = gram(x1, x2, *params, *settings)
+    expected = gram_reference.gram(gram_reference.MLP, x1, x2, *params, *settings)
+    assert actual.shape == expected.shape
+    assert actual.dtype == torch.float64
+    if expected.numel():
+        error = ((actual - expected).abs().max() / expected.abs().max()).item()
+        assert error < (1e-5 if case.dtype == torch.float32 else 1e-12), f"relative error {error:.2e}"

@@ -8,8 +8,9 @@ import sys
 import torch
 
 from narrowdeep.ops.conv import triton as conv
+from narrowdeep.ops.gram import triton as gram
 from narrowdeep.ops.mlp import triton as mlp
-from tests.gpu.cases import Case, Ops, check
+from tests.gpu.cases import Case, GramCase, Ops, check, check_gram
 
 F32, F64 = torch.float32, torch.float64
 CASES = [
@@ -26,14 +27,23 @@ CASES = [
     Case(1, 2, 3, 2, True, F32, 0, image=(1, 1), tap=1),
     Case(1, 1, 3, 1, True, F32, 2, image=(4, 3), tap=5),
 ]
+GRAMS = [
+    GramCase(Case(1, 1, 35, 5, True, F32, 0), 3, 0),
+    GramCase(Case(1, 2, 4, 18, False, F64, 0), 0, 2),
+    GramCase(Case(2, 1, 3, 3, True, F64, 0), 2, 1, trainable=0b110111),
+    GramCase(Case(1, 1, 3, 0, True, F64, 0), 2, 0),
+]
 MLP: Ops = (mlp.mlp_forward, mlp.mlp_backward, mlp.mlp_jvp)
 CONV: Ops = (conv.conv_forward, conv.conv_backward, conv.conv_jvp)
 
 
 def main() -> None:
-    for case in CASES:
+    for case in [*CASES, *GRAMS]:
         try:
-            check(case, CONV if case.image else MLP)
+            if isinstance(case, GramCase):
+                check_gram(case, gram.mlp_gram)
+            else:
+                check(case, CONV if case.image else MLP)
             failure = None
         except Exception as error:
             failure = f"{type(error).__name__}: {error}"

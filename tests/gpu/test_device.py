@@ -17,7 +17,7 @@ from tests.gpu.cases import Case, Ops, check
 
 F32, F64 = torch.float32, torch.float64
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-pytestmark = pytest.mark.filterwarnings("default")  # drivers and compilers warn of what is not ours
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # in torch.func.jvp
 
 
 def through(op: Callable[..., Any], device: str) -> Callable[..., Any]:

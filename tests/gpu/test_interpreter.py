@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.gpu.interpreted import CASES
+from tests.gpu.interpreted import CASES, GRAMS
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +26,6 @@ def failures() -> dict[str, str | None]:
     return {line["case"]: line["failure"] for line in map(json.loads, process.stdout.splitlines())}
 
 
-@pytest.mark.parametrize("case", [str(case) for case in CASES])
+@pytest.mark.parametrize("case", [str(case) for case in [*CASES, *GRAMS]])
 def test_matches_reference(failures: dict[str, str | None], case: str) -> None:
     assert failures[case] is None

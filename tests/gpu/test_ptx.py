@@ -10,9 +10,10 @@ import torch
 
 from narrowdeep.ops import triton_chain
 from narrowdeep.ops.conv import triton as conv
+from narrowdeep.ops.gram import triton as gram
 from narrowdeep.ops.mlp import triton as mlp
 from narrowdeep.ops.triton_common import Block
-from tests.gpu.cases import Case, check
+from tests.gpu.cases import Case, GramCase, check, check_gram
 from tests.gpu.interpreted import CONV, MLP
 from tests.gpu.simulator import Simulator, load
 
@@ -23,13 +24,14 @@ CASES = [
     Case(2, 3, 36, 5, True, F64, 7),
     Case(2, 2, 4, 33, False, F32, 0),
     Case(10, 7, 4, 17, True, F32, 2),  # tiles of 16 units: 2 x 2
-    Case(10, 5, 4, 17, True, F64, 1),
+    Case(10, 7, 4, 17, True, F64, 1),
     Case(1, 1, 35, 3, True, F32, 4, image=(3, 5)),
     Case(2, 1, 4, 3, False, F64, 1, image=(7, 7)),
 ]
 SLOW = [
     Case(8, 3, 36, 37, True, F32, 5),
     Case(11, 4, 36, 37, True, F64, 0),
+    Case(10, 5, 4, 17, True, F64, 1),
     Case(11, 4, 4, 37, False, F32, 2),
     Case(20, 10, 36, 5, True, F32, 7),
     Case(40, 10, 4, 5, True, F32, 2),
@@ -59,7 +61,7 @@ def run(case: Case, simulator: Simulator, **limits: Any) -> None:
 def test_kernels(case: Case, target: int) -> None:
     simulator = Simulator(target)
     run(case, simulator)
-    assert "chain_jvp" in simulator.launches
+    assert ("chain_jvp" in simulator.launches) == (case.hidden <= 16 or case.dtype == F32)
 
 
 @pytest.mark.slow
@@ -83,6 +85,25 @@ def test_more_shapes(case: Case, target: int) -> None:
 def test_random_warp_order(case: Case, seed: int) -> None:
     samples = 4 if case.image else 64
     run(case, Simulator(80, mode="warp", seed=seed), choose_block=lambda *args: args[-1](Block(samples, 2)))
+
+
+@pytest.mark.parametrize("target", [80, 90])
+@pytest.mark.parametrize(
+    "case",
+    [
+        GramCase(Case(1, 1, 6, 5, True, F32, 0), 3, 0),
+        GramCase(Case(1, 2, 4, 18, False, F64, 0), 0, 0),
+        GramCase(Case(2, 1, 3, 3, True, F64, 0), 2, 1, trainable=0b110111),
+    ],
+    ids=str,
+)
+def test_gram(case: GramCase, target: int) -> None:
+    load()
+    simulator = Simulator(target)
+    stand_ins = {"launch": simulator.launch, "empty": simulator.empty}
+    with mock.patch.multiple(triton_chain, **stand_ins), mock.patch.multiple(gram, **stand_ins):
+        check_gram(case, gram.mlp_gram)
+    assert "gram_sums" in simulator.launches
 
 
 @pytest.mark.parametrize("dtype", [F32, F64])

@@ -96,6 +96,13 @@ def supported(kernel: str, x: Tensor, weight: Tensor) -> bool:
     return x.shape[0] > 0 and layers > 0 and 0 < channels <= most and tap <= _MOST_TAP and lanes <= _MOST_LANES
 
 
+def limits(kernel: str) -> str:
+    """What ``supported`` asks for, in words."""
+    halves = 2 if kernel == "jvp" else 1
+    most = ", ".join(f"{count // halves} in {str(d).removeprefix('torch.')}" for d, count in _MOST_CHANNELS.items())
+    return f"channels <= {most}, filter <= {_MOST_TAP} x {_MOST_TAP}, at most {_MOST_LANES} positions"
+
+
 def blocks(kernel: str, x: Tensor, weight: Tensor, offset: bool) -> list[Block]:
     """Two columns a lane for few channels, one for many; one sample a program where the batch is small."""
     lanes = triton.next_power_of_2(x.shape[2] * x.shape[3])

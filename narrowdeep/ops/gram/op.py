@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from narrowdeep.ops import chain
+from narrowdeep.ops import chain, triton_dispatch
 from narrowdeep.ops.gram import reference
 
 SCHEMA = (
@@ -35,8 +35,11 @@ def _define(name: str, family: reference.Family) -> Callable[..., Tensor]:
             shape += (outputs,) if reduce == reference.DIAGONAL else (outputs, outputs)
         return x1.new_empty(shape, dtype=torch.float64)
 
-    for device in ("CPU", "CUDA"):
-        chain.library.impl(name, partial(reference.gram, family), device)
+    chain.library.impl(name, partial(reference.gram, family), "CPU")
+    if family is reference.MLP:
+        triton_dispatch.register(chain.library, name, "narrowdeep.ops.gram.triton", partial(reference.gram, family))
+    else:
+        chain.library.impl(name, partial(reference.gram, family), "CUDA")
     return getattr(torch.ops.narrowdeep, name).default
 
 

@@ -18,4 +18,4 @@ def _saved_shape(x: Tensor, hidden_weight: Tensor, last_weight: Tensor, offset: 
 
 ops = chain.define("mlp", _saved_shape)
 engine.load()
-triton_dispatch.register(chain.library, "mlp", ("forward", "backward", "jvp"))
+triton_dispatch.register_chain(chain.library, "mlp")
