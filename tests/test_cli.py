@@ -220,9 +220,19 @@ def test_info():
     assert facts["narrowdeep"] == version("narrowdeep")
     assert facts["torch"] == torch.__version__
     assert facts["threads"] == torch.get_num_threads()
-    assert facts["instruction_sets"][-1] == "scalar"
+    cpu, triton = facts["backends"]["cpu"], facts["backends"]["triton"]
+    assert cpu["instruction_sets"][-1] == "scalar"
+    assert cpu["used"] == cpu["instruction_sets"][0]
+    assert triton["available"] == (triton["reason"] is None)
     text = run("info").stdout
-    assert all(name in text for name in facts)
+    assert all(name in text for name in (*facts, *cpu, *triton))
+
+
+def test_info_says_which_instruction_set_is_used(monkeypatch):
+    monkeypatch.setenv("NARROWDEEP_ISA", "scalar")
+    assert json.loads(run("info", "--json").stdout)["backends"]["cpu"]["used"] == "scalar"
+    monkeypatch.setenv("NARROWDEEP_ISA", "mmx")
+    assert "NARROWDEEP_ISA must be one of" in refused("info")
 
 
 def _start(folder: Path, *, save_every: float) -> subprocess.Popen[str]:

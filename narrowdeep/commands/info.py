@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
 from importlib.metadata import version
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from narrowdeep.commands.options import (
     print_json,
     resolve_device,
 )
-from narrowdeep.ops import engine
+from narrowdeep.ops.backends import backends
 
 
 def info(
@@ -35,17 +35,15 @@ def info(
     """
     with one_line_errors():
         resolve_device(device)
-    facts = gather()
+        facts = gather()
     if json:
         print_json(facts)
         return
-    width = max(map(len, facts))
-    for name, value in facts.items():
-        typer.echo(f"{name:<{width}}  {_text(value)}")
+    typer.echo("\n".join(_lines(facts)))
 
 
 def gather() -> dict[str, Any]:
-    """The facts that ``narrowdeep info`` prints, by name; instruction sets are those in use, fastest first."""
+    """The facts that ``narrowdeep info`` prints, by name."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return {
         "narrowdeep": version("narrowdeep"),
@@ -54,14 +52,22 @@ def gather() -> dict[str, Any]:
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
         "cuda": [torch.cuda.get_device_name(i) for i in range(count)],
-        "triton": version("triton") if find_spec("triton") else None,
-        "instruction_sets": engine.instruction_sets(),
+        "backends": backends(),
     }
 
 
+def _lines(facts: dict[str, Any]) -> Iterator[str]:
+    """One line a fact, names padded to one width; the facts of a nested dict follow its name, indented."""
+    width = max(map(len, facts), default=0)
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            yield name
+            yield from (f"  {line}" for line in _lines(value))
+        else:
+            yield f"{name:<{width}}  {_text(value)}"
+
+
 def _text(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{k}: {_text(v)}" for k, v in value.items()) or "none"
     if isinstance(value, (list, tuple)):
         return ", ".join(map(str, value)) or "none"
     return "none" if value is None else str(value)

@@ -78,8 +78,11 @@ def ntk(
             for name, value in given.items():
                 if value:
                     raise ValueError(f"{name.replace('_', '-')} is the saved model's own: leave it out with --model")
-            networks = [[training.load_model(model, device=target)]]
-            kind = next(networks[0][0].parameters()).dtype
+            saved = training.load_model(model, device=target)
+            if not isinstance(saved, DeepNarrowMLP):
+                raise ValueError(f"model must be a DeepNarrowMLP, got a {type(saved).__name__} in {model}")
+            networks = [[saved]]
+            kind = saved.first_weight.dtype
         else:
             kind = dtype.torch
             networks = []

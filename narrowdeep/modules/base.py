@@ -33,6 +33,13 @@ class DeepNarrowBase(nn.Module):
     ``_tap`` is the shape that follows (rows, columns) in a weight: () for a linear layer, (f, f) for a convolution.
     """
 
+    first_weight: nn.Parameter
+    first_bias: nn.Parameter
+    hidden_weight: nn.Parameter
+    hidden_bias: nn.Parameter
+    last_weight: nn.Parameter
+    last_bias: nn.Parameter
+
     def __init__(
         self,
         inputs: int,
@@ -132,11 +139,13 @@ class DeepNarrowBase(nn.Module):
         centre = tuple(size // 2 for size in self._tap)
         right = self._inputs + 1
         for i in range(self._inputs):
-            parts["first_weight"][(i, i, *centre)] = self.scale
-            parts["hidden_weight"][(i, i, *centre)] = 1.0
+            diagonal = (i, i, *centre)
+            parts["first_weight"][diagonal] = self.scale
+            parts["hidden_weight"][diagonal] = 1.0
         for i in range(self._outputs):
-            parts["hidden_weight"][(right + i, right + i, *centre)] = 1.0
-            parts["last_weight"][(i, right + i, *centre)] = 1.0
+            diagonal, last = (right + i, right + i, *centre), (i, right + i, *centre)
+            parts["hidden_weight"][diagonal] = 1.0
+            parts["last_weight"][last] = 1.0
         parts["first_bias"][right:] = self.scale
         parts["last_bias"][:] = -self.scale
         return parts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -101,20 +102,24 @@ class DeepNarrowMLP(DeepNarrowBase):
 
         Raises: ValueError when ``seq`` has another structure.
         """
-        linears, others = list(seq)[0::2], list(seq)[1::2]
-        if len(linears) < 2 or len(others) != len(linears) - 1:
-            raise ValueError(f"seq must be nn.Linear, nn.ReLU, ..., nn.Linear with at least 2 nn.Linear, got {len(seq)} modules")
-        for i, module in enumerate(linears):
+        modules, relus = list(seq)[0::2], list(seq)[1::2]
+        linears: list[nn.Linear] = []
+        if len(modules) < 2 or len(relus) != len(modules) - 1:
+            raise ValueError(
+                f"seq must be nn.Linear, nn.ReLU, ..., nn.Linear with at least 2 nn.Linear, got {len(seq)} modules"
+            )
+        for i, module in enumerate(modules):
             if not isinstance(module, nn.Linear) or module.bias is None:
                 raise ValueError(f"seq[{2 * i}] must be nn.Linear with a bias, got {module}")
-        for i, module in enumerate(others):
+            linears.append(module)
+        for i, module in enumerate(relus):
             if not isinstance(module, nn.ReLU):
                 raise ValueError(f"seq[{2 * i + 1}] must be nn.ReLU, got {module}")
         in_features, out_features = linears[0].in_features, linears[-1].out_features
         width = in_features + 1 + out_features
-        for i, module in enumerate(linears[:-1]):
-            if module.out_features != width or (i and module.in_features != width):
-                raise ValueError(f"seq[{2 * i}] must have in + 1 + out = {width} hidden units, got {module}")
+        for i, (linear, following) in enumerate(pairwise(linears)):
+            if linear.out_features != width or following.in_features != width:
+                raise ValueError(f"seq[{2 * i}] must have in + 1 + out = {width} hidden units, got {linear}")
         model = cls(
             in_features,
             out_features,
@@ -124,5 +129,5 @@ class DeepNarrowMLP(DeepNarrowBase):
             device=linears[0].weight.device,
             dtype=linears[0].weight.dtype,
         )
-        model.load_layers([(module.weight, module.bias) for module in linears])
+        model.load_layers([(linear.weight, linear.bias) for linear in linears])
         return model

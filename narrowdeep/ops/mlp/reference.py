@@ -1,4 +1,4 @@
-"""The MLP chain in plain torch: one layer is a matrix product. ``narrowdeep.ops.reference`` holds the chain around it."""
+"""The MLP chain in plain torch: one layer is a matrix product. ``narrowdeep.ops.reference`` holds what is around it."""
 
 from __future__ import annotations
 
