@@ -325,7 +325,8 @@ def plan(
     }
 
     if wanted is None:
-        segment = model.segment(step.batch * step.positions)
+        with torch.enable_grad():  # a training step, whatever the caller is doing
+            segment = model.segment(step.batch * step.positions)
         return _finish(step, fixed, segment, step.segments(segment), None)
     candidates = [(1, 0), *((k, step.segments(k)) for k in _uniform(step.layers))]
     if SCHEDULES_RUN:

@@ -110,15 +110,18 @@ class DeepNarrowBase(nn.Module):
         return 1.0 / (self.depth * self.scale**2)
 
     def segment(self, positions: int) -> int:
-        """Layers between saved states for a call on ``positions`` (batch size, times H W for images).
+        """Layers between saved states for a call on ``positions`` (batch size, times H W for images); 0 saves none.
 
-        ``checkpoint="auto"`` saves every state while all of them take no more memory than the parameters and their
-        gradients, and one state in ``AUTO_SEGMENT`` past that.
+        Where autograd records nothing, nothing is saved. ``checkpoint="auto"`` saves every state while all of them take
+        no more memory than the parameters and their gradients, and one state in ``AUTO_SEGMENT`` past that.
         """
+        if not torch.is_grad_enabled():
+            return 0
         if self._checkpoint == "none":
             return 1
-        if isinstance(self._checkpoint, int):
-            return self._checkpoint
+        return self._auto_segment(positions) if self._checkpoint == "auto" else self._checkpoint
+
+    def _auto_segment(self, positions: int) -> int:
         states = (self.depth - 1) * self.width * positions
         return 1 if states <= 2 * sum(p.numel() for p in self.parameters()) else AUTO_SEGMENT
 

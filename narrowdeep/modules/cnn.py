@@ -78,13 +78,10 @@ class DeepNarrowCNN(DeepNarrowBase):
             dtype=dtype,
         )
 
-    def segment(self, positions: int) -> int:
-        """Layers between saved states for a call on ``positions`` = B H W.
-
-        ``checkpoint="auto"`` saves one state in sqrt(L) layers, at least ``AUTO_SEGMENT``: to compute a layer again in
-        the cache takes less time than to write its state to memory and read it back, however small the batch.
-        """
-        return max(AUTO_SEGMENT, math.isqrt(self.depth)) if self.checkpoint == "auto" else super().segment(positions)
+    def _auto_segment(self, positions: int) -> int:
+        # One state in sqrt(L) layers, whatever the batch: to compute a layer again in the cache takes less time than to
+        # write its state to memory and read it back.
+        return max(AUTO_SEGMENT, math.isqrt(self.depth))
 
     def forward(self, x: Tensor) -> Tensor:
         positions = x.numel() // self.in_channels if isinstance(x, Tensor) else 0

@@ -1,0 +1,72 @@
+"""Layers between saved states: what a module asks of its op, with and without autograd."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from narrowdeep import DeepNarrowCNN, DeepNarrowMLP, memory
+
+
+class SavedStates(TorchDispatchMode):
+    """Sizes of the states that the forward ops save."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.__name__.split(".")[0] in ("mlp_forward", "conv_forward"):
+            self.sizes.append(result[1].numel())
+        return result
+
+
+def networks(checkpoint):
+    return [
+        (DeepNarrowMLP(3, 2, 129, checkpoint=checkpoint), torch.rand(5, 3)),
+        (DeepNarrowCNN(1, 1, 129, checkpoint=checkpoint), torch.rand(5, 1, 3, 4)),
+    ]
+
+
+@pytest.mark.parametrize("checkpoint", ["auto", "none", 7])
+def test_nothing_is_saved_without_autograd(checkpoint):
+    for model, x in networks(checkpoint):
+        with SavedStates() as saved:
+            trained = model(x)
+            with torch.no_grad():
+                evaluated = model(x)
+            with torch.inference_mode():
+                inferred = model(x)
+        assert saved.sizes[0] > 0
+        assert saved.sizes[1:] == [0, 0]
+        assert torch.equal(evaluated, trained)
+        assert torch.equal(inferred, trained)
+
+
+def test_transforms_differentiate_without_autograd():
+    for model, x in networks("auto"):
+        model.double()
+        x = x.double()
+        (expected,) = torch.autograd.grad(model(x.requires_grad_()).sum(), x)
+        with torch.no_grad():
+            got = torch.func.grad(lambda x, model=model: model(x).sum())(x)
+        assert torch.equal(got, expected)
+
+
+def test_segment_by_checkpoint():
+    assert DeepNarrowMLP(1, 1, 50, checkpoint="none").segment(10**9) == 1
+    assert DeepNarrowMLP(1, 1, 50, checkpoint=7).segment(1) == 7
+    mlp = DeepNarrowMLP(1, 1, 50)  # 3 units, 3 * 4 parameters a hidden layer
+    assert mlp.segment(1) == 1
+    assert mlp.segment(10_000) == 64
+    assert DeepNarrowCNN(1, 1, 50).segment(1) == 64
+    assert DeepNarrowCNN(1, 1, 10_000).segment(1) == 100
+
+
+def test_a_plan_is_of_training_wherever_it_is_made():
+    model = DeepNarrowMLP(3, 2, 129)
+    with torch.no_grad():
+        planned = memory.plan(model, batch_size=5)
+    assert planned.segment == model.segment(5) > 0
