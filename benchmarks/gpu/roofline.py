@@ -1,14 +1,14 @@
 """What each kernel of the MLP chain could at best take on an A100 and an H100: the table of docs/gpu.md, as Markdown.
 
-``python -m benchmarks.gpu.roofline``. A model, not a measurement: memory traffic, multiply-adds and issued instructions
-(from docs/gpu_static.json) each give a time no run can beat, and for a batch too small to fill the device the chain of
-dependent instructions of one layer gives a third. Arithmetic of float32, plain form.
+``python -m benchmarks.gpu.roofline``. A model, not a measurement, of float32 in plain form: multiply-adds, issued
+instructions (from docs/gpu_static.json) and the chain of dependent instructions of one layer each give a time that no
+run can beat. Memory traffic is taken at the bandwidth of device memory; where h and G fit the second-level cache, the
+truth lies below that column.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 
 from benchmarks.gpu.static_figures import TABLE
@@ -72,7 +72,7 @@ def floor(kernel: str, width: int, batch: int, device: Device) -> dict[str, floa
 
 
 def main() -> None:
-    print("| kernel | n | device | B | memory | arithmetic | issue | latency | no faster than |")
+    print("| kernel | n | device | B | memory | arithmetic | issue | latency | expected |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for kernel in ("forward", "recompute", "backward", "weight_gradient"):
         for width in (4, 8, 16):
@@ -80,9 +80,8 @@ def main() -> None:
                 for batch in (128, 65_536):
                     times = floor(kernel, width, batch, device)
                     cells = " | ".join(f"{1e3 * t:.2f}" if t else "-" for t in times.values())
-                    worst = max(times.values())
-                    assert math.isfinite(worst)
-                    print(f"| {kernel} | {width} | {device.name} | {batch:,} | {cells} | {1e3 * worst:.2f} ms |")
+                    expected = f"{1e3 * max(times.values()):.2f} ms"
+                    print(f"| {kernel} | {width} | {device.name} | {batch:,} | {cells} | {expected} |")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ CHANNELS = (3, 12)
 DTYPES = (torch.float32, torch.float64)
 _POINTEE = {torch.float32: "fp32", torch.float64: "fp64"}
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-_CHAIN = {
+_CHAIN: dict[str, tuple[Any, dict[str, Any]]] = {
     "forward": (triton_chain.chain_forward, {"SAVE": 2}),
     "recompute": (triton_chain.chain_recompute, {}),
     "backward": (triton_chain.chain_backward, {"STORE": True}),

@@ -108,7 +108,7 @@ def affine(
         result = ()
         for i in tl.static_range(WIDTH):
             tl.store(scratch + i * PLANE + room[1], state[i], mask=room[2])
-            result = result + (tl.broadcast_to(START[i], state[0].shape),)
+            result = result + (tl.broadcast_to(START[i], state[0].shape),)  # type: ignore[assignment]
         tl.debug_barrier()
         for k in range(WIDTH):
             for t in tl.static_range(TAP * TAP):
@@ -120,7 +120,7 @@ def affine(
                         factor = tl.load(weight + (k * WIDTH + i) * (TAP * TAP) + TAP * TAP - 1 - t)
                     else:
                         factor = tl.load(weight + (i * WIDTH + k) * (TAP * TAP) + t)
-                    new = new + (tl.fma(tl.broadcast_to(factor, value.shape), value, result[i]),)
+                    new = new + (tl.fma(tl.broadcast_to(factor, value.shape), value, result[i]),)  # type: ignore[assignment]
                 result = new
         return result
 
@@ -590,7 +590,7 @@ class Descent:
                 h = saved[first:, 0]
             else:
                 h = empty(x, count + (last == layers), *shape)
-                tensors = (h if base is None else base, saved, weight, bias, h)
+                tensors: tuple[Tensor, ...] = (h if base is None else base, saved, weight, bias, h)
                 numbers = (layers, segment, first // segment)
                 segments = triton.cdiv(count, segment)
                 _run(family, chain_recompute, "recompute", x, weight, offset, tensors, numbers, segments)

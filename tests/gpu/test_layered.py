@@ -32,10 +32,11 @@ def test_results_do_not_depend_on_the_segment() -> None:
     case = Case(2, 2, 70, 5, True, torch.float32, 0)
     inputs = draw_inputs(case)
     grad = draw(5, 2, dtype=torch.float32, seed=9)
+    forward, backward, _ = MLP
     results = []
     for segment in (0, 1, 3, 32):
-        out, saved = mlp.mlp_forward(*inputs, 10.0, True, segment)
-        results.append((out, *mlp.mlp_backward(grad, *inputs, saved, 10.0, True, segment, True, True)))
+        out, saved = forward(*inputs, 10.0, True, segment)
+        results.append((out, *backward(grad, *inputs, saved, 10.0, True, segment, True, True)))
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert torch.equal(a, b)
@@ -45,5 +46,6 @@ def test_nan_stays_nan() -> None:
     case = Case(2, 1, 5, 3, False, torch.float32, 1)
     x, *params = draw_inputs(case)
     x[1, 0] = torch.nan
-    out, _ = mlp.mlp_forward(x, *params, 10.0, False, 1)
+    forward, _, _ = MLP
+    out, _ = forward(x, *params, 10.0, False, 1)
     assert out.isnan().flatten().tolist() == [False, True, False]

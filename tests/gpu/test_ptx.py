@@ -46,11 +46,11 @@ SLOW = [
 
 def run(case: Case, simulator: Simulator, **limits: Any) -> None:
     load()
-    stand_ins = {"launch": simulator.launch, "empty": simulator.empty}
+    stand_ins: dict[str, Any] = {"launch": simulator.launch, "empty": simulator.empty}
     with (
-        mock.patch.multiple(triton_chain, **stand_ins, **limits),
-        mock.patch.multiple(mlp, **stand_ins, _SPLIT=512),
-        mock.patch.multiple(conv, **stand_ins, _SPLIT=128),
+        mock.patch.multiple(triton_chain, **stand_ins | limits),
+        mock.patch.multiple(mlp, **stand_ins | {"_SPLIT": 512}),
+        mock.patch.multiple(conv, **stand_ins | {"_SPLIT": 128}),
     ):
         check(case, CONV if case.image else MLP)
     assert {"chain_forward", "chain_backward"} <= set(simulator.launches)
@@ -100,7 +100,7 @@ def test_random_warp_order(case: Case, seed: int) -> None:
 def test_gram(case: GramCase, target: int) -> None:
     load()
     simulator = Simulator(target)
-    stand_ins = {"launch": simulator.launch, "empty": simulator.empty}
+    stand_ins: dict[str, Any] = {"launch": simulator.launch, "empty": simulator.empty}
     with mock.patch.multiple(triton_chain, **stand_ins), mock.patch.multiple(gram, **stand_ins):
         check_gram(case, gram.mlp_gram)
     assert "gram_sums" in simulator.launches

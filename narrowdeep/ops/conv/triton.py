@@ -104,11 +104,14 @@ def limits(kernel: str) -> str:
 
 
 def blocks(kernel: str, x: Tensor, weight: Tensor, offset: bool) -> list[Block]:
-    """Two columns a lane for few channels, one for many; one sample a program where the batch is small."""
+    """As many columns a lane as the registers take without spills; one sample a program where the batch is small."""
     lanes = triton.next_power_of_2(x.shape[2] * x.shape[3])
-    a_lane = 2 if weight.shape[1] <= 4 and x.dtype == torch.float32 else 1
+    a_lane = (2 if weight.shape[1] <= 4 else 1) * (2 if x.dtype == torch.float32 else 1)
     samples = max(1, 128 * a_lane // lanes)
-    return [Block(size, max(1, min(8, lanes * size // (32 * a_lane)))) for size in dict.fromkeys((samples, 1))]
+    return [
+        Block(samples, max(1, min(8, lanes * samples // (32 * a_lane)))),
+        Block(1, max(1, min(8, lanes // 32))),
+    ]
 
 
 def _constants(kernel: str, x: Tensor, weight: Tensor) -> dict[str, Any]:

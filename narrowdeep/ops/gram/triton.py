@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from narrowdeep.ops import triton_chain
+from narrowdeep.ops import layered, triton_chain
 from narrowdeep.ops.gram import reference
 from narrowdeep.ops.mlp.triton import FAMILY
 from narrowdeep.ops.triton_common import empty, launch
@@ -85,17 +85,19 @@ def gram_sums(
     tl.store(sums_ptr + row[:, None] * count2 + j[None, :], total, mask=inside)
 
 
-def _factors(h: Tensor, g: Tensor, outputs: int, layer: int) -> reference.Factors:
+def _factors(h: Tensor | None, g: Tensor | None, outputs: int, layer: int) -> reference.Factors:
     """One layer's input (m, out N) and G (n, out N) as the reference has them."""
+    assert h is not None
+    assert g is not None
     return layer, h[:, : h.shape[1] // outputs], g.unflatten(-1, (outputs, g.shape[1] // outputs))
 
 
 def _descend(
-    x: Tensor, params: tuple[Tensor, ...], scale: float, offset: bool, segment: int, step: int
+    x: Tensor, params: layered.Params, scale: float, offset: bool, segment: int, step: int
 ) -> triton_chain.Descent:
     """The backward from every output at once: sample (a, i) is x_i under the output gradient e_a."""
     saved = triton_chain.forward(FAMILY, x, *params, scale, offset, segment)[1]
-    return triton_chain.Descent(FAMILY, x, params, saved, scale, offset, segment, step)  # type: ignore[arg-type]
+    return triton_chain.Descent(FAMILY, x, params, saved, scale, offset, segment, step)
 
 
 def mlp_gram(
