@@ -1,0 +1,97 @@
+"""Which implementation a CUDA tensor gets, without a device."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from narrowdeep.ops import triton_dispatch
+from narrowdeep.ops.conv import triton as conv
+from narrowdeep.ops.mlp import triton as mlp
+from narrowdeep.ops.triton_common import Block, choose_block
+
+
+class Recorder:
+    """In place of torch's library: keeps what is registered."""
+
+    def __init__(self) -> None:
+        self.implementations: dict[str, Callable[..., Any]] = {}
+
+    def impl(self, name: str, function: Callable[..., Any], key: str) -> None:
+        assert key == "CUDA"
+        self.implementations[name] = function
+
+
+def registered(otherwise: Callable[..., Any]) -> Callable[..., Any]:
+    recorder: Any = Recorder()
+    triton_dispatch.register(recorder, "mlp_forward", "narrowdeep.ops.mlp.triton", otherwise)
+    return recorder.implementations["mlp_forward"]
+
+
+def test_importing_narrowdeep_imports_no_triton_and_starts_no_device() -> None:
+    program = (
+        "import sys, torch, narrowdeep\n"
+        "assert 'triton' not in sys.modules\n"
+        "from narrowdeep.ops.triton_dispatch import triton_status\n"
+        "triton_status()\n"
+        "assert not torch.cuda.is_initialized()"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64])
+def test_other_dtypes_are_refused(dtype: torch.dtype) -> None:
+    with pytest.raises(TypeError, match=r"x must be torch\.float32 or torch\.float64, got " + str(dtype)):
+        registered(lambda *_: None)(torch.zeros(2, 1, dtype=dtype))
+
+
+def test_without_triton_layers_run_one_at_a_time() -> None:
+    with mock.patch.object(triton_dispatch, "missing", return_value="the package triton is not installed"):
+        assert registered(lambda x: ("layered", x.shape))(torch.zeros(2, 1)) == ("layered", (2, 1))
+        status = triton_dispatch.triton_status()
+    assert not status["available"]
+    assert status["reason"] == "the package triton is not installed"
+    assert status["version"] is None
+
+
+def test_missing_names_the_package() -> None:
+    with mock.patch("importlib.util.find_spec", return_value=None):
+        assert triton_dispatch.missing.__wrapped__() == "the package triton is not installed"
+
+
+def test_status_reports_the_limits_of_the_code() -> None:
+    status = triton_dispatch.triton_status()
+    assert status["dtypes"] == ["float32", "float64"]
+    assert f"width <= {mlp.widest('jvp', torch.float64)} in float64" in status["kernels"]["mlp jvp"]
+    assert (status["reason"] is None) == status["available"]
+
+
+@pytest.mark.parametrize(
+    ("samples", "expected"), [(128, 32), (132 * 4 * 128 - 1, 32), (132 * 4 * 128, 512), (10**7, 512)]
+)
+def test_small_batches_take_small_programs(samples: int, expected: int) -> None:
+    chosen: list[Block] = []
+    choose_block(("key",), [Block(512, 4), Block(32, 1)], samples, torch.device("cpu"), chosen.append)
+    assert [block.samples for block in chosen] == [expected]
+
+
+@pytest.mark.parametrize("kernel", ["forward", "backward", "jvp"])
+def test_what_kernels_take(kernel: str) -> None:
+    x, weight = torch.empty(3, 2), torch.empty(1, 5, 5)
+    assert mlp.supported(kernel, x, weight)
+    assert not mlp.supported(kernel, x[:0], weight)
+    assert not mlp.supported(kernel, x, weight[:0])
+    widest = mlp.widest(kernel, torch.float32)
+    assert mlp.supported(kernel, x, torch.empty(1, widest, widest))
+    assert not mlp.supported(kernel, x, torch.empty(1, widest + 1, widest + 1))
+    image = torch.empty(2, 1, 7, 7)
+    assert conv.supported(kernel, image, torch.empty(1, 3, 3, 3, 3))
+    assert not conv.supported(kernel, image, torch.empty(1, 3, 3, 7, 7))
+    assert not conv.supported(kernel, image, torch.empty(1, 17, 17, 3, 3))
+    assert not conv.supported(kernel, torch.empty(2, 1, 33, 33), torch.empty(1, 3, 3, 3, 3))
