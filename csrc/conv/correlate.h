@@ -82,15 +82,52 @@ void correlate_block(const Filter<T>& filter, int64_t channels, const Plane& pla
   epilogue.template operator()<O, X>(o, y * plane.width + x, sum);
 }
 
+// The same for 3x3 filters, the taps of a row unrolled: only the block's first and last positions can see a column
+// outside the image. A quarter faster at 3 channels, where blocks are so short that a mispredicted branch shows.
+template <class T, int O, int X, class Epilogue>
+void correlate_block3(const Filter<T>& filter, int64_t channels, const Plane& plane, const T* in, int64_t o, int64_t y,
+                      int64_t x, const Epilogue& epilogue) {
+  constexpr int lanes = kLanes<T>;
+  const int64_t row_begin = y == 0 ? 1 : 0, row_end = y == plane.height - 1 ? 2 : 3;
+  const bool at_left = x == 0, at_right = x + X == plane.width;
+  Vec<T> sum[O][X];
+  ND_UNROLL for (int a = 0; a < O; ++a) {
+    ND_UNROLL for (int b = 0; b < X; ++b) sum[a][b] = Vec<T>{};
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t i = row_begin; i < row_end; ++i) {
+      const T* weight = filter.start + o * filter.out_stride + c * filter.in_stride + i * 3 * filter.tap_stride;
+      const T* row = in + ((c * plane.height + y + i - 1) * plane.width + x) * lanes;
+      ND_UNROLL for (int j = 0; j < 3; ++j) {
+        Vec<T> w[O];
+        ND_UNROLL for (int a = 0; a < O; ++a) w[a] = broadcast(weight[a * filter.out_stride + j * filter.tap_stride]);
+        ND_UNROLL for (int b = 0; b < X; ++b) {
+          if ((b + j == 0 && at_left) || (b + j == X + 1 && at_right)) continue;
+          const Vec<T> h = load(row + (b + j - 1) * lanes);
+          ND_UNROLL for (int a = 0; a < O; ++a) sum[a][b] = fma(w[a], h, sum[a][b]);
+        }
+      }
+    }
+  }
+  epilogue.template operator()<O, X>(o, y * plane.width + x, sum);
+}
+
+template <class T, int O, int X, class Epilogue>
+ND_INLINE void correlate_any(const Filter<T>& filter, int64_t channels, const Plane& plane, const T* in, int64_t o,
+                             int64_t y, int64_t x, const Epilogue& epilogue) {
+  if (filter.size == 3) return correlate_block3<T, O, X>(filter, channels, plane, in, o, y, x, epilogue);
+  correlate_block<T, O, X>(filter, channels, plane, in, o, y, x, epilogue);
+}
+
 template <class T, int O, class Epilogue>
 ND_INLINE void correlate_columns(int64_t columns, const Filter<T>& filter, int64_t channels, const Plane& plane,
                                  const T* in, int64_t o, int64_t y, int64_t x, const Epilogue& epilogue) {
   static_assert(kBlockColumns == 4, "one case a number of columns");
   switch (columns) {
-    case 1: return correlate_block<T, O, 1>(filter, channels, plane, in, o, y, x, epilogue);
-    case 2: return correlate_block<T, O, 2>(filter, channels, plane, in, o, y, x, epilogue);
-    case 3: return correlate_block<T, O, 3>(filter, channels, plane, in, o, y, x, epilogue);
-    default: return correlate_block<T, O, 4>(filter, channels, plane, in, o, y, x, epilogue);
+    case 1: return correlate_any<T, O, 1>(filter, channels, plane, in, o, y, x, epilogue);
+    case 2: return correlate_any<T, O, 2>(filter, channels, plane, in, o, y, x, epilogue);
+    case 3: return correlate_any<T, O, 3>(filter, channels, plane, in, o, y, x, epilogue);
+    default: return correlate_any<T, O, 4>(filter, channels, plane, in, o, y, x, epilogue);
   }
 }
 
