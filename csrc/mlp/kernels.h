@@ -131,9 +131,10 @@ inline void run_layers(const Net<T>& net, int64_t begin, int64_t end, const Stat
     } else {
       for (; l < stop; ++l) {
         T* next = states ? current + net.size : current == h ? h + net.size : h;
-        const HiddenForward<T> epilogue{net.params.hidden_bias + l * s.width, net.keep, state.floor, state.a, next, net.samples};
-        multiply<T>(net.vectors, s.width, net.params.hidden_weight + l * s.width * s.width, s.width, 1, current,
-                    net.samples, s.width, epilogue);
+        const T* const weight = net.params.hidden_weight + l * s.width * s.width;
+        const HiddenForward<T> epilogue{net.params.hidden_bias + l * s.width, net.keep, state.floor, state.a, next, net.samples,
+                                        l + 1 < s.layers ? weight + s.width * s.width : weight, s.width};
+        multiply<T>(net.vectors, s.width, weight, s.width, 1, current, net.samples, s.width, epilogue);
         current = next;
       }
     }
@@ -263,7 +264,7 @@ inline void start_reverse(const Net<T>& net, const Reverse<T>& reverse, const T*
     reverse.g[i] = T(0);
   }
   set_root(net, reverse, root, floor);
-  const HiddenBackward<T> epilogue{net.keep, floor, h_last, reverse.g, net.samples};
+  const HiddenBackward<T> epilogue{net.keep, floor, h_last, reverse.g, net.samples, nullptr, 0};
   multiply<T>(net.vectors, s.width, net.params.last_weight, 1, s.width, reverse.r, net.samples, s.out, epilogue);
 }
 
@@ -272,8 +273,8 @@ inline void narrow_backward_any(const Net<T>& net, int64_t begin, int64_t end, c
   if constexpr (N <= kWidestNarrow) {
     if (net.shape.width != N) return narrow_backward_any<T, N + 1>(net, begin, end, floor, g, states, partial);
     const T* w = net.params.hidden_weight;
-    if (net.shape.offset) narrow_backward_block<T, N, true>(w, begin, end, net.vectors, net.keep, floor, g, states, partial);
-    else narrow_backward_block<T, N, false>(w, begin, end, net.vectors, net.keep, floor, g, states, partial);
+    if (net.shape.offset) narrow_backward<T, N, true>(w, begin, end, net.vectors, net.keep, floor, g, states, partial);
+    else narrow_backward<T, N, false>(w, begin, end, net.vectors, net.keep, floor, g, states, partial);
   }
 }
 
@@ -318,9 +319,10 @@ inline void reverse_layers(const Net<T>& net, int64_t begin, int64_t end, int64_
         T* const full = scratch;
         const T* const h = states + (l - begin) * net.size;
         subtract(net.size, reverse.g, floor, full);
-        const HiddenBackward<T> epilogue{net.keep, floor, h, reverse.g, net.samples};
-        multiply<T>(net.vectors, s.width, net.params.hidden_weight + l * s.width * s.width, 1, s.width, full, net.samples,
-                    s.width, epilogue);
+        const T* const weight = net.params.hidden_weight + l * s.width * s.width;
+        const HiddenBackward<T> epilogue{net.keep, floor, h, reverse.g, net.samples, l > 0 ? weight - s.width * s.width : weight,
+                                         s.width};
+        multiply<T>(net.vectors, s.width, weight, 1, s.width, full, net.samples, s.width, epilogue);
         if (!gradients.weight) continue;
         const HiddenGradients<T> to = gradients.at((l - begin) * s.width * s.width, (l - begin) * s.width);
         weight_gradient<T>({full, h, 0, 0, s.width, s.width, to.weight, to.bias, to.add}, 0, s.width, net.samples, 1, valid,
@@ -388,7 +390,8 @@ class Backward {
 
   // Every worker takes its tiles through some steps; then the partial sums of all workers are added up, in order. A step
   // is one segment; few steps go together where their gradients are large, many where each would be a wait for nothing.
-  // Worker 0 of a width that is not narrow writes to the gradients themselves.
+  // Worker 0 of a width that is not narrow writes to the gradients themselves. (Partial sums for it as well were 30%
+  // slower at width 75: what one core has written is dear to read on another.)
   void hidden() {
     const MlpShape& s = net.shape;
     const bool wanted = args.grads.first_weight != nullptr, narrow = net.narrow();
@@ -435,8 +438,8 @@ class Backward {
         if (narrow) {
           add_narrow(partials.as<T>(), partial_elements, begin, end, first_layer);
         } else {
-          for (int64_t worker = 0; worker < workers - 1; ++worker) {
-            const T* const from = partials.as<T>() + worker * partial_elements;
+          for (int64_t worker = direct; worker < workers; ++worker) {
+            const T* const from = partials.as<T>() + (worker - direct) * partial_elements;
             add(from + begin * weights, (end - begin) * weights, args.grads.hidden_weight + (first_layer + begin) * weights);
             add(from + layers * weights + begin * s.width, (end - begin) * s.width,
                 args.grads.hidden_bias + (first_layer + begin) * s.width);
@@ -580,7 +583,7 @@ inline void mlp_jvp(const MlpJvp<T>& args, const Parallel& parallel) {
         for (int64_t i = 0; i < s.width; ++i)
           if (net.keep[i] != T(0))
             for (int64_t at = i * net.samples; at < (i + 1) * net.samples; ++at) z[at] += tangent.a[at];
-        const HiddenForward<T> layer{p.hidden_bias + bias, net.keep, state.floor, state.a, h_next, net.samples};
+        const HiddenForward<T> layer{p.hidden_bias + bias, net.keep, state.floor, state.a, h_next, net.samples, nullptr, 0};
         multiply<T>(net.vectors, s.width, p.hidden_weight + weight, s.width, 1, h, net.samples, s.width, layer);
         T* const old = h;
         h = h_next;

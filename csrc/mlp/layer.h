@@ -6,16 +6,26 @@
 namespace narrowdeep {
 namespace ND_ISA {
 
+// Asks for row `row` of a weight that the next layer will read: its rows are too short for the processor to foresee, and
+// the backward reads it by columns.
+template <class T>
+ND_INLINE void prefetch_row(const T* weight, int64_t columns, int64_t row) {
+  for (int64_t c = 0; c < columns; c += 64 / int64_t(sizeof(T))) __builtin_prefetch(weight + row * columns + c, 0, 2);
+}
+
 // h_out = relu(W h_in + c) with the state carried in parts: a = clip(keep a + W h + c, floor), h = a - floor.
 template <class T>
 struct HiddenForward {
   const T *bias, *keep, *floor;
   T *a, *h_out;
   int64_t samples;
+  const T* next_weight;  // to be fetched meanwhile, (width, next_columns), or nothing
+  int64_t next_columns;
   template <int R, int V>
   ND_INLINE void operator()(int64_t row, Vec<T> (*acc)[V]) const {
     for (int r = 0; r < R; ++r) {
       const int64_t i = row + r;
+      prefetch_row(next_weight, next_columns, i);
       const Vec<T> c = broadcast(bias[i]), mask = broadcast(keep[i]);
       for (int v = 0; v < V; ++v) {
         const int64_t at = i * samples + v * kLanes<T>;
@@ -34,10 +44,13 @@ struct HiddenBackward {
   const T *keep, *floor, *h;
   T* g;
   int64_t samples;
+  const T* next_weight;  // to be fetched meanwhile, (width, next_columns), or nothing
+  int64_t next_columns;
   template <int R, int V>
   ND_INLINE void operator()(int64_t row, Vec<T> (*acc)[V]) const {
     for (int r = 0; r < R; ++r) {
       const int64_t j = row + r;
+      prefetch_row(next_weight, next_columns, j);
       const Vec<T> mask = broadcast(keep[j]);
       for (int v = 0; v < V; ++v) {
         const int64_t at = j * samples + v * kLanes<T>;

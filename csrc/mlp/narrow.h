@@ -119,35 +119,70 @@ ND_INLINE void narrow_reduce_groups(const T* full, const T* h, int vectors, T* p
   }
 }
 
-// Layers [begin, end) backwards, without a move. `states` holds h of every state of the block, the first being the
-// input of layer `begin`. `partial`, when not null, gains the weight gradients of layer l at (l - begin) * kSize.
-template <class T, int N, bool OFFSET>
-inline void narrow_backward_block(const T* weight, int64_t begin, int64_t end, int vectors, const T* keep,
-                                  const T* floor, T* g_memory, const T* states, T* partial) {
+// Layers [begin, end) backwards for V vectors of samples, without a move; G of layer l goes to full + (l - begin) * N *
+// samples. `states` holds h of every state of the block, the first being the input of layer `begin`.
+template <class T, int N, int V, bool OFFSET>
+inline void narrow_propagate(const T* weight, int64_t begin, int64_t end, int64_t samples, const T* keep, const T* floor,
+                             T* g_memory, const T* states, T* full) {
   constexpr int lanes = kLanes<T>;
-  const int64_t samples = vectors * lanes;
-  alignas(64) T full[N * kTileVectors * lanes];
+  Vec<T> g[N][V], low[N][V];
+  for (int i = 0; i < N; ++i)
+    for (int v = 0; v < V; ++v) {
+      g[i][v] = load(g_memory + i * samples + v * lanes);
+      low[i][v] = OFFSET ? load(floor + i * samples + v * lanes) : Vec<T>{};
+    }
   for (int64_t l = end - 1; l >= begin; --l) {
     const T* w = weight + l * N * N;
     const T* h = states + (l - begin) * N * samples;
-    for (int v = 0; v < vectors; ++v) {
-      const int64_t at = v * lanes;
-      Vec<T> g[N], next[N];
-      for (int i = 0; i < N; ++i) {
-        const Vec<T> rest = load(g_memory + i * samples + at);
-        g[i] = OFFSET ? rest - load(floor + i * samples + at) : rest;
-        store(full + i * samples + at, g[i]);
+    T* const to = full + (l - begin) * N * samples;
+    Vec<T> next[N][V];
+    for (int i = 0; i < N; ++i) {
+      Vec<T> whole[V];
+      for (int v = 0; v < V; ++v) {
+        whole[v] = OFFSET ? g[i][v] - low[i][v] : g[i][v];
+        store(to + i * samples + v * lanes, whole[v]);
       }
-      for (int j = 0; j < N; ++j) next[j] = broadcast(w[j]) * g[0];
-      for (int i = 1; i < N; ++i)
-        for (int j = 0; j < N; ++j) next[j] = fma(broadcast(w[i * N + j]), g[i], next[j]);
       for (int j = 0; j < N; ++j) {
-        const Vec<T> dead = OFFSET ? load(floor + j * samples + at) : Vec<T>{};
-        if (OFFSET) next[j] = next[j] + keep_if(broadcast(keep[j]), load(g_memory + j * samples + at));
-        store(g_memory + j * samples + at, where_le0(load(h + j * samples + at), dead, next[j]));
+        const Vec<T> scalar = broadcast(w[i * N + j]);
+        for (int v = 0; v < V; ++v) next[j][v] = i == 0 ? scalar * whole[v] : fma(scalar, whole[v], next[j][v]);
       }
     }
-    if (partial) narrow_reduce_groups<T, N, 0>(full, h, vectors, partial + (l - begin) * NarrowEntries<T, N>::kSize);
+    for (int j = 0; j < N; ++j)
+      for (int v = 0; v < V; ++v) {
+        if (OFFSET) next[j][v] = next[j][v] + keep_if(broadcast(keep[j]), g[j][v]);
+        g[j][v] = where_le0(load(h + j * samples + v * lanes), low[j][v], next[j][v]);
+      }
+  }
+  for (int i = 0; i < N; ++i)
+    for (int v = 0; v < V; ++v) store(g_memory + i * samples + v * lanes, g[i][v]);
+}
+
+// The same for a tile. `partial`, when not null, gains the weight gradients of layer l at (l - begin) * kSize.
+template <class T, int N, bool OFFSET>
+inline void narrow_backward(const T* weight, int64_t begin, int64_t end, int vectors, const T* keep, const T* floor, T* g,
+                            const T* states, T* partial) {
+  constexpr int V = N * 6 <= kRegisters ? 2 : 1;
+  constexpr int64_t kLayers = 8;  // G of so many layers fits in the first-level cache beside their h
+  const int64_t samples = vectors * kLanes<T>;
+  alignas(64) T full[kLayers * N * kTileVectors * kLanes<T>];
+  for (int64_t stop = end; stop > begin; stop -= kLayers) {
+    const int64_t start = max_of(stop - kLayers, begin);
+    const T* const h = states + (start - begin) * N * samples;
+    int v = 0;
+    for (; v + V <= vectors; v += V) {
+      const int64_t at = v * kLanes<T>;
+      narrow_propagate<T, N, V, OFFSET>(weight, start, stop, samples, keep, floor + at, g + at, h + at, full + at);
+    }
+    if constexpr (V > 1)
+      for (; v < vectors; ++v) {
+        const int64_t at = v * kLanes<T>;
+        narrow_propagate<T, N, 1, OFFSET>(weight, start, stop, samples, keep, floor + at, g + at, h + at, full + at);
+      }
+    if (!partial) continue;
+    for (int64_t l = start; l < stop; ++l) {
+      const int64_t at = (l - start) * N * samples;
+      narrow_reduce_groups<T, N, 0>(full + at, h + at, vectors, partial + (l - begin) * NarrowEntries<T, N>::kSize);
+    }
   }
 }
 
