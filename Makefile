@@ -13,7 +13,7 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' 2>/dev/null)
 help:
 	@echo 'make demo    train a 4,000-layer network on the digits (about a minute)'
 	@echo 'make test    run the tests'
-	@echo 'make bench   run the benchmarks'
+	@echo 'make bench   time the library and its peers (about 5 minutes)'
 	@echo 'make lint    ruff and mypy'
 	@echo 'make clean   remove what was built'
 
@@ -24,7 +24,8 @@ test: $(READY)
 	$(BIN)/python -m pytest
 
 bench: $(READY)
-	$(BIN)/python -m pytest benchmarks --benchmark-json=bench.json
+	$(BIN)/python -m pytest benchmarks --quiet --benchmark-json=bench.json --benchmark-columns=min,rounds
+	$(BIN)/python -m benchmarks.report bench.json --plot bench.png
 
 lint: $(READY)
 	$(BIN)/ruff check .
