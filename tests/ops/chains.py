@@ -1,0 +1,163 @@
+"""The two families of chain ops as data, so that one set of tests serves both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 (the name torch's own documentation uses)
+
+from narrowdeep.ops.chain import ChainOps
+from narrowdeep.ops.conv import reference as conv_reference
+from narrowdeep.ops.conv.op import ops as conv_ops
+from narrowdeep.ops.mlp import reference as mlp_reference
+from narrowdeep.ops.mlp.op import ops as mlp_ops
+
+TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-11}
+NAMES = ("x", "first_weight", "first_bias", "hidden_weight", "hidden_bias", "last_weight", "last_bias")
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family of chain ops, its twin in plain torch, and one of its layers in eager torch."""
+
+    name: str
+    ops: ChainOps
+    reference: ChainOps
+    layer: Callable[[Tensor, Tensor, Tensor], Tensor]
+    """(x, weight, bias) -> z, batch first."""
+
+
+def _convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
+
+
+MLP = Family(
+    "mlp",
+    mlp_ops,
+    ChainOps(mlp_reference.mlp_forward, mlp_reference.mlp_backward, mlp_reference.mlp_jvp),
+    F.linear,
+)
+CONV = Family(
+    "conv",
+    conv_ops,
+    ChainOps(conv_reference.conv_forward, conv_reference.conv_backward, conv_reference.conv_jvp),
+    _convolution,
+)
+
+
+class Case(NamedTuple):
+    """Sizes of one chain; an MLP where there is no filter, a convolution chain where there is one."""
+
+    inputs: int
+    outputs: int
+    depth: int
+    batch: int
+    filter: int | None = None
+    image: tuple[int, ...] = ()
+    hidden: int | None = None  # width of the hidden states; None is in + 1 + out, the only one of the offset form
+
+    def __str__(self) -> str:
+        sizes = f"{self.inputs}-{self.width}-{self.outputs} L{self.depth} B{self.batch}"
+        return sizes + (f" f{self.filter} {self.image[0]}x{self.image[1]}" if self.filter else "")
+
+    @property
+    def family(self) -> Family:
+        return CONV if self.filter else MLP
+
+    @property
+    def width(self) -> int:
+        return self.hidden or self.inputs + 1 + self.outputs
+
+    @property
+    def tap(self) -> tuple[int, ...]:
+        return (self.filter, self.filter) if self.filter else ()
+
+
+def arguments(case: Case, dtype: torch.dtype, offset: bool) -> tuple[Tensor, ...]:
+    """x and the six parameters, away from initialisation, scaled so that neither states nor gradients explode."""
+    n, tap = case.width, case.tap
+    std = (0.03 if offset else 1.4) / (n * (case.filter or 1) ** 2) ** 0.5
+    tensors = (
+        torch.randn(case.batch, case.inputs, *case.image),
+        torch.randn(n, case.inputs, *tap),
+        torch.randn(n) * 0.1,
+        torch.randn(case.depth - 2, n, n, *tap) * std,
+        torch.randn(case.depth - 2, n) * 0.1,
+        torch.randn(case.outputs, n, *tap),
+        torch.randn(case.outputs),
+    )
+    return tuple(t.to(dtype) for t in tensors)
+
+
+def double(tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
+    return tuple(None if t is None else t.double() for t in tensors)
+
+
+def eager(family: Family, args: tuple[Tensor, ...], scale: float, offset: bool) -> Tensor:
+    """The same network layer by layer, with W = E + Delta put together here (thesis sections 3.1 and 4.0.1)."""
+    h, first, first_bias, hidden, hidden_bias, last, last_bias = args
+    if offset:
+        inputs, outputs = h.shape[1], last.shape[0]
+        right = first.shape[0] - outputs
+        centre = tuple(size // 2 for size in first.shape[2:])
+        first_part, hidden_part, last_part = (torch.zeros_like(w) for w in (first, hidden, last))
+        for i in range(inputs):
+            first_part[(i, i, *centre)] = scale
+            hidden_part[(slice(None), i, i, *centre)] = 1
+        for i in range(outputs):
+            hidden_part[(slice(None), right + i, right + i, *centre)] = 1
+            last_part[(i, right + i, *centre)] = 1
+        base = torch.zeros_like(first_bias)
+        base[right:] = scale
+        first, hidden, last = first + first_part, hidden + hidden_part, last + last_part
+        first_bias, last_bias = first_bias + base, last_bias - scale
+    h = torch.relu(family.layer(h, first, first_bias))
+    for weight, bias in zip(hidden, hidden_bias, strict=True):
+        h = torch.relu(family.layer(h, weight, bias))
+    z = family.layer(h, last, last_bias)
+    return z.flatten(2).mean(2) if z.dim() > 2 else z
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float, name: str = "") -> None:
+    """Relative to the largest entry: an entry is a sum of terms of that size."""
+    assert actual.shape == expected.shape, name
+    size = float(expected.abs().max()) if expected.numel() else 1.0
+    torch.testing.assert_close(
+        actual.double(),
+        expected.double(),
+        rtol=0,
+        atol=tolerance * max(size, 1e-30),
+        msg=lambda text: f"{name}: {text}",
+    )
+
+
+class Truth(NamedTuple):
+    """What a case's ops must give, from the reference in float64."""
+
+    args: tuple[Tensor, ...]
+    grad_out: Tensor
+    tangents: tuple[tuple[Tensor | None, ...], ...]  # of all arguments, and of some
+    out: Tensor
+    states: Tensor
+    grads: tuple[Tensor, ...]
+    jvps: tuple[Tensor, ...]
+
+
+@cache  # every build of the engine is held against the same truth
+def truth(case: Case, dtype: torch.dtype, offset: bool, scale: float) -> Truth:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        args = arguments(case, dtype, offset)
+        grad_out = torch.randn(case.batch, case.outputs, dtype=dtype)
+        every = tuple(torch.randn_like(t) for t in args)
+    some = tuple(t if i in (1, 2, 4, 5) else None for i, t in enumerate(every))
+    reference = case.family.reference
+    out, states = reference.forward(*double(args), scale, offset, 1)
+    grads = reference.backward(grad_out.double(), *double(args), states, scale, offset, 1, True, True)
+    jvps = tuple(reference.jvp(*double(args), *double(t), scale, offset) for t in (every, some))
+    return Truth(args, grad_out, (every, some), out, states, grads, jvps)
