@@ -15,6 +15,7 @@
 
 #include "common/isa.h"
 #include "conv/conv.h"
+#include "gram/gram.h"
 #include "mlp/mlp.h"
 
 namespace {
@@ -148,6 +149,10 @@ struct Mlp {
   static narrowdeep::MlpKernels<T> kernels() {
     return narrowdeep::mlp_kernels<T>(narrowdeep::selected_isa());
   }
+  template <class T>
+  static void gram(const narrowdeep::MlpGram<T>& args, const Parallel& parallel) {
+    narrowdeep::gram_kernels<T>(narrowdeep::selected_isa()).mlp(args, parallel);
+  }
 };
 
 struct Conv {
@@ -166,6 +171,10 @@ struct Conv {
   template <class T>
   static narrowdeep::ConvKernels<T> kernels() {
     return narrowdeep::conv_kernels<T>(narrowdeep::selected_isa());
+  }
+  template <class T>
+  static void gram(const narrowdeep::ConvGram<T>& args, const Parallel& parallel) {
+    narrowdeep::gram_kernels<T>(narrowdeep::selected_isa()).conv(args, parallel);
   }
 };
 
@@ -290,6 +299,36 @@ Tensor jvp(Tensor x_any, Tensor w1, Tensor b1, Tensor wh, Tensor bh, Tensor wl, 
   return out;
 }
 
+// Theta(x1, x2): narrowdeep/ops/gram/reference.py
+template <class Family>
+Tensor gram(Tensor x1_any, Tensor x2_any, Tensor w1, Tensor b1, Tensor wh, Tensor bh, Tensor wl, Tensor bl, double scale,
+            bool offset, bool symmetric, int64_t trainable, int64_t reduce) {
+  const Params params = contiguous(w1, b1, wh, bh, wl, bl);
+  const Tensor x1 = torch::stable::contiguous(x1_any);
+  const Tensor x2 = symmetric ? x1 : torch::stable::contiguous(x2_any);
+  typename Family::Shape shape = Family::shape(x1, params, scale, offset, 0);
+  check_like("x2", x2, x1);
+  const torch::headeronly::IntHeaderOnlyArrayRef sizes = x1.sizes();
+  check_shape("x2", x2, joined({x2.size(0)}, std::vector<int64_t>(sizes.begin() + 1, sizes.end())));
+  STD_TORCH_CHECK(reduce >= 0 && reduce <= 2, "reduce must be 0, 1 or 2, got ", reduce);
+  const narrowdeep::Reduce kind{reduce};
+  const int64_t rows = x1.size(0), columns = x2.size(0);
+  std::vector<int64_t> result{rows, columns};
+  if (kind != narrowdeep::Reduce::kTrace) result.push_back(shape.out);
+  if (kind == narrowdeep::Reduce::kFull) result.push_back(shape.out);
+  Tensor out = torch::stable::new_zeros(x1, result, ScalarType::Double);
+  if (rows == 0 || columns == 0) return out;
+  shape.batch = symmetric ? rows : rows + columns;
+  dispatch(x1, [&](auto zero) {
+    using T = decltype(zero);
+    std::vector<T> x(x1.const_data_ptr<T>(), x1.const_data_ptr<T>() + x1.numel());
+    if (!symmetric) x.insert(x.end(), x2.const_data_ptr<T>(), x2.const_data_ptr<T>() + x2.numel());
+    const narrowdeep::GramPairs pairs{rows, columns, symmetric, kind, out.mutable_data_ptr<double>()};
+    Family::template gram<T>({shape, params.pointers<T>(), x.data(), trainable, pairs}, pool());
+  });
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(narrowdeep, CPU, m) {
@@ -299,4 +338,6 @@ STABLE_TORCH_LIBRARY_IMPL(narrowdeep, CPU, m) {
   m.impl("conv_forward", TORCH_BOX(&forward<Conv>));
   m.impl("conv_backward", TORCH_BOX(&backward<Conv>));
   m.impl("conv_jvp", TORCH_BOX(&jvp<Conv>));
+  m.impl("mlp_gram", TORCH_BOX(&gram<Mlp>));
+  m.impl("conv_gram", TORCH_BOX(&gram<Conv>));
 }

@@ -62,14 +62,16 @@ inline void load_images(int64_t elements, int64_t valid, const T* from, T* to) {
     for (int64_t s = valid; s < lanes; ++s) to[e * lanes + s] = to[e * lanes + valid - 1];
 }
 
-// The three parts of a state (or of its gradient, or of its tangent) on one tile.
+// The three parts of a state (or of its gradient, or of its tangent) on one tile, in memory of its own or in `memory`.
 template <class T>
 class TileState {
  public:
-  explicit TileState(const ConvGeometry<T>& geometry)
+  static constexpr int kArrays = 4;  // of geometry.state elements each
+
+  explicit TileState(const ConvGeometry<T>& geometry, T* memory = nullptr)
       : geometry_(geometry),
-        memory_(4 * geometry.state * int64_t(sizeof(T))),
-        base(memory_.template as<T>()),
+        memory_(memory ? 0 : kArrays * geometry.state * int64_t(sizeof(T))),
+        base(memory ? memory : memory_.template as<T>()),
         moved(base + geometry.state),
         floor(moved + geometry.state),
         rest(floor + geometry.state) {}
@@ -248,6 +250,62 @@ void conv_forward(const ConvForward<T>& args, const Parallel& parallel) {
 }
 
 // ---- backward -------------------------------------------------------------------------------------------------------
+// The gradient of one tile on its way down the chain, G = (R + moved) + g with respect to a pre-activation; `memory` as
+// in TileState.
+template <class T>
+class TileGradient {
+ public:
+  TileGradient(const ConvGeometry<T>& geometry, const ConvParams<const T>& params, T* memory = nullptr)
+      : geometry_(geometry),
+        params_(params),
+        state_(geometry, memory),
+        memory_((2 * geometry.state + geometry.shape.out * geometry.row) * int64_t(sizeof(T))),
+        full_(memory_.template as<T>()),
+        next_(full_ + geometry.state),
+        r(next_ + geometry.state) {}
+
+  // At the output, whose gradient at every position is in `r`.
+  void start() {
+    const ConvGeometry<T>& g = geometry_;
+    fill(g.state, T(0), state_.base);
+    fill(g.state, T(0), state_.moved);
+    fill(g.state, T(0), state_.rest);
+    if (g.shape.offset)
+      for (int64_t e = 0; e < g.shape.out * g.row; ++e) state_.base[g.right * g.row + e] = r[e];
+    state_.set_floor();
+  }
+  // Where another TileGradient on the same memory stood, below the output.
+  void resume() { state_.total(full_); }
+
+  // G of hidden layers and of the first.
+  T* full() const { return full_; }
+  T* scratch() const { return next_; }
+
+  // From the gradient of state t's pre-activation to that of state t - 1, which is `h`.
+  void step(int64_t t, const T* h) {
+    const ConvShape& s = geometry_.shape;
+    const bool is_last = t == geometry_.last_state + 1;
+    const T* const weight = is_last ? params_.last_weight : params_.hidden_weight + (t - 2) * geometry_.hidden_size;
+    const GradientEpilogue<T> epilogue{h, geometry_.keep, state_.floor, state_.rest, next_, geometry_.positions};
+    correlate(transposed_filter(weight, s.width, s.size), is_last ? s.out : s.width, s.width, geometry_.plane,
+              static_cast<const T*>(is_last ? r : full_), epilogue);
+    T* const swap = full_;
+    full_ = next_;
+    next_ = swap;
+    if (!is_last && t > 2) state_.move(t - 1, full_);
+  }
+
+ private:
+  const ConvGeometry<T>& geometry_;
+  const ConvParams<const T>& params_;
+  TileState<T> state_;
+  Buffer memory_;
+  T *full_, *next_;
+
+ public:
+  T* const r;  // [out][position][lane]
+};
+
 // The backward of one chunk of tiles; something is saved (segment >= 1). `grads` gains the chunk's weight gradients.
 template <class T>
 class TileBackward {
@@ -258,15 +316,12 @@ class TileBackward {
         args_(args),
         grads_(grads),
         forward_(geometry, args.params),
-        gradient_(geometry),
+        gradient_(geometry, args.params),
         held_(held_states()),
         inner_(inner_segments()),
         memory_(bytes()) {
     states_ = memory_.template as<T>();
-    full_ = states_ + held_ * geometry.state;
-    next_ = full_ + geometry.state;
-    r_ = next_ + geometry.state;
-    sums_ = r_ + shape_.out * geometry.row;
+    sums_ = states_ + held_ * geometry.state;
     inner_states_ = sums_ + sums_elements();
   }
 
@@ -301,24 +356,18 @@ class TileBackward {
     return shape_.width * channels * shape_.size * shape_.size * kLanes<T>;
   }
   int64_t bytes() const {
-    return ((held_ + 2) * geometry_.state + shape_.out * geometry_.row + sums_elements() + inner_ * geometry_.boundary) *
-           int64_t(sizeof(T));
+    return (held_ * geometry_.state + sums_elements() + inner_ * geometry_.boundary) * int64_t(sizeof(T));
   }
 
-  // R and the constant image of the output gradient at each position.
+  // The constant image of the output gradient at each position.
   void load_gradient() {
     for (int64_t i = 0; i < shape_.out; ++i)
       for (int64_t s = 0; s < kLanes<T>; ++s) {
         const int64_t from = sample_ + min_of(s, valid_ - 1);
         const T r = args_.grad_out[from * shape_.out + i] / T(geometry_.positions);
-        for (int64_t p = 0; p < geometry_.positions; ++p) r_[i * geometry_.row + p * kLanes<T> + s] = r;
+        for (int64_t p = 0; p < geometry_.positions; ++p) gradient_.r[i * geometry_.row + p * kLanes<T> + s] = r;
       }
-    fill(geometry_.state, T(0), gradient_.base);
-    fill(geometry_.state, T(0), gradient_.moved);
-    fill(geometry_.state, T(0), gradient_.rest);
-    if (shape_.offset)
-      for (int64_t e = 0; e < shape_.out * geometry_.row; ++e) gradient_.base[geometry_.right * geometry_.row + e] = r_[e];
-    gradient_.set_floor();
+    gradient_.start();
   }
 
   // States [begin, end) are computed (or read), and the gradient goes from state `end` to state `begin`.
@@ -355,22 +404,16 @@ class TileBackward {
     for (int64_t t = end; t > begin; --t) back(t, states_ + (t - 1 - begin) * geometry_.state);
   }
 
-  // From the gradient of state t's pre-activation to that of state t - 1, which is `h`.
+  // From the gradient of state t's pre-activation to that of state t - 1, which is `h`, with layer t's weight gradient.
   void back(int64_t t, const T* h) {
-    const bool is_last = t == geometry_.last_state + 1;
-    const int64_t layer = t - 2, rows = is_last ? shape_.out : shape_.width;
-    const T* const weight = is_last ? args_.params.last_weight : args_.params.hidden_weight + layer * geometry_.hidden_size;
-    const T* const full = is_last ? r_ : full_;
-    if (grads_.first_weight) {
-      add_gradients(rows, shape_.width, full, h, is_last ? grads_.last_weight : grads_.hidden_weight + layer * geometry_.hidden_size,
-                    is_last ? grads_.last_bias : grads_.hidden_bias + layer * shape_.width);
+    const int64_t layer = t - 2;
+    if (grads_.first_weight && t == geometry_.last_state + 1) {
+      add_gradients(shape_.out, shape_.width, gradient_.r, h, grads_.last_weight, grads_.last_bias);
+    } else if (grads_.first_weight) {
+      add_gradients(shape_.width, shape_.width, gradient_.full(), h, grads_.hidden_weight + layer * geometry_.hidden_size,
+                    grads_.hidden_bias + layer * shape_.width);
     }
-    const GradientEpilogue<T> epilogue{h, geometry_.keep, gradient_.floor, gradient_.rest, next_, geometry_.positions};
-    correlate(transposed_filter(weight, shape_.width, shape_.size), rows, shape_.width, geometry_.plane, full, epilogue);
-    T* const swap = full_;
-    full_ = next_;
-    next_ = swap;
-    if (!is_last && layer > 0) gradient_.move(t - 1, full_);
+    gradient_.step(t, h);
   }
 
   void add_gradients(int64_t rows, int64_t channels, const T* full, const T* h, T* weight, T* bias) {
@@ -380,17 +423,19 @@ class TileBackward {
     add_lanes(rows, valid_, sums_, bias);
   }
 
-  // The first layer and the images; full_ is the gradient of state 1's pre-activation.
+  // The first layer and the images, from the gradient of state 1's pre-activation.
   void finish() {
+    const T* const full = gradient_.full();
     if (grads_.first_weight)
-      add_gradients(shape_.width, shape_.in, full_, forward_.images(), grads_.first_weight, grads_.first_bias);
+      add_gradients(shape_.width, shape_.in, full, forward_.images(), grads_.first_weight, grads_.first_bias);
     if (!args_.grad_x) return;
     const int64_t elements = shape_.in * geometry_.positions;
-    for (int64_t e = 0; e < shape_.in * geometry_.row; ++e) next_[e] = shape_.offset ? T(shape_.scale) * full_[e] : T(0);
+    T* const grad_x = gradient_.scratch();
+    for (int64_t e = 0; e < shape_.in * geometry_.row; ++e) grad_x[e] = shape_.offset ? T(shape_.scale) * full[e] : T(0);
     correlate(transposed_filter(args_.params.first_weight, shape_.in, shape_.size), shape_.width, shape_.in,
-              geometry_.plane, static_cast<const T*>(full_), AddEpilogue<T>{next_, geometry_.positions});
+              geometry_.plane, full, AddEpilogue<T>{grad_x, geometry_.positions});
     T* const to = args_.grad_x + sample_ * elements;
-    transpose(elements, valid_, static_cast<const T*>(next_), int64_t(kLanes<T>), to, elements);
+    transpose(elements, valid_, static_cast<const T*>(grad_x), int64_t(kLanes<T>), to, elements);
   }
 
   const ConvGeometry<T>& geometry_;
@@ -398,10 +443,10 @@ class TileBackward {
   const ConvBackward<T>& args_;
   const ConvParams<T> grads_;
   TileForward<T> forward_;
-  TileState<T> gradient_;
+  TileGradient<T> gradient_;
   const int64_t held_, inner_;
   Buffer memory_;
-  T *states_, *full_, *next_, *r_, *sums_, *inner_states_;
+  T *states_, *sums_, *inner_states_;
   int64_t sample_, valid_;
 };
 

@@ -1,30 +1,41 @@
-// The empirical tangent kernel of the MLP chain as the kernels see it. Meaning: narrowdeep/ops/gram/reference.py.
+// The empirical tangent kernels as the kernels see them. Meaning: narrowdeep/ops/gram/reference.py.
 #pragma once
 
 #include <cstdint>
 
+#include "conv/args.h"
 #include "mlp/args.h"
 
 namespace narrowdeep {
 
 enum class Reduce : int64_t { kFull = 0, kTrace = 1, kDiagonal = 2 };
 
-template <class T>
-struct MlpGram {
-  MlpShape shape;  // batch: all samples, rows first
-  MlpParams<const T> params;
-  const T* x;             // (batch, in): x1, and after it x2 unless symmetric
+// The pairs of samples, and what is kept of each pair's (out, out) matrix.
+struct GramPairs {
   int64_t rows, columns;  // N1, N2
-  bool symmetric;         // the columns are the rows, batch == rows
-  int64_t trainable;      // bit i: the i-th parameter counts
+  bool symmetric;         // the columns are the rows
   Reduce reduce;
   double* out;  // (N1, N2[, out[, out]]), zeroed by the caller
 };
+
+template <class Shape, class T>
+struct ChainGram {
+  Shape shape;  // batch: all samples, N1 + N2, or N1 if symmetric; segment is not read
+  ChainParams<const T> params;
+  const T* x;         // (batch, in)[image]: x1, and after it x2 unless symmetric
+  int64_t trainable;  // bit i: the i-th parameter counts
+  GramPairs pairs;
+};
+template <class T>
+using MlpGram = ChainGram<MlpShape, T>;
+template <class T>
+using ConvGram = ChainGram<ConvShape, T>;
 
 // The entry points of one instruction set.
 template <class T>
 struct GramKernels {
   void (*mlp)(const MlpGram<T>&, const Parallel&);
+  void (*conv)(const ConvGram<T>&, const Parallel&);
 };
 
 }  // namespace narrowdeep

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from narrowdeep.ops import chain, triton_dispatch
+from narrowdeep.ops import chain, engine, triton_dispatch
 from narrowdeep.ops.gram import reference
 
 SCHEMA = (
@@ -35,7 +35,6 @@ def _define(name: str, family: reference.Family) -> Callable[..., Tensor]:
             shape += (outputs,) if reduce == reference.DIAGONAL else (outputs, outputs)
         return x1.new_empty(shape, dtype=torch.float64)
 
-    chain.library.impl(name, partial(reference.gram, family), "CPU")
     if family is reference.MLP:
         triton_dispatch.register(chain.library, name, "narrowdeep.ops.gram.triton", partial(reference.gram, family))
     else:
@@ -45,3 +44,4 @@ def _define(name: str, family: reference.Family) -> Callable[..., Tensor]:
 
 mlp_gram = _define("mlp_gram", reference.MLP)
 conv_gram = _define("conv_gram", reference.CNN)
+engine.load()
