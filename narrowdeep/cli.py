@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from narrowdeep.commands.info import info
+from narrowdeep.commands.ntk import ntk
 from narrowdeep.commands.plan import plan
 from narrowdeep.commands.profile import profile
 from narrowdeep.commands.train import train
@@ -18,6 +19,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command()(train)
+app.command()(ntk)
 app.command()(plan)
 app.command()(profile)
 app.command()(info)

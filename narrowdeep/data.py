@@ -1,4 +1,4 @@
-"""The tasks that ``narrowdeep train`` knows: toy, digits, mnist, mnist01."""
+"""The tasks that ``narrowdeep train`` knows: toy, digits, digits01, mnist, mnist01."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (the name torch's own documentation uses)
 
-TaskName = Literal["toy", "digits", "mnist", "mnist01"]
+TaskName = Literal["toy", "digits", "digits01", "mnist", "mnist01"]
 AccuracyKind = Literal["argmax", "threshold"]
 
-TASKS: tuple[TaskName, ...] = ("toy", "digits", "mnist", "mnist01")
+TASKS: tuple[TaskName, ...] = ("toy", "digits", "digits01", "mnist", "mnist01")
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,9 @@ def load_task(
 
     Arguments:
         name: "toy", ``x1 x2`` on the circle arc (thesis section 5.1); "digits", the 1797 8x8 images bundled with
-            scikit-learn, 1437 for training and 360 for testing in one fixed split, one-hot targets; "mnist", 28x28
-            images, one-hot targets; "mnist01", its digits 0 and 1, targets 0 and 1 (thesis section 5.2).
+            scikit-learn, 1437 for training and 360 for testing in one fixed split, one-hot targets; "digits01", their
+            digits 0 and 1, targets 0 and 1; "mnist", 28x28 images, one-hot targets; "mnist01", its digits 0 and 1,
+            targets 0 and 1 (thesis section 5.2).
         data: folder that holds torchvision's ``MNIST/raw``; needed by mnist and mnist01.
         download: let torchvision download MNIST into ``data`` where it is missing.
         pool: side of an average pool over the images; must divide their height and width.
@@ -99,8 +100,8 @@ def load_task(
         if pool != 1:
             raise ValueError(f"pool must be 1 for the toy task, which has no images, got {pool}")
         return _toy(samples, dtype)
-    if name == "digits":
-        return _digits(pool, dtype)
+    if name == "digits" or name == "digits01":
+        return _digits(name, pool, dtype)
     return _mnist(name, data, download, pool, dtype)
 
 
@@ -118,7 +119,7 @@ def _toy(samples: int, dtype: torch.dtype) -> Task:
     return Task("toy", *arc(position + 0.5), *arc(position[1:]), image_shape=None, accuracy_kind=None)
 
 
-def _digits(pool: int, dtype: torch.dtype) -> Task:
+def _digits(name: Literal["digits", "digits01"], pool: int, dtype: torch.dtype) -> Task:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -127,7 +128,7 @@ def _digits(pool: int, dtype: torch.dtype) -> Task:
         images.reshape(-1, 1, 8, 8) / 16.0, labels, test_size=360, random_state=0, stratify=labels
     )
     splits = [(torch.from_numpy(x), torch.from_numpy(y)) for x, y in ((train, train_labels), (test, test_labels))]
-    return _image_task("digits", *splits, pool=pool, dtype=dtype)
+    return _image_task(name, *splits, pool=pool, dtype=dtype)
 
 
 def _mnist(
@@ -152,9 +153,6 @@ def _mnist(
         if images.shape[1:] != (28, 28) or len(images) != len(labels):
             got = f"{tuple(images.shape)} and {len(labels)} labels in {raw}"
             raise ValueError(f"data must hold 28x28 images and one label for each, got {got}")
-        if name == "mnist01":
-            kept = labels <= 1
-            images, labels = images[kept], labels[kept]
         splits.append((images.unsqueeze(1).to(torch.float64) / 255.0, labels))
     return _image_task(name, *splits, pool=pool, dtype=dtype)
 
@@ -162,14 +160,17 @@ def _mnist(
 def _image_task(
     name: TaskName, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], *, pool: int, dtype: torch.dtype
 ) -> Task:
-    """A task from (N, 1, H, W) images in [0, 1] and (N,) labels."""
+    """A task from (N, 1, H, W) images in [0, 1] and (N,) labels; a name that ends in 01 keeps these two digits."""
     height, width = train[0].shape[2:]
+    binary = name.endswith("01")
     if pool < 1 or height % pool or width % pool:
         raise ValueError(f"pool must be at least 1 and divide the {height}x{width} images of {name!r}, got {pool}")
 
     def tensors(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        if binary:
+            images, labels = images[labels <= 1], labels[labels <= 1]
         pooled = F.avg_pool2d(images, pool) if pool > 1 else images
-        targets = labels[:, None] if name == "mnist01" else F.one_hot(labels.long(), 10)
+        targets = labels[:, None] if binary else F.one_hot(labels.long(), 10)
         return pooled.flatten(1).to(dtype), targets.to(dtype)
 
     return Task(
@@ -177,5 +178,5 @@ def _image_task(
         *tensors(*train),
         *tensors(*test),
         image_shape=(1, height // pool, width // pool),
-        accuracy_kind="threshold" if name == "mnist01" else "argmax",
+        accuracy_kind="threshold" if binary else "argmax",
     )

@@ -57,7 +57,8 @@ class TrainConfig:
     """Everything that decides a run's numbers, together with the task's data and the device.
 
     ``lr`` is the step size eta of SGD on the loss ``1/(2N) sum ||f(x_n) - y_n||^2``; one step without momentum advances
-    kernel time by ``lr L C_L^2``. The other fields are the arguments of ``narrowdeep train`` of the same name.
+    kernel time by ``lr L C_L^2``. ``predicted_loss`` is the training loss at the end that ``--lr auto`` predicted, None
+    where ``lr`` was given. The other fields are the arguments of ``narrowdeep train`` of the same name.
     """
 
     task: str
@@ -76,6 +77,7 @@ class TrainConfig:
     momentum: float
     seed: int
     dtype: str
+    predicted_loss: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
@@ -122,11 +124,16 @@ def build_model(
     config: TrainConfig, task: Task, *, device: torch.device | str = "cpu"
 ) -> DeepNarrowMLP | DeepNarrowCNN:
     """The network of ``config`` for ``task``, drawn from ``config.seed``: the same numbers on every device."""
-    task = _inputs_for(config.arch, task)
+    task = inputs_for(config.arch, task)
     return _build(config, task.in_features, task.out_features, device, torch.Generator().manual_seed(config.seed))
 
 
-def _inputs_for(arch: str, task: Task) -> Task:
+def steps_per_epoch(config: TrainConfig, task: Task) -> int:
+    """Steps of one pass over the training samples, the last one on what is left."""
+    return -(-task.x_train.shape[0] // config.batch_size)
+
+
+def inputs_for(arch: str, task: Task) -> Task:
     """The task with samples as the network takes them: (N, C, H, W) for a CNN, so that ``in_features`` is C."""
     if arch != "cnn":
         return task
@@ -167,13 +174,13 @@ class Trainer:
             raise ValueError(f"task must be {config.task!r} as the configuration says, got {task.name!r}")
         self.config = config
         self.device = torch.device(device)
-        task = _inputs_for(config.arch, task)
+        task = inputs_for(config.arch, task)
         self.task = task.to(self.device)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.model = _build(config, task.in_features, task.out_features, device, self.generator)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=config.lr, momentum=config.momentum, fused=True)
         self.epoch = 0
-        self.steps_per_epoch = -(-task.x_train.shape[0] // config.batch_size)
+        self.steps_per_epoch = steps_per_epoch(config, task)
         self._begin_epoch(self.generator.get_state())
 
     def _begin_epoch(self, random_state: Tensor) -> None:
@@ -300,7 +307,7 @@ class Trainer:
             config = _config(header)
             epoch, step_in_epoch, seconds = header["epoch"], header["step_in_epoch"], float(header["seconds"])
             sizes = header["in_features"], header["out_features"]
-        found = _inputs_for(config.arch, task).in_features, task.out_features
+        found = inputs_for(config.arch, task).in_features, task.out_features
         if sizes != found:
             raise ValueError(f"task must have {sizes} features as the run in {path}, got {found}")
         if epochs is not None:
@@ -355,7 +362,7 @@ def fit(
                 saved = time.monotonic()
         trainer.save(folder / CHECKPOINT)
     if plot and lines:
-        plot_metrics(lines, folder / CURVES, title=_title(trainer.config))
+        plot_metrics(lines, folder / CURVES, title=_title(trainer.config), predicted=trainer.config.predicted_loss)
     return trainer.finished
 
 
@@ -387,8 +394,13 @@ def read_config(path: str | Path) -> TrainConfig:
         return _config(header)
 
 
-def plot_metrics(metrics: list[EpochMetrics], path: str | Path, *, title: str = "") -> None:
-    """Loss and (for a task with classes) accuracy against epochs, as a PNG; needs matplotlib."""
+def plot_metrics(
+    metrics: list[EpochMetrics], path: str | Path, *, title: str = "", predicted: float | None = None
+) -> None:
+    """Loss and (for a task with classes) accuracy against epochs, as a PNG; needs matplotlib.
+
+    ``predicted`` is a training loss to mark: the one that the kernel predicts for the end.
+    """
     from matplotlib.figure import Figure  # no pyplot: no global state, no display
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -399,6 +411,8 @@ def plot_metrics(metrics: list[EpochMetrics], path: str | Path, *, title: str = 
     style: dict[str, Any] = {"marker": "o", "markersize": 3} if len(metrics) <= 60 else {}
     axes[0].plot(epochs, [m.train_loss for m in metrics], label="train", **style)
     axes[0].plot(epochs, [m.test_loss for m in metrics], label="test", **style)
+    if predicted is not None:
+        axes[0].axhline(predicted, color="gray", linestyle=":", label="predicted end")
     axes[0].set_yscale("log")
     axes[0].set_ylabel(r"loss  $\frac{1}{2N}\sum_n\|f(x_n)-y_n\|^2$")
     if panels == 2:

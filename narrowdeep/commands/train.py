@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -26,7 +26,8 @@ from narrowdeep.commands.options import (
     print_json,
     resolve_device,
 )
-from narrowdeep.data import TASKS, load_task
+from narrowdeep.data import TASKS, Task, load_task
+from narrowdeep.step_size import StepSize, predict_step_size
 from narrowdeep.training import DTYPES, TrainConfig, Trainer
 
 
@@ -49,15 +50,18 @@ class Defaults:
 DEFAULTS = {
     "toy": Defaults(epochs=2000, batch_size=200, tau=0.5, momentum=0.0, rho=1.0),
     "digits": Defaults(epochs=40, batch_size=128, tau=0.015, momentum=0.97, rho=None),
+    "digits01": Defaults(epochs=20, batch_size=32, tau=0.015, momentum=0.95, rho=None),
     "mnist": Defaults(epochs=5, batch_size=128, tau=0.005, momentum=0.97, rho=None),
     "mnist01": Defaults(epochs=5, batch_size=128, tau=0.005, momentum=0.97, rho=None),
 }
 
 
 # One over the limit kernel's largest eigenvalue over N is 0.10 for mnist01 and 0.014 with ten outputs: nearly all of it
-# is the mean of the data, so what is learned comes with the momentum. Measured at rho = 1 with --pool 4.
+# is the mean of the data, so what is learned comes with the momentum. Measured at rho = 1 with --pool 4; for digits01,
+# whose images are 8x8, at rho = 2 without.
 CNN_DEFAULTS = {
     "digits": Defaults(epochs=40, batch_size=128, tau=0.012, momentum=0.98, rho=1.0),
+    "digits01": Defaults(epochs=20, batch_size=32, tau=0.04, momentum=0.95, rho=2.0),
     "mnist": Defaults(epochs=5, batch_size=512, tau=0.012, momentum=0.98, rho=1.0),
     "mnist01": Defaults(epochs=8, batch_size=512, tau=0.08, momentum=0.98, rho=1.0),
 }
@@ -104,7 +108,13 @@ def train(
     pool: Annotated[int | None, typer.Option(help="Side of an average pool before the network. [default: 1]")] = None,
     epochs: Annotated[int | None, typer.Option(help=f"Passes over the data, in all. {_by_task('epochs')}")] = None,
     batch_size: Annotated[int | None, typer.Option(help=f"Samples a step. {_by_task('batch_size')}")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate of SGD. [default: tau / (L C_L^2)]")] = None,
+    lr: Annotated[
+        str | None,
+        typer.Option(
+            help="Learning rate of SGD; auto: predicted, with the momentum, from the spectrum of the network's own "
+            "kernel. [default: tau / (L C_L^2)]"
+        ),
+    ] = None,
     tau: Annotated[
         float | None, typer.Option(help=f"Learning rate as kernel time a step, in place of --lr. {_by_task('tau')}")
     ] = None,
@@ -141,13 +151,14 @@ def train(
         "pool": pool,
         "epochs": epochs,
         "batch_size": batch_size,
-        "lr": lr,
         "momentum": momentum,
         "seed": seed,
         "dtype": dtype and dtype.value,
     }
     asked = {name: value for name, value in given.items() if value is not None}
     with one_line_errors():
+        if lr is not None:
+            asked["lr"] = _learning_rate(lr)
         target = resolve_device(device)
         if lr is not None and tau is not None:
             raise ValueError(f"lr and tau set the same thing: give one, got lr = {lr} and tau = {tau}")
@@ -155,7 +166,7 @@ def train(
             raise ValueError("the plot needs matplotlib: install narrowdeep[plots], or pass --no-plot")
         folder = out or Path("runs") / asked.get("task", "digits")
         make = _resume if resume else _start
-        trainer = make(asked, tau, folder, target, data, download)
+        trainer = make(asked, tau, folder, target, data, download, quiet=json)
         folder.mkdir(parents=True, exist_ok=True)
     finished = _fit(trainer, folder, save_every=save_every, plot=plot, quiet=json)
     _report(trainer, folder, finished=finished, plot=plot, json=json)
@@ -168,8 +179,24 @@ def _checkpoint(text: str | None) -> int | str | None:
     return int(text) if text is not None and text.lstrip("-").isdigit() else text
 
 
+def _learning_rate(text: str) -> float | Literal["auto"]:
+    if text == "auto":
+        return "auto"
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"lr must be a number or 'auto', got {text!r}") from None
+
+
 def _start(
-    asked: dict[str, Any], tau: float | None, folder: Path, device: torch.device, data: Path | None, download: bool
+    asked: dict[str, Any],
+    tau: float | None,
+    folder: Path,
+    device: torch.device,
+    data: Path | None,
+    download: bool,
+    *,
+    quiet: bool,
 ) -> Trainer:
     if training.holds_run(folder):
         raise ValueError(f"out must not hold a run already (go on with --resume, or take another folder), got {folder}")
@@ -205,11 +232,34 @@ def _start(
         "dtype": "float32",
         **asked,
     }
-    settings.setdefault("lr", _learning_rate(settings, defaults.tau if tau is None else tau))
-    return Trainer(TrainConfig(**settings), task, device=device)
+    settings.setdefault("lr", _step(settings, defaults.tau if tau is None else tau))
+    if settings["lr"] != "auto":
+        return Trainer(TrainConfig(**settings), task, device=device)
+    predicted = _predict(TrainConfig(**{**settings, "lr": 1.0}), task, device, asked.get("momentum"))
+    settings.update(lr=predicted.lr, momentum=predicted.momentum, predicted_loss=predicted.loss)
+    config = TrainConfig(**settings)
+    if not quiet:
+        typer.echo(
+            f"lr {predicted.lr:.4g} (kernel time {predicted.tau:.4g}), momentum {predicted.momentum:.4g}: the kernel "
+            f"of {predicted.samples} samples has largest eigenvalue {predicted.largest:.4g} N and predicts a training "
+            f"loss of {predicted.loss:.4g} at the end"
+        )
+    return Trainer(config, task, device=device)
 
 
-def _learning_rate(settings: dict[str, Any], tau: float) -> float:
+def _predict(config: TrainConfig, task: Task, device: torch.device, momentum: float | None) -> StepSize:
+    model = training.build_model(config, task, device=device)
+    return predict_step_size(
+        model,
+        training.inputs_for(config.arch, task).to(device),
+        steps=config.epochs * training.steps_per_epoch(config, task),
+        batch_size=config.batch_size,
+        momentum=momentum,
+        seed=config.seed,
+    )
+
+
+def _step(settings: dict[str, Any], tau: float) -> float:
     """eta = tau / (L C_L^2): a step of SGD without momentum advances kernel time by tau."""
     if not (math.isfinite(tau) and tau > 0):
         raise ValueError(f"tau must be finite and positive, got {tau}")
@@ -220,12 +270,21 @@ def _learning_rate(settings: dict[str, Any], tau: float) -> float:
 
 
 def _resume(
-    asked: dict[str, Any], tau: float | None, folder: Path, device: torch.device, data: Path | None, download: bool
+    asked: dict[str, Any],
+    tau: float | None,
+    folder: Path,
+    device: torch.device,
+    data: Path | None,
+    download: bool,
+    *,
+    quiet: bool,
 ) -> Trainer:
     path = folder / training.CHECKPOINT
     config = training.read_config(path)
     if tau is not None:
-        asked["lr"] = _learning_rate(dataclasses.asdict(config), tau)
+        asked["lr"] = _step(dataclasses.asdict(config), tau)
+    if asked.get("lr") == "auto" and config.predicted_loss is not None:
+        del asked["lr"]  # what the run's start predicted
     for name, value in asked.items():
         if name != "epochs" and value != getattr(config, name):
             raise ValueError(f"{name} must be {getattr(config, name)!r} as in the run in {folder}, got {value!r}")
