@@ -208,16 +208,14 @@ class _Step:
         kept = tiles * (3 * size + (self.inputs + self.outputs) * samples)
         step = segment if segment > 1 else max(4, min(64, 2**19 // (2 * size * self.itemsize)))
         longest = min(step, self.layers)
-        if self.width <= _WIDEST_NARROW:
-            entries = self.width * (self.width + 1)
-            partial = _ceil(entries, self.lanes) * self.lanes
-            steps = self.segments(step)
-            together = min(steps, max(1, 2**20 // (partial * self.itemsize * step)))
-            a_worker = min(together * step, self.layers) * partial + size * (4 + longest + 1)
-        else:
-            transposed = _ceil(self.width + 1, self.lanes) * self.lanes * samples
-            a_worker = size * (4 + longest + 1 + longest) + transposed
-        return kept * self.itemsize, workers * a_worker * self.itemsize
+        narrow = 2 <= self.width <= _WIDEST_NARROW
+        entries = self.width * (self.width + 1)
+        partial = _ceil(entries, self.lanes) * self.lanes if narrow else entries
+        together = min(self.segments(step), max(1, 2**20 // (partial * self.itemsize * step)))
+        partials = (workers if narrow else workers - 1) * min(together * step, self.layers) * partial
+        transposed = _ceil(self.width + 1, self.lanes) * self.lanes * samples
+        a_worker = size * (4 + longest + 1) + (0 if narrow else size + transposed)
+        return kept * self.itemsize, (partials + workers * a_worker) * self.itemsize
 
     def _held(self, segment: int) -> tuple[int, int]:
         """States of a segment, and how many of them csrc/conv/chain.h holds at once (``longest``, ``held_states``)."""

@@ -106,7 +106,7 @@ def test_parts_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
         "input and output": 8 * 5 * (6 + 3 + 3),
         "boundaries": 8 * 3 * 2 * 10 * 5,  # before hidden layers 0, 2, 4, in two parts
         "backward state": 8 * 2 * (3 * tile + 9 * 4),
-        "workspace": 8 * ((4 + 3 + 2) * tile + 11 * 4),
+        "workspace": 8 * ((4 + 3 + 1) * tile + 11 * 4),  # state, 2 layers and what is before them, one G; h transposed
     }
 
 
