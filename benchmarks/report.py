@@ -37,10 +37,15 @@ class Row:
             return self.flops / self.seconds[OURS] / self.peak_flops if self.flops else None
         return self.seconds[peer] / self.seconds[OURS] if peer in self.seconds else None
 
+    def kept(self) -> list[str]:
+        """Peers (or PEAK) whose ratio was measured and reaches its floor."""
+        ratios = {peer: self.ratio(peer) for peer in self.floors}
+        return [peer for peer, ratio in ratios.items() if ratio is not None and ratio >= self.floors[peer]]
+
     def missed(self) -> list[str]:
         """Peers (or PEAK) whose ratio was measured and is below its floor."""
-        ratios = {peer: self.ratio(peer) for peer in self.floors}
-        return [peer for peer, ratio in ratios.items() if ratio is not None and ratio < self.floors[peer]]
+        kept = self.kept()
+        return [peer for peer in self.floors if self.ratio(peer) is not None and peer not in kept]
 
 
 def read_rows(reports: list[dict[str, Any]]) -> list[Row]:
@@ -153,7 +158,7 @@ def main(arguments: list[str] | None = None) -> None:
     missed = [(row, peer) for row in rows for peer in row.missed()]
     for row, peer in missed:
         print(f"below its floor: {row.workload}, {row.measure}, {'share of the FMA peak' if peer == PEAK else peer}")
-    print(f"{sum(len(row.floors) for row in rows) - len(missed)} floors kept, {len(missed)} missed")
+    print(f"{sum(len(row.kept()) for row in rows)} floors kept, {len(missed)} missed")
     plot(rows, options.plot)
     print(f"bar chart: {options.plot}")
 

@@ -32,7 +32,7 @@ PERTURBATION = 0.1
 
 @dataclass(frozen=True)
 class Workload:
-    """One network on one batch.
+    """One network of at least 3 layers on one batch.
 
     ``image`` is (H, W) for a CNN, None for an MLP; ``floors[measure][peer]`` is the least ratio of the peer's time to
     narrowdeep's, and ``floors[measure]["peak"]`` the least share of the machine's FMA peak. Its keys are what is
