@@ -432,7 +432,8 @@ class Backward {
         }
       });
       if (!wanted) continue;
-      const int64_t block = max_of(1, (int64_t(1) << 14) / partial_size());  // layers a task
+      // No more tasks than workers: sums that one core has made alone are best written there.
+      const int64_t block = max_of(1, ceil_div(count, workers));  // layers a task
       parallel_for(parallel, ceil_div(count, block), [&](int64_t task) {
         const int64_t begin = task * block, end = min_of(begin + block, count);
         if (narrow) {
@@ -458,14 +459,19 @@ class Backward {
     const int64_t width = net.shape.width, weights = width * width, size = narrow_partial_size<T>(width);
     int64_t positions[kWidestNarrow * (kWidestNarrow + 1)];
     for (int64_t e = 0; e < weights + width; ++e) positions[e] = narrow_position<T>(width, int(e));
+    constexpr int64_t kAhead = 16;  // layers: other workers' sums come from other cores
+    T total[kWidestNarrow * (kWidestNarrow + 1) + kLanes<T>];
     for (int64_t l = begin; l < end; ++l) {
+      for (int64_t i = 0; i < size; ++i) total[i] = partials[l * size + i];
+      for (int64_t worker = 1; worker < workers; ++worker) {
+        const T* const from = partials + worker * partial_elements + l * size;
+        for (int64_t i = 0; i < size; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + kAhead * size + i);
+        for (int64_t i = 0; i < size; ++i) total[i] += from[i];
+      }
       T* const weight = args.grads.hidden_weight + (first_layer + l) * weights;
       T* const bias = args.grads.hidden_bias + (first_layer + l) * width;
-      for (int64_t e = 0; e < weights + width; ++e) {
-        T sum = T(0);
-        for (int64_t worker = 0; worker < workers; ++worker) sum += partials[worker * partial_elements + l * size + positions[e]];
-        (e < weights ? weight[e] : bias[e - weights]) = sum;
-      }
+      for (int64_t e = 0; e < weights; ++e) weight[e] = total[positions[e]];
+      for (int64_t e = 0; e < width; ++e) bias[e] = total[positions[weights + e]];
     }
   }
 
