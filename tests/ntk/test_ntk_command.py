@@ -10,20 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import typer
 from typer.testing import CliRunner, Result
 
 from narrowdeep import DeepNarrowMLP
-from narrowdeep.commands.ntk import ntk
+from narrowdeep.cli import app
 from narrowdeep.ntk import empirical_ntk, limit_ntk_mlp
 from narrowdeep.training import save_model
 
-app = typer.Typer(pretty_exceptions_enable=False)
-app.command()(ntk)
-
 
 def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
+    return CliRunner().invoke(app, ["ntk", *(str(a) for a in arguments)])
 
 
 def load(path: Path) -> dict[str, np.ndarray]:
