@@ -15,7 +15,6 @@ batches of B:
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -67,10 +66,12 @@ def predict_step_size(
         momentum: taken as it is instead of predicted.
         samples: at most so many training samples are looked at, drawn from ``seed``.
 
-    Raises: ValueError when the model has another initialisation.
+    Raises: ValueError when the model has another initialisation, or a scale whose square leaves float64.
     """
     if model.init != "ntk":
         raise ValueError(f"init must be 'ntk' to predict the step size from the kernel, got {model.init!r}")
+    if not 1e-100 < model.scale < 1e100:
+        raise ValueError(f"scale must be between 1e-100 and 1e100 for its kernel to be computed, got {model.scale}")
     count = task.x_train.shape[0]
     chosen = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:samples].to(task.x_train.device)
     x, y = task.x_train[chosen], task.y_train[chosen]
@@ -85,9 +86,11 @@ def predict_step_size(
         noise = (count - batch) / (count - 1)  # of a batch drawn without replacement
         tau = min(tau, (1.0 - momentum) * batch / (noise * kernel.diagonal().mean().item()))
     losses = loss_curve(kernel, y, steps, tau=tau, momentum=momentum)
-    lr = tau / model.depth / model.scale / model.scale  # the square may overflow
-    if not (math.isfinite(lr) and lr > 0):
-        raise ValueError(f"scale must give a positive step size in float64, got {model.scale}")
     return StepSize(
-        tau=tau, lr=lr, momentum=momentum, samples=len(chosen), largest=largest, loss=float(losses[-1])
+        tau=tau,
+        lr=tau * model.ntk_lr,
+        momentum=momentum,
+        samples=len(chosen),
+        largest=largest,
+        loss=float(losses[-1]),
     )

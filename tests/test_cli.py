@@ -14,9 +14,10 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from narrowdeep import training
+from narrowdeep import DeepNarrowCNN, training
 from narrowdeep.cli import app
 from narrowdeep.data import load_task
+from narrowdeep.step_size import predict_step_size
 
 ROOT = Path(__file__).parent.parent
 FAST = ["--task", "digits", "--pool", "4", "--depth", "4", "--batch-size", "500", "--epochs", "2", "--no-plot"]
@@ -46,11 +47,12 @@ def numbers(folder: Path) -> list[tuple[float, float]]:
     return [(m.train_loss, m.test_loss) for m in training.read_metrics(folder)]
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["info"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["ntk"], ["plan"], ["profile"], ["info"]])
 def test_help(command):
     result = run(*command, "--help")
     assert result.exit_code == 0
-    for option in ("--json", "--seed", "--device", "--dtype") if command else ("train", "info"):
+    commands = ("train", "ntk", "plan", "profile", "info")
+    for option in ("--json", "--seed", "--device", "--dtype") if command else commands:
         assert option in result.output
 
 
@@ -91,6 +93,55 @@ def test_same_seed_same_numbers(tmp_path):
 def test_kaiming_in_plain_form(tmp_path):
     config = train(*FAST, "--init", "kaiming", "--form", "plain", "--lr", 0.01, "--out", tmp_path)["config"]
     assert (config["init"], config["form"], config["lr"]) == ("kaiming", "plain", 0.01)
+
+
+def test_lr_auto_is_predicted_and_recorded(tmp_path):
+    result = train(*FAST, "--lr", "auto", "--out", tmp_path / "a")
+    config = result["config"]
+    assert config["predicted_loss"] > 0
+    task = load_task("digits", pool=4)
+    model = training.build_model(training.TrainConfig(**config), task)
+    expected = predict_step_size(model, task, steps=6, batch_size=500)
+    assert (config["lr"], config["momentum"]) == (expected.lr, expected.momentum)
+    assert config["predicted_loss"] == expected.loss
+    given = train(*FAST, "--lr", "auto", "--momentum", 0.5, "--out", tmp_path / "b")["config"]
+    assert given["momentum"] == 0.5
+    text = run("train", *FAST, "--lr", "auto", "--out", tmp_path / "c").stdout
+    assert f"lr {expected.lr:.4g} (kernel time {expected.tau:.4g}), momentum {expected.momentum:.4g}" in text
+    assert f"predicts a training loss of {expected.loss:.4g} at the end" in text
+
+
+def test_lr_auto_resumes_to_the_same_bits(tmp_path):
+    train(*FAST, "--lr", "auto", "--epochs", 3, "--out", tmp_path / "whole")
+    config = training.read_config(tmp_path / "whole" / "checkpoint.safetensors")
+    (tmp_path / "run").mkdir()
+    early = training.Trainer(config, load_task("digits", pool=4))
+    for _ in range(2):
+        early.step()
+    early.save(tmp_path / "run" / "checkpoint.safetensors")
+    result = train("--out", tmp_path / "run", "--resume", "--lr", "auto", "--no-plot")
+    assert result["config"]["lr"] == config.lr
+    assert numbers(tmp_path / "run") == numbers(tmp_path / "whole")
+    states = [training.load_model(tmp_path / name / "checkpoint.safetensors").state_dict() for name in ("run", "whole")]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    train(*FAST, "--lr", 1e-5, "--out", tmp_path / "given")
+    assert "lr must be 1e-05 as in the run" in refused("train", "--out", tmp_path / "given", "--resume", "--lr", "auto")
+
+
+@pytest.mark.parametrize(("task", "outputs"), [("digits", 10), ("digits01", 1)])
+def test_cnn_run_stops_and_goes_on(tmp_path, task, outputs):
+    options = ["--arch", "cnn", "--task", task, *FAST[2:], "--checkpoint", 2, "--batch-size", 100]
+    result = train(*options, "--epochs", 3, "--out", tmp_path / "whole")
+    assert result["config"]["arch"] == "cnn"
+    assert result["metrics"]["test_accuracy"] is not None
+    train(*options, "--epochs", 1, "--out", tmp_path / "run")
+    train("--out", tmp_path / "run", "--resume", "--epochs", 3, "--no-plot")
+    assert numbers(tmp_path / "run") == numbers(tmp_path / "whole")
+    run, whole = (training.load_model(tmp_path / name / "checkpoint.safetensors") for name in ("run", "whole"))
+    assert isinstance(run, DeepNarrowCNN)
+    assert repr(run) == repr(whole)
+    assert (run.in_channels, run.out_channels, run.depth) == (1, outputs, 4)
+    assert all(torch.equal(a, b) for a, b in zip(run.parameters(), whole.parameters(), strict=True))
 
 
 def test_a_folder_with_a_run_is_refused(tmp_path):
@@ -188,6 +239,12 @@ def test_cuda_without_a_gpu(command, tmp_path):
         (["--epochs", "0"], "epochs must be an int of at least 1, got 0"),
         (["--batch-size", "-2"], "batch_size must be an int of at least 1, got -2"),
         (["--lr", "nan"], "lr must be finite and positive, got nan"),
+        (["--lr", "best"], "lr must be a number or 'auto', got 'best'"),
+        (["--lr", "auto", "--tau", "0.1"], "lr and tau set the same thing"),
+        (["--lr", "auto", "--init", "kaiming", "--form", "plain"], "init must be 'ntk'"),
+        (["--lr", "auto", "--epochs", "0"], "epochs must be an int of at least 1, got 0"),
+        (["--lr", "auto", "--scale", "1e300"], "scale must be between 1e-100 and 1e100"),
+        (["--arch", "cnn", "--task", "toy"], "task must be one of digits, digits01, mnist, mnist01 with arch 'cnn'"),
         (["--tau", "inf"], "tau must be finite and positive, got inf"),
         (["--lr", "0.1", "--tau", "0.1"], "lr and tau set the same thing"),
         (["--momentum", "1"], "momentum must be at least 0 and below 1, got 1.0"),

@@ -47,6 +47,20 @@ def test_digits_hold_every_image_once_with_its_label():
     assert task.y_test.sum(0).min() >= 34  # every class in the test set, in proportion
 
 
+def test_digits01_are_the_zeros_and_ones_of_digits():
+    task, whole = load_task("digits01"), load_task("digits")
+    assert (task.in_features, task.out_features, task.image_shape) == (64, 1, (1, 8, 8))
+    for x, y, all_x, all_y in (
+        (task.x_train, task.y_train, whole.x_train, whole.y_train),
+        (task.x_test, task.y_test, whole.x_test, whole.y_test),
+    ):
+        label = all_y.argmax(1)
+        assert torch.equal(x, all_x[label < 2])
+        assert torch.equal(y[:, 0], label[label < 2].float())
+    assert len(task.x_train) + len(task.x_test) == 178 + 182  # scikit-learn's count of each digit
+    assert task.accuracy_kind == "threshold"
+
+
 def test_pool_averages_blocks():
     whole, pooled = load_task("digits"), load_task("digits", pool=4)
     assert pooled.image_shape == (1, 2, 2)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from narrowdeep import DeepNarrowMLP, training
+from narrowdeep import DeepNarrowCNN, DeepNarrowMLP, training
 from narrowdeep.data import Task, load_task
 from narrowdeep.training import CHECKPOINT, CURVES, METRICS, DamagedFileError, TrainConfig, Trainer, fit, thesis_loss
 
@@ -316,6 +316,51 @@ def test_save_model_keeps_every_bit(tmp_path, form, dtype, sizes):
     loaded = training.load_model(tmp_path / "model.safetensors")
     assert repr(loaded) == repr(model)
     assert_same(loaded.state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("form", ["offset", "plain"])
+@pytest.mark.parametrize("sizes", [(1, 1, 2, 1), (3, 2, 5, 3), (2, 1, 3, 5)])
+def test_save_model_keeps_every_bit_of_a_cnn(tmp_path, form, sizes):
+    *counts, kernel_size = sizes
+    model = DeepNarrowCNN(*counts, kernel_size=kernel_size, scale=7.5, rho=0.5, beta=2.0, form=form, checkpoint=3)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 1e-9)
+    training.save_model(model, tmp_path / "model.safetensors")
+    loaded = training.load_model(tmp_path / "model.safetensors")
+    assert isinstance(loaded, DeepNarrowCNN)
+    assert repr(loaded) == repr(model)
+    assert_same(loaded.state_dict(), model.state_dict())
+
+
+def test_a_step_of_the_cnn_is_gradient_descent():
+    """Against the eager network in float64, heavy ball written out."""
+    config = dataclasses.replace(CONFIG, arch="cnn", task="digits01", pool=2, dtype="float64", epochs=1, batch_size=50)
+    task = load_task("digits01", pool=2, dtype=torch.float64)
+    trainer = Trainer(config, task)
+    generator = torch.Generator().manual_seed(config.seed)
+    model = DeepNarrowCNN(1, 1, 5, scale=5.0, dtype=torch.float64)
+    model.reset_parameters(generator)
+    eager = model.to_sequential()
+    images = task.x_train.unflatten(1, (1, 4, 4))
+    velocity = [torch.zeros_like(p) for p in eager.parameters()]
+    for batch in torch.randperm(len(images), generator=generator).split(50):
+        loss = 0.5 * (eager(images[batch]) - task.y_train[batch]).square().sum() / len(batch)
+        gradients = torch.autograd.grad(loss, list(eager.parameters()))
+        with torch.no_grad():
+            for p, v, g in zip(eager.parameters(), velocity, gradients, strict=True):
+                v.mul_(config.momentum).add_(g)
+                p.sub_(config.lr * v)
+        metrics = trainer.step()
+    assert metrics is not None
+    test = task.x_test.unflatten(1, (1, 4, 4))
+    torch.testing.assert_close(trainer.model(test), eager(test), rtol=1e-9, atol=1e-12)
+    assert metrics.test_loss == pytest.approx(thesis_loss(eager(test), task.y_test).item())
+
+
+def test_cnn_needs_images(toy):
+    with pytest.raises(ValueError, match="arch 'cnn' needs a task of images, got 'toy'"):
+        Trainer(dataclasses.replace(TOY, arch="cnn"), toy)
 
 
 def test_load_model_reads_a_run(digits, saved):

@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from narrowdeep import DeepNarrowCNN, DeepNarrowMLP, memory
+from narrowdeep.modules.base import WIDE
 
 
 class SavedStates(TorchDispatchMode):
@@ -58,9 +59,10 @@ def test_transforms_differentiate_without_autograd():
 def test_segment_by_checkpoint():
     assert DeepNarrowMLP(1, 1, 50, checkpoint="none").segment(10**9) == 1
     assert DeepNarrowMLP(1, 1, 50, checkpoint=7).segment(1) == 7
-    mlp = DeepNarrowMLP(1, 1, 50)  # 3 units, 3 * 4 parameters a hidden layer
-    assert mlp.segment(1) == 1
-    assert mlp.segment(10_000) == 64
+    assert DeepNarrowMLP(1, 1, 50).segment(1) == 64
+    wide = DeepNarrowMLP(WIDE, 1, 9)  # 8 states of n samples, against twice n (n + 1) parameters in each of 7 layers
+    assert wide.segment(1) == 1
+    assert wide.segment(4 * wide.width) == 64
     assert DeepNarrowCNN(1, 1, 50).segment(1) == 64
     assert DeepNarrowCNN(1, 1, 10_000).segment(1) == 100
 
