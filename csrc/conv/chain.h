@@ -259,10 +259,10 @@ class TileGradient {
       : geometry_(geometry),
         params_(params),
         state_(geometry, memory),
-        memory_((2 * geometry.state + geometry.shape.out * geometry.row) * int64_t(sizeof(T))),
+        memory_((2 * scratch_elements() + geometry.shape.out * geometry.row) * int64_t(sizeof(T))),
         full_(memory_.template as<T>()),
-        next_(full_ + geometry.state),
-        r(next_ + geometry.state) {}
+        next_(full_ + scratch_elements()),
+        r(next_ + scratch_elements()) {}
 
   // At the output, whose gradient at every position is in `r`.
   void start() {
@@ -279,6 +279,7 @@ class TileGradient {
 
   // G of hidden layers and of the first.
   T* full() const { return full_; }
+  // Room for a state, or for the gradient of the images, which may have more channels in plain form.
   T* scratch() const { return next_; }
 
   // From the gradient of state t's pre-activation to that of state t - 1, which is `h`.
@@ -296,6 +297,8 @@ class TileGradient {
   }
 
  private:
+  int64_t scratch_elements() const { return max_of(geometry_.state, geometry_.shape.in * geometry_.row); }
+
   const ConvGeometry<T>& geometry_;
   const ConvParams<const T>& params_;
   TileState<T> state_;
@@ -352,7 +355,7 @@ class TileBackward {
   int64_t longest() const { return min_of(shape_.segment + 1, geometry_.last_state); }
   int64_t inner_segments() const { return held_ < longest() ? ceil_div(longest(), held_) : 0; }
   int64_t sums_elements() const {
-    const int64_t channels = max_of(shape_.width, shape_.in);
+    const int64_t channels = max_of(shape_.width, max_of(shape_.in, shape_.out));
     return shape_.width * channels * shape_.size * shape_.size * kLanes<T>;
   }
   int64_t bytes() const {
