@@ -6,6 +6,7 @@ chunks of samples. Only parameters with ``requires_grad`` count: frozen ones are
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Literal
 
@@ -21,6 +22,9 @@ Reduce = Literal["full", "trace", "diagonal"]
 Narrow = DeepNarrowMLP | DeepNarrowCNN
 
 _REDUCE = {"full": reference.FULL, "trace": reference.TRACE, "diagonal": reference.DIAGONAL}
+_BLOCK_BYTES = 1 << 28
+"""What the kernels of the narrow models may take for the samples of one block: more go block by block."""
+
 _CHUNK_BYTES = 1 << 27
 """What the Jacobians of one chunk of samples may take in the fallback through torch.func."""
 
@@ -54,16 +58,13 @@ def check_pair(model: nn.Module, x1: Tensor, x2: Tensor | None) -> None:
             raise ValueError(f"{name} must have a dimension of samples, got a scalar")
         if isinstance(model, DeepNarrowMLP) and (x.dim() != 2 or x.shape[1] != model.in_features):
             raise ValueError(f"{name} must have shape (N, {model.in_features}), got {tuple(x.shape)}")
-        if isinstance(model, DeepNarrowCNN) and (
-            x.dim() != 4 or x.shape[1] != model.in_channels or 0 in x.shape[2:]
-        ):
+        if isinstance(model, DeepNarrowCNN) and (x.dim() != 4 or x.shape[1] != model.in_channels or 0 in x.shape[2:]):
             raise ValueError(f"{name} must have shape (N, {model.in_channels}, H, W), got {tuple(x.shape)}")
         if isinstance(model, Narrow):
             check_tensors(x, dict(model.named_parameters()))
     if x2 is not None and x1.shape[1:] != x2.shape[1:]:
         raise ValueError(
-            "x1 and x2 must have the same shape after the first dimension, "
-            f"got {tuple(x1.shape)} and {tuple(x2.shape)}"
+            f"x1 and x2 must have the same shape after the first dimension, got {tuple(x1.shape)} and {tuple(x2.shape)}"
         )
 
 
@@ -102,18 +103,46 @@ def empirical_ntk(
     if family is None:
         return _generic_ntk(model, x1, x2, _REDUCE[reduce])
     assert isinstance(model, Narrow)
-    gram = op.mlp_gram if family is reference.MLP else op.conv_gram
-    kernel = gram(
-        x1.detach(),
-        (x1 if x2 is None else x2).detach(),
-        *(param.detach() for param in model.stacked()),
-        model.scale,
-        model.form == "offset",
-        x2 is None,
-        trainable_bits(model),
-        _REDUCE[reduce],
-    )
+    params = [param.detach() for param in model.stacked()]
+
+    def gram(rows: Tensor, columns: Tensor, symmetric: bool) -> Tensor:
+        settings = (model.scale, model.form == "offset", symmetric, trainable_bits(model), _REDUCE[reduce])
+        return (op.mlp_gram if family is reference.MLP else op.conv_gram)(rows, columns, *params, *settings)
+
+    size = _samples_at_once(model, x1) // 2
+    kernel = _in_blocks(gram, x1.detach(), None if x2 is None else x2.detach(), size, _REDUCE[reduce])
     return kernel.mul_(_ntk_scale(model, scaled))
+
+
+def _samples_at_once(model: Narrow, x: Tensor) -> int:
+    """How many samples' states and gradients the kernels can hold in ``_BLOCK_BYTES``, at least two."""
+    outputs, width = model.last_weight.shape[:2]
+    if isinstance(model, DeepNarrowCNN):
+        states = 2 * math.isqrt(2 * model.depth) + 4 * outputs  # saved and of a segment, gradients
+        each = states * width * math.prod(x.shape[2:]) + outputs * model.hidden_weight[:1].numel()
+    else:
+        each = (model.depth // 4 + 13 * outputs) * width
+    return max(2, _BLOCK_BYTES // (each * x.element_size()))
+
+
+def _in_blocks(
+    gram: Callable[[Tensor, Tensor, bool], Tensor], x1: Tensor, x2: Tensor | None, size: int, reduce: int
+) -> Tensor:
+    """``gram(x1, x2, x2 is None)`` from blocks of at most ``size`` rows and columns."""
+    columns = x1 if x2 is None else x2
+    if max(x1.shape[0], columns.shape[0]) <= size or x1.shape[0] == 0 or columns.shape[0] == 0:
+        return gram(x1, columns, x2 is None)
+    kernel = torch.empty(0)
+    for i in range(0, x1.shape[0], size):
+        for j in range(i if x2 is None else 0, columns.shape[0], size):
+            block = gram(x1[i : i + size], columns[j : j + size], x2 is None and i == j)
+            if i == j == 0:
+                kernel = block.new_empty(x1.shape[0], columns.shape[0], *block.shape[2:])
+            kernel[i : i + size, j : j + size] = block
+            if x2 is None and i < j:
+                mirrored = block.transpose(0, 1)
+                kernel[j : j + size, i : i + size] = mirrored.transpose(2, 3) if reduce == reference.FULL else mirrored
+    return kernel
 
 
 def jacobian(model: nn.Module, x: Tensor) -> dict[str, Tensor]:

@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from narrowdeep import DeepNarrowCNN, DeepNarrowMLP
-from narrowdeep.ntk import empirical_ntk, jacobian, limit_ntk_cnn, limit_ntk_mlp, max_learning_rate, ntk_vector_product
+from narrowdeep.ntk import (
+    empirical,
+    empirical_ntk,
+    jacobian,
+    limit_ntk_cnn,
+    limit_ntk_mlp,
+    max_learning_rate,
+    ntk_vector_product,
+)
 
 # torch.func.jvp of torch 2.15 imports a module that scripts functions.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning")
@@ -201,6 +209,28 @@ def test_frozen_parameters_are_left_out(kind: str) -> None:
         product = ntk_vector_product(model, x, x, v, scaled=False)
         torch.testing.assert_close(product, torch.einsum("ijab,jb->ia", expected, v), rtol=1e-11, atol=1e-11)
         assert set(jacobian(model, x)) == set(names) - frozen
+
+
+@pytest.mark.parametrize("reduce", ["full", "trace", "diagonal"])
+@pytest.mark.parametrize("size", [1, 2])
+def test_blocks_change_nothing(size: int, reduce, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlp = perturbed(DeepNarrowMLP(2, 3, 9, dtype=torch.float64), 0.1)
+    cnn = perturbed(DeepNarrowCNN(1, 2, 6, dtype=torch.float64), 0.05)
+    pairs: list[tuple[Narrow, Tensor]] = [(mlp, torch.rand(5, 2).double()), (cnn, torch.rand(5, 1, 3, 2).double())]
+    for model, x in pairs:
+        calls = ((x, None), (x, x[:3]), (x[:2], x), (x[:0], x), (x, x[:0]))
+        whole = [empirical_ntk(model, *call, reduce=reduce) for call in calls]
+        with monkeypatch.context() as patch:
+            patch.setattr("narrowdeep.ntk.empirical._samples_at_once", lambda *_: 2 * size)
+            for call, expected in zip(calls, whole, strict=True):
+                torch.testing.assert_close(empirical_ntk(model, *call, reduce=reduce), expected, rtol=1e-13, atol=1e-13)
+
+
+def test_large_sets_go_block_by_block() -> None:
+    """The narrower the network and the smaller its images, the more samples fit."""
+    assert empirical._samples_at_once(DeepNarrowMLP(2, 1, 1000), torch.empty(0, 2)) > 10_000
+    assert 2 <= empirical._samples_at_once(DeepNarrowCNN(1, 10, 1000), torch.empty(0, 1, 28, 28)) < 100
+    assert empirical._samples_at_once(DeepNarrowMLP(784, 10, 10), torch.empty(0, 784)) < 1000
 
 
 @pytest.mark.parametrize("reduce", ["full", "trace", "diagonal"])
