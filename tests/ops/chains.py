@@ -26,7 +26,7 @@ class Family:
     """One family of chain ops, its twin in plain torch, and one of its layers in eager torch."""
 
     name: str
-    ops: ChainOps
+    ops: Any  # ChainOps of the OpOverloads that opcheck takes
     reference: ChainOps
     layer: Callable[[Tensor, Tensor, Tensor], Tensor]
     """(x, weight, bias) -> z, batch first."""
@@ -104,14 +104,16 @@ def eager(family: Family, args: tuple[Tensor, ...], scale: float, offset: bool) 
     if offset:
         inputs, outputs = h.shape[1], last.shape[0]
         right = first.shape[0] - outputs
-        centre = tuple(size // 2 for size in first.shape[2:])
+        centre: tuple[Any, ...] = tuple(size // 2 for size in first.shape[2:])
         first_part, hidden_part, last_part = (torch.zeros_like(w) for w in (first, hidden, last))
         for i in range(inputs):
-            first_part[(i, i, *centre)] = scale
-            hidden_part[(slice(None), i, i, *centre)] = 1
+            one, every = (i, i, *centre), (slice(None), i, i, *centre)
+            first_part[one] = scale
+            hidden_part[every] = 1
         for i in range(outputs):
-            hidden_part[(slice(None), right + i, right + i, *centre)] = 1
-            last_part[(i, right + i, *centre)] = 1
+            one, every = (i, right + i, *centre), (slice(None), right + i, right + i, *centre)
+            last_part[one] = 1
+            hidden_part[every] = 1
         base = torch.zeros_like(first_bias)
         base[right:] = scale
         first, hidden, last = first + first_part, hidden + hidden_part, last + last_part

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -79,7 +80,7 @@ every_build = pytest.mark.parametrize("isa", ISAS)
 @pytest.fixture
 def empties_hold_nan() -> Iterator[None]:
     """What an op leaves unwritten in its results does not pass."""
-    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -178,7 +179,9 @@ def test_float32_adds_up_thousands_of_small_terms(case: Case, isa: str, monkeypa
     monkeypatch.setenv("NARROWDEEP_ISA", isa)
     hidden, scale, growth = case.depth - 2, 50000.0, 2.0**-20
     args = tuple(torch.zeros_like(t) for t in arguments(case, torch.float32, True))
-    args[3][(slice(None), 2, 2, *(size // 2 for size in case.tap))] = growth
+    centre: tuple[Any, ...] = tuple(size // 2 for size in case.tap)
+    right = (slice(None), 2, 2, *centre)
+    args[3][right] = growth
     out, saved = case.family.ops.forward(*args, scale, True, 32)
     expected = scale * math.expm1(hidden * math.log1p(growth))
     assert out.flatten().tolist() == pytest.approx([expected] * case.batch, rel=2e-7)
