@@ -406,7 +406,7 @@ class Backward {
       const int64_t first = last - min_of(together, last), first_layer = first * step;
       const int64_t count = min_of(last * step, s.layers) - first_layer;  // layers
       parallel_for(parallel, workers, [&](int64_t worker) {
-        T* const partial = partials.as<T>() + (worker - direct) * partial_elements;
+        T* const partial = worker < direct ? nullptr : partials.as<T>() + (worker - direct) * partial_elements;
         if (narrow)
           for (int64_t i = 0; i < partial_elements; ++i) partial[i] = T(0);
         const int64_t scratch_size = narrow ? 0 : net.size + net.samples * padded_columns<T>(s.width);

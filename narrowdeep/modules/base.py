@@ -17,9 +17,9 @@ AUTO_SEGMENT = 64
 """Layers between saved states under ``checkpoint="auto"`` when not every state is saved."""
 
 WIDE = 128
-"""Width from which ``checkpoint="auto"`` may save every state. A state costs about 12 bytes of memory traffic a unit, to
-run it again `width` multiply-adds: on two cores with AVX-512 the two were equal at width 75 (L = 4000, B = 128: 190 ms
-and 173 ms forward and backward), and the work grows with the width."""
+"""Width from which ``checkpoint="auto"`` may save every state. A state costs about 12 bytes of memory traffic a unit,
+to run it again `width` multiply-adds: on two cores with AVX-512 the two were equal at width 75 (L = 4000, B = 128:
+190 ms and 173 ms forward and backward), and the work grows with the width."""
 
 PARAMETER_NAMES = ("first_weight", "first_bias", "hidden_weight", "hidden_bias", "last_weight", "last_bias")
 
@@ -118,8 +118,8 @@ class DeepNarrowBase(nn.Module):
         """Layers between saved states for a call on ``positions`` (batch size, times H W for images); 0 saves none.
 
         Where autograd records nothing, nothing is saved. ``checkpoint="auto"`` saves one state in ``AUTO_SEGMENT``, or
-        every state of a network so wide that running its layers again costs more than keeping their states, while all of
-        them take no more memory than the parameters and their gradients.
+        every state of a network so wide that running its layers again costs more than keeping their states, while all
+        of them take no more memory than the parameters and their gradients.
         """
         if not torch.is_grad_enabled():
             return 0
