@@ -16,13 +16,14 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from narrowdeep.ops import triton_chain
+from narrowdeep.ops import triton_chain, triton_common
 from narrowdeep.ops.conv import triton as conv
 from narrowdeep.ops.mlp import triton as mlp
 from narrowdeep.ops.triton_common import Block
@@ -85,7 +86,7 @@ def _tensors(entry: Entry) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def entries() -> Iterator[Entry]:
-    """Every supported combination: offset form for all targets, plain form for sm_90."""
+    """Every supported combination: offset form for all targets, for the MLP on sm_90 plain form as well."""
     for target in TARGETS:
         for family, widths in ((mlp.FAMILY, WIDTHS), (conv.FAMILY, CHANNELS)):
             name = "mlp" if family is mlp.FAMILY else "conv"
@@ -93,9 +94,11 @@ def entries() -> Iterator[Entry]:
                 for dtype in DTYPES:
                     for kernel in _CHAIN:
                         x, weight = _tensors(Entry(name, kernel, dtype, True, width, target))
-                        if family.supported(kernel, x, weight):
+                        with mock.patch.object(triton_common, "capability", return_value=target):
+                            supported = family.supported(kernel, x, weight)
+                        if supported:
                             yield Entry(name, kernel, dtype, True, width, target)
-                            if target == 90:
+                            if target == 90 and name == "mlp":
                                 yield Entry(name, kernel, dtype, False, width, target)
                     if width <= 16:
                         yield Entry(name, "weight_gradient", dtype, None, width, target)
@@ -107,7 +110,8 @@ def _kernel(entry: Entry) -> tuple[Any, dict[str, Any], Block]:
     if entry.kernel != "weight_gradient":
         family = mlp.FAMILY if entry.family == "mlp" else conv.FAMILY
         function, more = _CHAIN[entry.kernel]
-        block = family.blocks(entry.kernel, x, weight, bool(entry.offset))[0]
+        with mock.patch.object(triton_common, "capability", return_value=entry.target):
+            block = family.blocks(entry.kernel, x, weight, bool(entry.offset))[0]
         return (
             function,
             triton_chain.constants(family, entry.kernel, x, weight, bool(entry.offset), block) | more,

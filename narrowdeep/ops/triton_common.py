@@ -52,6 +52,14 @@ def autotune(enabled: bool = True) -> None:
     _best.clear()
 
 
+def capability(device: torch.device) -> int:
+    """Of a CUDA device, as in sm_80; 90 for others (replaced where kernels are compiled for a target)."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 def empty(like: Tensor, *shape: int) -> Tensor:
     """Memory that a kernel fills (tests replace this to see that it does)."""
     return like.new_empty(shape)

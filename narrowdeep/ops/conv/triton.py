@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from narrowdeep.ops import triton_chain
+from narrowdeep.ops import triton_chain, triton_common
 from narrowdeep.ops.conv.layered import CONVOLUTION
 from narrowdeep.ops.triton_common import PREFETCH, Block, empty, launch
 
@@ -107,6 +107,8 @@ def blocks(kernel: str, x: Tensor, weight: Tensor, offset: bool) -> list[Block]:
     """As many columns a lane as the registers take without spills; one sample a program where the batch is small."""
     lanes = triton.next_power_of_2(x.shape[2] * x.shape[3])
     a_lane = (2 if weight.shape[1] <= 4 else 1) * (2 if x.dtype == torch.float32 else 1)
+    if triton_common.capability(x.device) >= 100:
+        a_lane = min(a_lane, 2)  # four spill up to 32 bytes there
     samples = max(1, 128 * a_lane // lanes)
     return [
         Block(samples, max(1, min(8, lanes * samples // (32 * a_lane)))),

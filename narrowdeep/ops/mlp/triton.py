@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from narrowdeep.ops import triton_chain
+from narrowdeep.ops import triton_chain, triton_common
 from narrowdeep.ops.mlp.layered import LINEAR
 from narrowdeep.ops.triton_common import PREFETCH, TILE, Block, empty, launch, read_state
 
@@ -71,6 +71,9 @@ _TILED = {
 }
 """Widest layer that runs in ``tl.dot`` tiles without spills; the backward as the forward. cuBLAS takes over past it."""
 
+_WIDEST_TURING = 32
+"""The same on sm_75, which cannot copy to shared memory past the registers."""
+
 _SAMPLES = {
     # kernel, dtype, offset: samples a lane at widths up to 4, 8, 16. The most that needs no spill (docs/gpu.md): a
     # scalar load of a weight then serves that many multiply-adds.
@@ -104,13 +107,18 @@ def widest(kernel: str, dtype: torch.dtype) -> int:
 def supported(kernel: str, x: Tensor, weight: Tensor) -> bool:
     """Whether ``kernel`` takes this chain, of hidden weights (layers, n, n)."""
     layers, width, _ = weight.shape
-    return 0 < width <= widest(kernel, x.dtype) and layers > 0 and x.shape[0] > 0
+    most = widest(kernel, x.dtype)
+    if triton_common.capability(x.device) < 80:
+        most = min(most, _WIDEST_TURING)
+    return 0 < width <= most and layers > 0 and x.shape[0] > 0
 
 
 def blocks(kernel: str, x: Tensor, weight: Tensor, offset: bool) -> list[Block]:
     """Blocks of samples to choose from, the one with the best instruction mix first (4 warps share cached weights)."""
     width = weight.shape[1]
     if width > _NARROW[kernel]:
+        if kernel == "recompute" and width > 64:
+            return [Block(16, 8)]  # 32 samples spill 24 bytes on sm_80
         return [Block(32, 4 if width <= 32 and kernel != "jvp" else 8)]
     most = _SAMPLES[kernel, x.dtype, offset][0 if width <= 4 else 1 if width <= 8 else 2]
     sizes = [most >> i for i in range(4) if most >> i]
