@@ -29,7 +29,7 @@ INSTRUCTION_SETS: dict[str, list[str] | None] = {
 
 
 def instruction_set(source: str) -> str:
-    """ "avx2" for csrc/chain/chain_avx2.cpp, "" for a source that belongs to no instruction set."""
+    """ "avx2" for csrc/mlp/mlp_avx2.cpp, "" for a source that belongs to no instruction set."""
     suffix = Path(source).stem.rpartition("_")[2]
     return suffix if suffix in INSTRUCTION_SETS else ""
 

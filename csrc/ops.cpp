@@ -136,13 +136,18 @@ Sizes check_chain(const Tensor& x, const Params& p, bool offset, int64_t segment
   return {x.size(0), in, width, out, layers};
 }
 
+// A segment of more layers than there are is all of them; kernels compute with it and must not overflow.
+int64_t bounded_segment(int64_t segment, int64_t layers) {
+  return segment > 1 && segment > layers ? (layers > 2 ? layers : 2) : segment;
+}
+
 struct Mlp {
   using Shape = narrowdeep::MlpShape;
   static constexpr bool kAddsToGradients = false;  // its backward writes every gradient
 
   static Shape shape(const Tensor& x, const Params& p, double scale, bool offset, int64_t segment) {
     const Sizes s = check_chain(x, p, offset, segment, {});
-    return {s.batch, s.in, s.width, s.out, s.layers, segment, offset, scale};
+    return {s.batch, s.in, s.width, s.out, s.layers, bounded_segment(segment, s.layers), offset, scale};
   }
   static std::vector<int64_t> state(const Shape& s) { return {s.width, s.batch}; }
   template <class T>
@@ -165,7 +170,7 @@ struct Conv {
     STD_TORCH_CHECK(size % 2 == 1, "first_weight must have filters of odd size, got ", size);
     STD_TORCH_CHECK(x.size(2) >= 1 && x.size(3) >= 1, "x must have images of at least 1x1 pixels, got ", x.size(2), "x",
                     x.size(3));
-    return {s.batch, s.in, s.width, s.out, size, x.size(2), x.size(3), s.layers, segment, offset, scale};
+    return {s.batch, s.in, s.width, s.out, size, x.size(2), x.size(3), s.layers, bounded_segment(segment, s.layers), offset, scale};
   }
   static std::vector<int64_t> state(const Shape& s) { return {s.width, s.image_height, s.image_width, s.batch}; }
   template <class T>
@@ -230,7 +235,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   check_shape("grad_out", grad_out, {shape.batch, shape.out});
   check_like("grad_out", grad_out, x);
   if (segment == 0) {
-    shape.segment = kDefaultSegment;
+    shape.segment = bounded_segment(kDefaultSegment, shape.layers);
     saved = new_large(x, saved_shape<Family>(shape));
     run_forward<Family>(shape, params, x, torch::stable::new_empty(grad_out, {shape.batch, shape.out}), saved);
   } else {

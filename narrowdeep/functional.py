@@ -2,7 +2,8 @@
 
 One ``autograd.Function`` serves every family of chain ops and every device: one graph node for all layers. It works
 under ``backward``, ``torch.autograd.grad``, ``torch.func.{grad, vjp, jvp, jacrev, jacfwd, vmap}`` and
-``torch.compile(fullgraph=True)``. First derivatives only: a second one raises an error that says so.
+``torch.compile(fullgraph=True)`` (of a model and its gradients; transforms of torch.func run outside of the compiled
+function). First derivatives only: a second one raises an error that says so.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ def check_settings(*, scale: float, form: str, segment: int) -> None:
     """Raise TypeError or ValueError naming the argument, the rule and the value."""
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a number, got {scale!r}")
-    if not (math.isfinite(scale) and scale > 0):
+    if not 0 < scale < math.inf:  # no call to math: torch.compile takes scale for a symbol
         raise ValueError(f"scale must be finite and positive, got {scale}")
     if form not in ("offset", "plain"):
         raise ValueError(f"form must be 'offset' or 'plain', got {form!r}")
@@ -132,6 +133,8 @@ def check_settings(*, scale: float, form: str, segment: int) -> None:
         raise TypeError(f"segment must be an int, got {segment!r}")
     if segment < 0:
         raise ValueError(f"segment must be at least 0, got {segment}")
+    if segment >= 2**63:
+        raise ValueError(f"segment must be below 2**63, got {segment}")
 
 
 def check_tensors(x: Tensor, params: dict[str, Tensor]) -> None:
@@ -141,6 +144,8 @@ def check_tensors(x: Tensor, params: dict[str, Tensor]) -> None:
     if x.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"x must be torch.float32 or torch.float64, got {x.dtype}")
     for name, param in params.items():
+        if not isinstance(param, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(param).__name__}")
         if param.dtype != x.dtype:
             raise TypeError(f"x and {name} must have the same dtype, got {x.dtype} and {param.dtype}")
         if param.device != x.device:
@@ -161,6 +166,9 @@ def _check_params(
     if last.dim() != 2 + len(tap):
         raise ValueError(f"last_weight must have shape ({names[1]}, n{size}), got {tuple(last.shape)}")
     width, inputs, outputs = first.shape[0], first.shape[1], last.shape[0]
+    for name, weight in (("first_weight", first), ("last_weight", last)):
+        if weight.numel() == 0:
+            raise ValueError(f"{name} must not be empty, got shape {tuple(weight.shape)}")
     layers = params["hidden_weight"].shape[0] if params["hidden_weight"].dim() else 0
     expected = {
         "first_bias": (width,),

@@ -202,6 +202,28 @@ def test_compiles_to_one_graph(case: Case) -> None:
 
 
 @pytest.mark.slow
+def test_compiles_models_of_several_scales_and_batches() -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(lambda m, x: m(x), fullgraph=True, backend="aot_eager")
+    for depth in (40, 50, 60):  # the default scale is the depth
+        model = DeepNarrowMLP(3, 2, depth, dtype=torch.float64)
+        for batch in (4, 7):
+            x = torch.rand(batch, 3, dtype=torch.float64)
+            torch.testing.assert_close(compiled(model, x), model(x))
+    dynamic = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+    torch.testing.assert_close(dynamic(x), model(x))
+
+
+@pytest.mark.slow
+def test_exports_with_a_dynamic_batch() -> None:
+    model = DeepNarrowMLP(3, 2, 40, dtype=torch.float64)
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(model, (torch.rand(4, 3, dtype=torch.float64),), dynamic_shapes=({0: batch},))
+    x = torch.rand(5000, 3, dtype=torch.float64)
+    torch.testing.assert_close(program.module()(x), model(x))
+
+
+@pytest.mark.slow
 @both_families
 def test_exports(case: Case) -> None:
     model, x = model_of(case), doubles(case)[0]

@@ -1,5 +1,5 @@
 // A chain state in three parts, h = (base + moved) + a, and its moves. The backward carries G = (R + moved) + g the
-// same way. narrowdeep/ops/mlp/reference.py has the legend and says why.
+// same way. narrowdeep/ops/reference.py has the legend and says why.
 //
 // Arrays are [unit][sample] with the samples of one tile contiguous. `floor` is -(base + moved): the value at which `a`
 // is clipped (h = a - floor is exactly 0 there).

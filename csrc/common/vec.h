@@ -6,6 +6,10 @@
 // library that emit code.
 #pragma once
 
+#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 12
+#error "narrowdeep needs GCC 12 or later, or Clang: __builtin_shufflevector is missing"
+#endif
+
 #include <cstddef>
 #include <cstdint>
 

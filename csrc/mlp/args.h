@@ -1,4 +1,4 @@
-// The MLP chain as the kernels see it. Symbols as in narrowdeep/ops/mlp/reference.py.
+// The MLP chain as the kernels see it. Symbols as in narrowdeep/ops/reference.py.
 #pragma once
 
 #include <cstdint>

@@ -145,7 +145,7 @@ inline void run_layers(const Net<T>& net, int64_t begin, int64_t end, const Stat
   }
 }
 
-// Saved states: index 0 is (moved, a) or h in the layout (states, parts, width, batch).
+// State number `index` of the saved ones, (moved, a) or h, in the layout (states, parts, width, batch).
 template <class T>
 inline void save_state(const Net<T>& net, int64_t tile, int64_t index, int parts, const T* first, const T* second, T* saved) {
   const int64_t batch = net.shape.batch, width = net.shape.width;
@@ -553,7 +553,7 @@ inline void mlp_jvp(const MlpJvp<T>& args, const Parallel& parallel) {
     const Affine<T> to_z{nullptr, nullptr, 0, T(0), z, net.samples};
     const Accumulate<T> onto_z{z, net.samples};
     const T scale = T(s.scale);
-    // z += bias, then off where h is, and full = T
+    // tau = z + bias, or what makes T 0 where h is 0
     const auto finish = [&](const T* bias, const T* now) {
       for (int64_t i = 0; i < s.width; ++i)
         for (int64_t at = i * net.samples; at < (i + 1) * net.samples; ++at) {

@@ -61,7 +61,7 @@ struct HiddenBackward {
   }
 };
 
-// to = scale * acc + factor * from (from over the first `from_rows` rows only) + bias; any of from and bias may be null.
+// to = acc + bias + factor * from, `from` over the first `from_rows` rows only; both may be null.
 template <class T>
 struct Affine {
   const T* bias;
@@ -85,7 +85,7 @@ struct Affine {
   }
 };
 
-// to += acc + bias
+// to += acc
 template <class T>
 struct Accumulate {
   T* to;

@@ -79,6 +79,9 @@ class DeepNarrowBase(nn.Module):
             raise ValueError("init='kaiming' needs form='plain': the offset form stores W - E, got form='offset'")
         if dtype not in (None, torch.float32, torch.float64):
             raise TypeError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
+        limits = torch.finfo(dtype or torch.get_default_dtype())
+        if not limits.tiny <= self.scale * self.scale * depth <= limits.max:
+            raise ValueError(f"scale must have scale**2 * depth within the range of {limits.dtype}, got {self.scale}")
         self.rho, self.beta, self.init, self.form = float(rho), float(beta), init, form
         self.checkpoint = checkpoint
         n = self.width
@@ -112,12 +115,12 @@ class DeepNarrowBase(nn.Module):
     @property
     def ntk_lr(self) -> float:
         """1 / (L C_L^2), the rate of the thesis's gradient flow (section 3.2)."""
-        return 1.0 / (self.depth * self.scale**2)
+        return 1.0 / self.depth / self.scale / self.scale
 
     def segment(self, positions: int) -> int:
         """Layers between saved states for a call on ``positions`` (batch size, times H W for images); 0 saves none.
 
-        Where autograd records nothing, nothing is saved. ``checkpoint="auto"`` saves one state in ``AUTO_SEGMENT``, or
+        Under ``torch.no_grad()`` nothing is saved. ``checkpoint="auto"`` saves one state in ``AUTO_SEGMENT``, or
         every state of a network so wide that running its layers again costs more than keeping their states, while all
         of them take no more memory than the parameters and their gradients.
         """
@@ -125,12 +128,14 @@ class DeepNarrowBase(nn.Module):
             return 0
         if self._checkpoint == "none":
             return 1
-        return self._auto_segment(positions) if self._checkpoint == "auto" else self._checkpoint
+        return self._auto_segment(positions) if self._checkpoint == "auto" else min(self._checkpoint, self.depth)
 
     def _auto_segment(self, positions: int) -> int:
+        # No rule on the batch size while compiling: it would be a guard, and forbid a dynamic batch.
+        if self.width < WIDE or torch.compiler.is_compiling():
+            return AUTO_SEGMENT
         states = (self.depth - 1) * self.width * positions
-        fits = states <= 2 * sum(p.numel() for p in self.parameters())
-        return 1 if fits and self.width >= WIDE else AUTO_SEGMENT
+        return 1 if states <= 2 * sum(p.numel() for p in self.parameters()) else AUTO_SEGMENT
 
     def stacked(self) -> tuple[Tensor, ...]:
         """The six parameters in the order of the ops."""

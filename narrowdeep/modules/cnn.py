@@ -39,6 +39,8 @@ class DeepNarrowCNN(DeepNarrowBase):
 
     Call: x (*, c, H, W), any H and W from 1 -> (*, k).
 
+    A ``state_dict`` belongs to one form and one scale: loaded into a model with others it is another network.
+
     Raises: TypeError or ValueError naming the argument, the rule and the value.
     """
 
@@ -156,15 +158,16 @@ class DeepNarrowCNN(DeepNarrowBase):
         for i, (conv, following) in enumerate(pairwise(convs)):
             if conv.out_channels != width or following.in_channels != width:
                 raise ValueError(f"seq[{2 * i}] must have in + 1 + out = {width} hidden channels, got {conv}")
-        model = cls(
-            in_channels,
-            out_channels,
-            len(convs),
-            kernel_size=size,
-            scale=scale,
-            form=form,
-            device=convs[0].weight.device,
-            dtype=convs[0].weight.dtype,
-        )
+        with torch.random.fork_rng(devices=[]):  # the caller's random numbers are not spent on what is overwritten
+            model = cls(
+                in_channels,
+                out_channels,
+                len(convs),
+                kernel_size=size,
+                scale=scale,
+                form=form,
+                device=convs[0].weight.device,
+                dtype=convs[0].weight.dtype,
+            )
         model.load_layers([(conv.weight, conv.bias) for conv in convs if conv.bias is not None])
         return model

@@ -36,6 +36,8 @@ class DeepNarrowMLP(DeepNarrowBase):
 
     Call: x (*, in) -> (*, out).
 
+    A ``state_dict`` belongs to one form and one scale: loaded into a model with others it is another network.
+
     Raises: TypeError or ValueError naming the argument, the rule and the value.
     """
 
@@ -120,14 +122,15 @@ class DeepNarrowMLP(DeepNarrowBase):
         for i, (linear, following) in enumerate(pairwise(linears)):
             if linear.out_features != width or following.in_features != width:
                 raise ValueError(f"seq[{2 * i}] must have in + 1 + out = {width} hidden units, got {linear}")
-        model = cls(
-            in_features,
-            out_features,
-            len(linears),
-            scale=scale,
-            form=form,
-            device=linears[0].weight.device,
-            dtype=linears[0].weight.dtype,
-        )
+        with torch.random.fork_rng(devices=[]):  # the caller's random numbers are not spent on what is overwritten
+            model = cls(
+                in_features,
+                out_features,
+                len(linears),
+                scale=scale,
+                form=form,
+                device=linears[0].weight.device,
+                dtype=linears[0].weight.dtype,
+            )
         model.load_layers([(linear.weight, linear.bias) for linear in linears])
         return model

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -72,3 +74,31 @@ def test_a_plan_is_of_training_wherever_it_is_made():
     with torch.no_grad():
         planned = memory.plan(model, batch_size=5)
     assert planned.segment == model.segment(5) > 0
+
+
+@pytest.mark.parametrize("checkpoint", [1000, 2**60, sys.maxsize])
+def test_a_segment_of_more_layers_than_there_are_is_all_of_them(checkpoint):
+    for (model, x), (same, _) in zip(networks(checkpoint), networks(129), strict=True):
+        same.load_state_dict(model.state_dict())
+        gradients = [torch.autograd.grad(m(x).square().sum(), list(m.parameters())) for m in (model, same)]
+        assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    params = [p.detach() for p in model.stacked()]
+    for segment in (2**62, sys.maxsize):
+        out, saved = torch.ops.narrowdeep.conv_forward(x, *params, model.scale, True, segment)
+        torch.ops.narrowdeep.conv_backward(out, x, *params, saved, model.scale, True, segment, True, True)
+        torch.testing.assert_close(out, model(x))
+
+
+def test_from_sequential_leaves_the_random_numbers_alone():
+    sequential = DeepNarrowMLP(3, 2, 5).to_sequential()
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    DeepNarrowMLP.from_sequential(sequential)
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("scale", [1e39, 1e-39, 1e200])
+def test_a_scale_that_the_dtype_cannot_hold_is_refused(scale):
+    with pytest.raises(ValueError, match="scale must have scale.*within the range of float32"):
+        DeepNarrowMLP(3, 1, 4, scale=scale)
