@@ -340,7 +340,7 @@ def test_kill_loses_no_more_than_the_last_checkpoint(tmp_path):
     _assert_same_as_never_stopped(tmp_path / "run", tmp_path / "whole")
 
 
-def test_readme_examples_run():
+def test_readme_examples_run() -> None:
     """The examples of the README, word for word; the first one is a training loop."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     example = next(block for block in blocks if "DeepNarrowMLP" in block)
