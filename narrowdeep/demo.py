@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -15,7 +14,8 @@ import typer
 from torch import nn
 
 from narrowdeep import training
-from narrowdeep.commands.train import Arch, TaskChoice, train
+from narrowdeep.commands.network import Arch
+from narrowdeep.commands.train import TaskChoice, train
 from narrowdeep.data import load_task
 from narrowdeep.training import Trainer
 
@@ -69,6 +69,13 @@ def training_step(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Callabl
     return step
 
 
+def forget(folder: Path) -> None:
+    """Delete the files of the run in ``folder``, if there is one, and nothing else."""
+    if training.holds_run(folder):
+        for name in (training.CHECKPOINT, training.METRICS, training.CURVES):
+            (folder / name).unlink(missing_ok=True)
+
+
 def learn(name: str) -> tuple[float, int]:
     """Train one of the parts: seconds, and the peak memory of the process in bytes."""
     print(f"\nTraining a {PARTS[name].title} ...", flush=True)
@@ -96,7 +103,8 @@ picture         {folder / training.CURVES}"""
 
 def main() -> None:
     """Train, then compare; prints the results last."""
-    shutil.rmtree(OUT, ignore_errors=True)
+    for name in PARTS:
+        forget(OUT / name)
     try:
         runs = {name: learn(name) for name in PARTS}
     except typer.Exit as stopped:

@@ -12,6 +12,7 @@ import math
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 import zlib
@@ -49,12 +50,13 @@ class DamagedFileError(ValueError):
 
 
 class DivergedError(RuntimeError):
-    """The loss is no longer finite."""
+    """The loss, a parameter or its momentum is no longer finite."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that decides a run's numbers, together with the task's data and the device.
+    """Everything that decides a run's numbers, together with the task's data and the device. On the CPU the last bits
+    are also those of a given number of threads and instruction set: both change the order of sums.
 
     ``lr`` is the step size eta of SGD on the loss ``1/(2N) sum ||f(x_n) - y_n||^2``; one step without momentum advances
     kernel time by ``lr L C_L^2``. ``predicted_loss`` is the training loss at the end that ``--lr auto`` predicted, None
@@ -166,7 +168,8 @@ class Trainer:
     """One run: model, optimizer, random state and position, advanced a step at a time.
 
     ``position`` is (epochs finished, steps done in the current epoch). The order of an epoch's samples follows from
-    the random state at its start, so a run can stop after any step and go on with the same numbers.
+    the random state at its start, so a run can stop after any step and go on with the same numbers. ``saved_threads``
+    is the number of threads of the process that saved a loaded run, None for a new one.
     """
 
     def __init__(self, config: TrainConfig, task: Task, *, device: torch.device | str = "cpu") -> None:
@@ -180,6 +183,8 @@ class Trainer:
         self.model = _build(config, task.in_features, task.out_features, device, self.generator)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=config.lr, momentum=config.momentum, fused=True)
         self.epoch = 0
+        self.saved_threads: int | None = None
+        self._last_loss = math.nan
         self.steps_per_epoch = steps_per_epoch(config, task)
         self._begin_epoch(self.generator.get_state())
 
@@ -207,8 +212,8 @@ class Trainer:
         return min(self.step_in_epoch * self.config.batch_size, self.task.x_train.shape[0])
 
     def running_loss(self) -> float:
-        """Mean training loss over the current epoch so far; nan before its first step."""
-        return self._sums[0].item() / self.samples_seen if self.samples_seen else math.nan
+        """Mean training loss over the current epoch so far; before its first step, over the last one (nan without)."""
+        return self._sums[0].item() / self.samples_seen if self.samples_seen else self._last_loss
 
     def step(self) -> EpochMetrics | None:
         """One SGD step; the epoch's metrics after its last step, otherwise None.
@@ -237,6 +242,7 @@ class Trainer:
         seconds = self._seconds + time.perf_counter() - start
         test_loss, test_accuracy = self.evaluate()
         self.require_finite(test_loss)
+        self._last_loss = loss
         self.epoch += 1
         metrics = EpochMetrics(
             epoch=self.epoch,
@@ -254,10 +260,13 @@ class Trainer:
     def require_finite(self, test_loss: float = 0.0) -> None:
         """Raise DivergedError if the current epoch's training loss, or the test loss given, is not finite."""
         if not math.isfinite(self._sums[0].item() + test_loss):
-            raise DivergedError(
-                f"the loss is no longer finite in epoch {self.epoch + 1}: lr = {self.config.lr:g} is too large "
-                "(take a smaller lr or tau)"
-            )
+            raise self._diverged("loss is")
+
+    def _diverged(self, what: str) -> DivergedError:
+        return DivergedError(
+            f"the {what} no longer finite in epoch {self.epoch + 1}: lr = {self.config.lr:g} is too large "
+            "(start again in another --out with a smaller --lr or --tau)"
+        )
 
     @torch.no_grad()
     def evaluate(self) -> tuple[float, float | None]:
@@ -275,13 +284,16 @@ class Trainer:
     def save(self, path: str | Path) -> None:
         """Write the whole state of the run to ``path``, atomically.
 
-        Raises: DivergedError, leaving ``path`` as it is, if the current epoch's loss is not finite.
+        Raises: DivergedError, leaving ``path`` as it is, if the current epoch's loss, a parameter or its momentum is
+        not finite; OSError if ``path`` cannot be written.
         """
         self.require_finite()
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         for index, state in self.optimizer.state_dict()["state"].items():
             if state.get("momentum_buffer") is not None:
                 tensors[f"momentum.{index}"] = state["momentum_buffer"]
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            raise self._diverged("parameters are")
         tensors["random_state"] = self._epoch_random_state
         tensors["sums"] = self._sums
         header = {
@@ -291,6 +303,7 @@ class Trainer:
             "epoch": self.epoch,
             "step_in_epoch": self.step_in_epoch,
             "seconds": self._seconds,
+            "threads": torch.get_num_threads(),
         }
         _write(Path(path), tensors, header)
 
@@ -318,6 +331,7 @@ class Trainer:
             momentum = {int(i): {"momentum_buffer": t} for i, t in _part(tensors, "momentum.").items()}
             trainer.optimizer.load_state_dict({**trainer.optimizer.state_dict(), "state": momentum})
             trainer.epoch = epoch
+            trainer.saved_threads = header.get("threads")
             trainer._begin_epoch(tensors["random_state"])
             trainer.step_in_epoch, trainer._seconds = step_in_epoch, seconds
             trainer._sums.copy_(tensors["sums"])
@@ -340,12 +354,18 @@ def fit(
 
     Returns: True when the run is finished, False when it was asked to stop before.
 
-    Raises: DivergedError; the checkpoint is then the last one with a finite loss.
+    Raises: ValueError if ``out`` holds a run with another configuration (but for ``epochs``), DamagedFileError if its
+        files cannot be read, OSError if ``out`` cannot be written: all before anything is changed. DivergedError; the
+        checkpoint is then the last one whose loss, parameters and momentum were finite, some steps back.
     """
     folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    trainer.save(folder / CHECKPOINT)
+    require_writable(folder)
     lines = [m for m in read_metrics(folder) if m.epoch <= trainer.epoch]
+    if (folder / CHECKPOINT).exists():
+        found = read_config(folder / CHECKPOINT)
+        if dataclasses.replace(found, epochs=trainer.config.epochs) != trainer.config:
+            raise ValueError(f"out must not hold a run with another configuration than the trainer's, got {folder}")
+    trainer.save(folder / CHECKPOINT)
     _replace(folder / METRICS, "".join(_line(m) for m in lines).encode())
     saved = time.monotonic()
     with _stop_requests() as stop_requested, open(folder / METRICS, "a", encoding="utf-8") as log:
@@ -369,6 +389,17 @@ def fit(
 def holds_run(folder: str | Path) -> bool:
     """Whether ``folder`` holds (part of) a run."""
     return any((Path(folder) / name).exists() for name in (CHECKPOINT, METRICS))
+
+
+def require_writable(folder: str | Path) -> None:
+    """Make ``folder`` where it is missing.
+
+    Raises: OSError naming it if it, or a file in it, cannot be made.
+    """
+    with _write_errors_named(folder):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
 
 
 def read_metrics(folder: str | Path) -> list[EpochMetrics]:
@@ -513,6 +544,15 @@ def _damage_named(path: str | Path) -> Iterator[None]:
         raise DamagedFileError(f"{path} is damaged or not a narrowdeep file: {error}") from error
 
 
+@contextmanager
+def _write_errors_named(path: str | Path) -> Iterator[None]:
+    """safetensors has an error of its own for what went wrong with the disk, and Python's may name a temporary file."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from error
+
+
 def _crc32(tensors: Mapping[str, Tensor]) -> int:
     checksum = 0
     for name in sorted(tensors):
@@ -532,8 +572,9 @@ def _write(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any])
     metadata["crc32"] = json.dumps({"header": zlib.crc32(metadata["header"].encode()), "tensors": checksums})
     temporary = path.with_name(path.name + ".tmp")
     try:
-        save_file(cpu, temporary, metadata=metadata)
-        _commit(temporary, path)
+        with _write_errors_named(path):
+            save_file(cpu, temporary, metadata=metadata)
+            _commit(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

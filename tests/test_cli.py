@@ -14,7 +14,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from narrowdeep import DeepNarrowCNN, training
+from narrowdeep import DeepNarrowCNN, demo, training
 from narrowdeep.cli import app
 from narrowdeep.data import load_task
 from narrowdeep.step_size import predict_step_size
@@ -211,10 +211,62 @@ def test_out_must_be_a_folder(tmp_path):
     assert "file" in refused("train", *FAST, "--out", tmp_path / "file" / "below")
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that nobody can write to")
+def test_out_that_cannot_be_written(monkeypatch):
+    monkeypatch.setattr(training, "fit", lambda *_, **__: pytest.fail("training has started"))
+    assert "/proc cannot be written: " in refused("train", *FAST, "--out", "/proc")
+
+
+def test_resume_at_another_number_of_threads_warns(tmp_path):
+    train(*FAST, "--out", tmp_path)
+    same = ("train", "--out", tmp_path, "--resume", "--no-plot", "--json")
+    assert run(*same).stderr == ""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        result = run(*same)
+    finally:
+        torch.set_num_threads(threads)
+    assert result.exit_code == 0
+    warning = f"warning: the run had {threads} threads and goes on with {threads + 1}: the last bits may differ\n"
+    assert result.stderr == warning
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_progress_of_a_run_that_is_already_done(tmp_path, epochs):
+    train(*FAST, "--out", tmp_path)
+    result = run("train", "--out", tmp_path, "--resume", "--no-plot", "--epochs", epochs)
+    assert result.exit_code == 0
+    assert f"epoch {epochs} " in result.stderr
+    assert f"{3 * epochs}/{3 * epochs}" in result.stderr  # 1437 samples in batches of 500
+    assert "nan" not in result.stderr
+
+
+def test_progress_ends_with_the_last_loss(tmp_path):
+    options = ("--task", "toy", "--depth", 4, "--epochs", 3, "--no-plot")
+    result = run("train", *options, "--out", tmp_path)
+    assert f"loss {training.read_metrics(tmp_path)[-1].train_loss:.4g} " in result.stderr
+
+
+@pytest.mark.parametrize("name", ["checkpoint.safetensors", "metrics.jsonl"])
+def test_the_demo_deletes_only_the_files_of_a_run(tmp_path, name):
+    folder = tmp_path / "demo"
+    folder.mkdir()
+    for kept in ("curves.png", "thesis.tex"):
+        (folder / kept).write_text("mine")
+    demo.forget(folder)
+    assert sorted(p.name for p in folder.iterdir()) == ["curves.png", "thesis.tex"]  # no run
+    (folder / name).write_text("")
+    demo.forget(folder)
+    assert [p.name for p in folder.iterdir()] == ["thesis.tex"]
+    demo.forget(tmp_path / "none")
+
+
 def test_divergence_ends_with_one_line(tmp_path):
     result = run("train", *FAST, "--lr", 1e6, "--epochs", 30, "--out", tmp_path)
     assert result.exit_code == 1
     assert "error: the loss is no longer finite" in result.stderr
+    assert "start again in another --out with a smaller --lr or --tau" in result.stderr
     assert "Traceback" not in result.output
 
 
@@ -251,6 +303,9 @@ def test_cuda_without_a_gpu(command, tmp_path):
         (["--checkpoint", "0"], "checkpoint must be at least 1 layer a segment, got 0"),
         (["--checkpoint", "some"], "checkpoint must be 'auto', 'none' or an int, got 'some'"),
         (["--init", "kaiming"], "init='kaiming' needs form='plain'"),
+        (["--init", "kaiming", "--form", "plain", "--rho", "2"], "rho is not used by init 'kaiming': leave it out"),
+        (["--init", "kaiming", "--form", "plain", "--beta", "0"], "beta is not used by init 'kaiming'"),
+        (["--checkpoint", "--3"], "checkpoint must be 'auto', 'none' or an int, got '--3'"),
         (["--pool", "3"], "pool must be at least 1 and divide the 8x8 images of 'digits', got 3"),
         (["--task", "mnist"], "data must name the folder that holds MNIST/raw"),
         (["--task", "mnist", "--data", "."], "data must hold the 4 MNIST files"),
@@ -270,6 +325,12 @@ def test_bad_options(arguments):
     result = run("train", *arguments)
     assert result.exit_code == 2
     assert "Error: " in result.stderr
+
+
+@pytest.mark.parametrize("command", ["plan", "profile"])
+def test_bad_checkpoint(command):
+    message = "checkpoint must be 'auto', 'none' or an int, got '--3'"
+    assert message in refused(command, "--depth", 5, "--checkpoint", "--3")
 
 
 def test_info():

@@ -258,6 +258,76 @@ def test_divergence_is_an_error_and_not_saved(digits, tmp_path):
         assert all(v is None or math.isfinite(v) for v in json.loads(line).values())
 
 
+@pytest.mark.parametrize("what", ["parameter", "momentum"])
+def test_no_checkpoint_of_what_is_not_finite(digits, tmp_path, what):
+    """The loss of a step is measured before its update: it is still finite when the update goes wrong."""
+    trainer = Trainer(CONFIG, digits)
+    trainer.step()
+    path = tmp_path / CHECKPOINT
+    trainer.save(path)
+    before = path.read_bytes()
+    parameter = trainer.model.hidden_bias
+    tensor = parameter if what == "parameter" else trainer.optimizer.state[parameter]["momentum_buffer"]
+    with torch.no_grad():
+        tensor.view(-1)[3] = math.inf
+    with pytest.raises(training.DivergedError, match="parameters are no longer finite .*another --out with a smaller"):
+        trainer.save(path)
+    assert path.read_bytes() == before
+
+
+def test_divergence_in_the_last_step_keeps_the_checkpoint_before(digits, tmp_path):
+    def break_it(trainer: Trainer) -> None:
+        if trainer.step_count == 4:
+            with torch.no_grad():
+                trainer.model.last_bias[0] = math.nan
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(training.DivergedError):
+        fit(Trainer(CONFIG, digits), tmp_path, on_step=break_it, save_every=1e9)
+    assert Trainer.load(tmp_path / CHECKPOINT, digits).step_count == 0
+
+
+def test_fit_refuses_the_folder_of_another_run_and_changes_nothing(digits, tmp_path):
+    fit(Trainer(CONFIG, digits), tmp_path, plot=False)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=f"out must not hold a run with another configuration .*got {tmp_path}"):
+        fit(Trainer(dataclasses.replace(CONFIG, seed=4), digits), tmp_path, plot=False)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_fit_reads_the_metrics_before_it_writes(digits, tmp_path):
+    (tmp_path / METRICS).write_text("{}\n")
+    with pytest.raises(DamagedFileError, match=METRICS):
+        fit(Trainer(CONFIG, digits), tmp_path, plot=False)
+    assert [p.name for p in tmp_path.iterdir()] == [METRICS]
+
+
+def test_save_where_nothing_can_be_written_names_the_path(digits, tmp_path):
+    path = tmp_path / "missing" / CHECKPOINT
+    with pytest.raises(OSError, match=f"{path} cannot be written: "):
+        Trainer(CONFIG, digits).save(path)
+
+
+def test_the_checkpoint_knows_the_number_of_threads(digits, tmp_path):
+    threads = torch.get_num_threads()
+    trainer = Trainer(CONFIG, digits)
+    assert trainer.saved_threads is None
+    torch.set_num_threads(threads + 1)
+    try:
+        trainer.save(tmp_path / CHECKPOINT)
+    finally:
+        torch.set_num_threads(threads)
+    assert Trainer.load(tmp_path / CHECKPOINT, digits).saved_threads == threads + 1
+
+
+def test_running_loss_between_two_epochs_is_that_of_the_last(toy):
+    trainer = Trainer(TOY, toy)
+    assert math.isnan(trainer.running_loss())
+    metrics = trainer.step()  # one step an epoch
+    assert metrics is not None
+    assert trainer.running_loss() == metrics.train_loss
+
+
 @pytest.fixture
 def saved(digits, tmp_path) -> Path:
     trainer = Trainer(CONFIG, digits)

@@ -38,6 +38,11 @@ BudgetOption = Annotated[
 ]
 
 
+def parse_checkpoint(text: str) -> int | str:
+    """A number where it is one; the model refuses other words than auto and none."""
+    return int(text) if re.fullmatch(r"-?\d+", text) else text
+
+
 def make_network(
     arch: Arch,
     inputs: int,
@@ -56,7 +61,7 @@ def make_network(
     """
     settings: dict[str, Any] = {
         "form": form.value,
-        "checkpoint": int(checkpoint) if checkpoint.lstrip("-").isdigit() else checkpoint,
+        "checkpoint": parse_checkpoint(checkpoint),
         "dtype": dtype.torch,
         "device": device,
     }

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from narrowdeep import training
+from narrowdeep.commands.network import Arch, Form, parse_checkpoint
 from narrowdeep.commands.options import (
     DeviceOption,
     Dtype,
@@ -78,19 +79,9 @@ def _by_task(field: str) -> str:
 TaskChoice = Enum("TaskChoice", {name: name for name in TASKS}, type=str)  # type: ignore[misc] # names known at run time
 
 
-class Arch(str, Enum):
-    mlp = "mlp"
-    cnn = "cnn"
-
-
 class Init(str, Enum):
     ntk = "ntk"
     kaiming = "kaiming"
-
-
-class Form(str, Enum):
-    offset = "offset"
-    plain = "plain"
 
 
 def train(
@@ -135,8 +126,8 @@ def train(
     """Train a network with SGD on 1/(2N) sum ||f - y||^2.
 
     The run's folder holds checkpoint.safetensors, metrics.jsonl and curves.png. Ctrl-C finishes the step in progress
-    and keeps every step done; --resume then goes on with the same numbers, bit for bit, as a run never stopped. Of the
-    settings, only --epochs can change on the way.
+    and keeps every step done; --resume then goes on with the same numbers, bit for bit at a given number of threads and
+    instruction set, as a run never stopped. Of the settings, only --epochs can change on the way.
     """
     given: dict[str, Any] = {
         "task": task and task.value,
@@ -147,7 +138,7 @@ def train(
         "beta": beta,
         "init": init and init.value,
         "form": form and form.value,
-        "checkpoint": _checkpoint(checkpoint),
+        "checkpoint": checkpoint and parse_checkpoint(checkpoint),
         "pool": pool,
         "epochs": epochs,
         "batch_size": batch_size,
@@ -167,16 +158,11 @@ def train(
         folder = out or Path("runs") / asked.get("task", "digits")
         make = _resume if resume else _start
         trainer = make(asked, tau, folder, target, data, download, quiet=json)
-        folder.mkdir(parents=True, exist_ok=True)
+        training.require_writable(folder)
     finished = _fit(trainer, folder, save_every=save_every, plot=plot, quiet=json)
     _report(trainer, folder, finished=finished, plot=plot, json=json)
     if not finished:
         raise typer.Exit(130)
-
-
-def _checkpoint(text: str | None) -> int | str | None:
-    """A number where it is one; the model refuses other words than auto and none."""
-    return int(text) if text is not None and text.lstrip("-").isdigit() else text
 
 
 def _learning_rate(text: str) -> float | Literal["auto"]:
@@ -206,20 +192,17 @@ def _start(
     if name not in table:
         raise ValueError(f"task must be one of {', '.join(table)} with arch {arch!r}, got {name!r}")
     defaults = table[name]
+    if asked.get("init") == "kaiming":
+        for unused in ("rho", "beta"):
+            if unused in asked:
+                raise ValueError(f"{unused} is not used by init 'kaiming': leave it out, got {asked[unused]}")
     depth = asked.get("depth", 1000)
-    task = load_task(
-        name,
-        data=data,
-        download=download,
-        pool=asked.get("pool", 1),
-        dtype=DTYPES[asked.get("dtype", "float32")],
-    )
     settings: dict[str, Any] = {
         "task": name,
         "arch": arch,
         "depth": depth,
         "scale": float(depth),
-        "rho": 2 * math.sqrt(task.in_features) if defaults.rho is None else defaults.rho,
+        "rho": defaults.rho,
         "beta": 1.0,
         "init": "ntk",
         "form": "offset",
@@ -232,6 +215,9 @@ def _start(
         "dtype": "float32",
         **asked,
     }
+    task = _load_task(settings, data, download)
+    if settings["rho"] is None:
+        settings["rho"] = 2 * math.sqrt(task.in_features)
     settings.setdefault("lr", _step(settings, defaults.tau if tau is None else tau))
     if settings["lr"] != "auto":
         return Trainer(TrainConfig(**settings), task, device=device)
@@ -245,6 +231,11 @@ def _start(
             f"loss of {predicted.loss:.4g} at the end"
         )
     return Trainer(config, task, device=device)
+
+
+def _load_task(settings: dict[str, Any], data: Path | None, download: bool) -> Task:
+    dtype = DTYPES[settings["dtype"]]
+    return load_task(settings["task"], data=data, download=download, pool=settings["pool"], dtype=dtype)
 
 
 def _predict(config: TrainConfig, task: Task, device: torch.device, momentum: float | None) -> StepSize:
@@ -288,9 +279,14 @@ def _resume(
     for name, value in asked.items():
         if name != "epochs" and value != getattr(config, name):
             raise ValueError(f"{name} must be {getattr(config, name)!r} as in the run in {folder}, got {value!r}")
-    task = load_task(config.task, data=data, download=download, pool=config.pool, dtype=DTYPES[config.dtype])
+    task = _load_task(dataclasses.asdict(config), data, download)
     training.read_metrics(folder)  # a damaged one is refused before anything is written
-    return Trainer.load(path, task, device=device, epochs=asked.get("epochs"))
+    trainer = Trainer.load(path, task, device=device, epochs=asked.get("epochs"))
+    threads = torch.get_num_threads()
+    if device.type == "cpu" and trainer.saved_threads not in (None, threads):
+        change = f"the run had {trainer.saved_threads} threads and goes on with {threads}"
+        typer.echo(f"warning: {change}: the last bits may differ", err=True)
+    return trainer
 
 
 def _fit(trainer: Trainer, folder: Path, *, save_every: float, plot: bool, quiet: bool) -> bool:
@@ -298,14 +294,15 @@ def _fit(trainer: Trainer, folder: Path, *, save_every: float, plot: bool, quiet
         TextColumn("epoch {task.fields[epoch]}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.4g}  {task.fields[rate]:.0f} samples/s"),
+        TextColumn("{task.fields[loss]}{task.fields[rate]:.0f} samples/s"),
         TimeRemainingColumn(),
     )
     total = trainer.config.epochs * trainer.steps_per_epoch
     samples_per_step = trainer.task.x_train.shape[0] / trainer.steps_per_epoch
     first, start, shown = trainer.step_count, time.monotonic(), 0.0
     with Progress(*columns, console=Console(stderr=True), disable=quiet) as bar:
-        line = bar.add_task("", total=total, completed=first, epoch=trainer.epoch + 1, loss=math.nan, rate=0.0)
+        epoch = min(trainer.epoch + 1, trainer.config.epochs)
+        line = bar.add_task("", total=total, completed=min(first, total), epoch=epoch, loss="", rate=0.0)
 
         def show(trainer: Trainer) -> None:
             nonlocal shown
@@ -313,15 +310,14 @@ def _fit(trainer: Trainer, folder: Path, *, save_every: float, plot: bool, quiet
             if now - shown < 0.1 and not trainer.finished:  # reading the loss waits for the device
                 return
             shown = now
-            loss = trainer.running_loss()
+            loss = f"loss {trainer.running_loss():.4g}  "
             rate = (trainer.step_count - first) * samples_per_step / (now - start)
             epoch = min(trainer.epoch + 1, trainer.config.epochs)
-            loss = bar.tasks[line].fields["loss"] if math.isnan(loss) else loss  # nan between two epochs
             bar.update(line, completed=trainer.step_count, epoch=epoch, rate=rate, loss=loss)
 
         try:
             return training.fit(trainer, folder, save_every=save_every, plot=plot, on_step=None if quiet else show)
-        except training.DivergedError as error:
+        except (training.DivergedError, OSError) as error:
             bar.stop()
             fail(str(error), status=1)
 
