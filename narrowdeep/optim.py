@@ -10,14 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_OWNER = "_narrowdeep_fused_sgd"
-"""Attribute of a parameter: a weak reference to the FusedSGD that steps it."""
+_STEPPED: set[int] = set()
+"""The ids of parameters that a FusedSGD steps. Its hooks hold those parameters, so no id is taken by another tensor.
+
+Not an attribute of the parameter: a model that is being trained can be pickled and copied.
+"""
 
 
 def _release(hooks: list[tuple[Tensor, Any]]) -> None:
     for param, handle in hooks:
         handle.remove()
-        delattr(param, _OWNER)
+        _STEPPED.discard(id(param))
     hooks.clear()
 
 
@@ -39,8 +42,8 @@ class FusedSGD(torch.optim.Optimizer):
         lr: learning rate, finite and not negative.
         momentum: finite and not negative; 0 keeps no buffer.
 
-    Raises: TypeError or ValueError naming the argument, the rule and the value; ValueError when a parameter already
-        steps inside backward under another FusedSGD (``remove`` that one first).
+    Raises: TypeError or ValueError naming the argument, the rule and the value; ValueError when a parameter
+        does not require gradients, or already steps inside backward under another FusedSGD (``remove`` that one first).
     """
 
     def __init__(
@@ -63,7 +66,12 @@ class FusedSGD(torch.optim.Optimizer):
         index = len(self.param_groups) - 1  # not the group: load_state_dict replaces it
         params = self.param_groups[index]["params"]
         for param in params:
-            if hasattr(param, _OWNER):
+            if not param.requires_grad:
+                self.param_groups.pop()
+                raise ValueError(
+                    f"params must require gradients, got a parameter of shape {tuple(param.shape)} that does not"
+                )
+            if id(param) in _STEPPED:
                 self.param_groups.pop()
                 raise ValueError(
                     f"params must not belong to another FusedSGD, got a parameter of shape {tuple(param.shape)} that "
@@ -79,9 +87,8 @@ class FusedSGD(torch.optim.Optimizer):
                 optimizer._update(param, index)
 
         for param in params:
-            if param.requires_grad:
-                self._hooks.append((param, param.register_post_accumulate_grad_hook(update)))
-                setattr(param, _OWNER, owner)
+            self._hooks.append((param, param.register_post_accumulate_grad_hook(update)))
+            _STEPPED.add(id(param))
 
     @torch.no_grad()
     def _update(self, param: Tensor, index: int) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
+import pickle
 import weakref
 from typing import Any
 
@@ -182,3 +184,35 @@ def test_bad_settings(settings: dict, error: type[Exception], message: str) -> N
 def test_cannot_be_copied() -> None:
     with pytest.raises(TypeError, match="use state_dict"):
         copy.deepcopy(FusedSGD(_eager(1), 0.1))
+
+
+@pytest.mark.parametrize("how", ["torch", "pickle", "deepcopy"])
+def test_a_model_in_training_can_be_saved_and_copied(how: str) -> None:
+    """The copy holds the same numbers and belongs to no optimizer."""
+    torch.manual_seed(0)
+    model = _eager(2)
+    optimizer = FusedSGD(model, 0.1)
+    if how == "torch":
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        other = torch.load(file, weights_only=False)
+    else:
+        other = pickle.loads(pickle.dumps(model)) if how == "pickle" else copy.deepcopy(model)
+    before = copy.deepcopy(model.state_dict())
+    x = torch.randn(3, 5)
+    other(x).sum().backward()
+    for name, p in other.named_parameters():
+        assert torch.equal(p, before[name])
+        assert p.grad is not None
+    FusedSGD(other, 0.1).remove()
+    model(x).sum().backward()  # the model itself steps as before
+    assert not torch.equal(model[0].weight, before["0.weight"])
+    optimizer.remove()
+
+
+def test_frozen_parameters_in_a_list_are_refused() -> None:
+    p, frozen = nn.Parameter(torch.ones(())), nn.Parameter(torch.ones(2), requires_grad=False)
+    with pytest.raises(ValueError, match=r"params must require gradients, got a parameter of shape \(2,\)"):
+        FusedSGD([p, frozen], 0.1)
+    FusedSGD([p], 0.1).remove()  # nothing was left behind
