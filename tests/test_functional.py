@@ -188,7 +188,6 @@ def test_functional_call_and_ensembles(case: Case) -> None:
         torch.testing.assert_close(gradients[name], param.grad)
 
 
-@pytest.mark.slow
 @both_families
 def test_compiles_to_one_graph(case: Case) -> None:
     model, x = model_of(case), doubles(case)[0].requires_grad_()
@@ -201,7 +200,6 @@ def test_compiles_to_one_graph(case: Case) -> None:
     assert_all_close(got, [x.grad, *(p.grad for p in model.parameters())])
 
 
-@pytest.mark.slow
 def test_compiles_models_of_several_scales_and_batches() -> None:
     torch.compiler.reset()
     compiled = torch.compile(lambda m, x: m(x), fullgraph=True, backend="aot_eager")
@@ -214,7 +212,6 @@ def test_compiles_models_of_several_scales_and_batches() -> None:
     torch.testing.assert_close(dynamic(x), model(x))
 
 
-@pytest.mark.slow
 def test_exports_with_a_dynamic_batch() -> None:
     model = DeepNarrowMLP(3, 2, 40, dtype=torch.float64)
     batch = torch.export.Dim("batch")
@@ -223,7 +220,6 @@ def test_exports_with_a_dynamic_batch() -> None:
     torch.testing.assert_close(program.module()(x), model(x))
 
 
-@pytest.mark.slow
 @both_families
 def test_exports(case: Case) -> None:
     model, x = model_of(case), doubles(case)[0]
