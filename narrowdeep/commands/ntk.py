@@ -6,6 +6,8 @@ import importlib.util
 import math
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +22,6 @@ from narrowdeep import training
 from narrowdeep.commands.options import (
     DeviceOption,
     Dtype,
-    DtypeOption,
     JsonOption,
     SeedOption,
     one_line_errors,
@@ -45,7 +46,7 @@ def ntk(
     form: Annotated[Form | None, typer.Option(help="How fresh weights are stored. [default: offset]")] = None,
     out_features: Annotated[int | None, typer.Option(help="Outputs of fresh networks. [default: 1]")] = None,
     draws: Annotated[int | None, typer.Option(min=1, help="Fresh networks of each depth. [default: 10]")] = None,
-    points: Annotated[int, typer.Option(min=2, help="Angles on the quarter circle.")] = 100,
+    points: Annotated[int | None, typer.Option(min=2, help="Angles on the quarter circle. [default: 100]")] = None,
     inputs: Annotated[
         Path | None, typer.Option(help="A .npy file (N, in): the kernels of these inputs with each other instead.")
     ] = None,
@@ -56,13 +57,13 @@ def ntk(
     json: JsonOption = False,
     seed: SeedOption = 0,
     device: DeviceOption = "cpu",
-    dtype: DtypeOption = Dtype.float32,
+    dtype: Annotated[Dtype | None, typer.Option(help="Of fresh networks and their inputs. [default: float32]")] = None,
 ) -> None:
     """Scaled NTK of networks with two inputs against the angle, as in Figure 4.1b of the thesis, or of any inputs.
 
     By default x0 = (1, 1) / sqrt(2) and x = (cos g, sin g) for 0 < g < pi/2. The .npz file holds depth (D,),
     kernel (D, draws, points, out, out), limit (points,), angle, x0 and x; with --inputs, kernel (D, draws, N, N, out,
-    out), limit (N, N) and x.
+    out), limit (N, N) and x. A saved model of Kaiming initialisation has no such limit: the file then holds none.
     """
     fresh = {"scale": scale, "rho": rho, "beta": beta, "form": form and form.value}
     with one_line_errors():
@@ -73,30 +74,36 @@ def ntk(
             raise ValueError(f"out must end in .npz, got {out}")
         if not out.parent.is_dir():
             raise FileNotFoundError(f"out must be in a folder that exists, got {out}")
+        _check_writable(out)
+        if points is not None and inputs is not None:
+            raise ValueError(f"points must be left out with --inputs, got {points}")
         if model is not None:
             given = {**fresh, "depth": depth, "out_features": out_features, "draws": draws}
             for name, value in given.items():
-                if value:
+                if value is not None:
                     raise ValueError(f"{name.replace('_', '-')} is the saved model's own: leave it out with --model")
             saved = training.load_model(model, device=target)
             if not isinstance(saved, DeepNarrowMLP):
                 raise ValueError(f"model must be a DeepNarrowMLP, got a {type(saved).__name__} in {model}")
             networks = [[saved]]
             kind = saved.first_weight.dtype
+            if dtype is not None and dtype.torch != kind:
+                raise ValueError(f"dtype must be the saved model's, {str(kind)[6:]}, or left out, got {dtype.value}")
         else:
-            kind = dtype.torch
+            kind = (dtype or Dtype.float32).torch
             networks = []
-        points_x, x0, angle = _inputs(inputs, points, kind, target)
+        points_x, x0, angle = _inputs(inputs, 100 if points is None else points, kind, target)
         in_features = points_x.shape[1]
         if model is None:
             chosen: dict[str, Any] = {name: value for name, value in fresh.items() if value is not None}
             torch.manual_seed(seed)
+            outputs = 1 if out_features is None else out_features
             networks = [
                 [
-                    DeepNarrowMLP(in_features, out_features or 1, d, **chosen, device=target, dtype=kind)
-                    for _ in range(draws or 10)
+                    DeepNarrowMLP(in_features, outputs, d, **chosen, device=target, dtype=kind)
+                    for _ in range(10 if draws is None else draws)
                 ]
-                for d in depth or [100]
+                for d in ([100] if depth is None else depth)
             ]
         elif networks[0][0].in_features != in_features:
             hint = "" if inputs else ": give --inputs"
@@ -106,28 +113,34 @@ def ntk(
     seconds = time.perf_counter() - start
     first = networks[0][0]
     rows = points_x if x0 is None else x0
-    limit = limit_ntk_mlp(
-        rows.double(), points_x.double(), rho=first.rho, beta=first.beta, out_features=first.out_features
-    ).cpu()
-    if x0 is not None:
-        limit, kernels = limit[0], kernels[:, :, 0]
     depths = [group[0].depth for group in networks]
-    arrays: dict[str, Any] = {"depth": depths, "kernel": kernels, "limit": limit.numpy(), "x": points_x.cpu().numpy()}
+    if x0 is not None:
+        kernels = kernels[:, :, 0]
+    arrays: dict[str, Any] = {"depth": depths, "kernel": kernels, "x": points_x.cpu().numpy()}
     if x0 is not None:
         arrays.update(x0=x0[0].cpu().numpy(), angle=angle)
-    _save(out, arrays)
-    # The limit is a multiple of the identity: compare every output with itself.
-    diagonal = kernels.diagonal(axis1=-2, axis2=-1)
-    distance = np.abs(diagonal - limit.numpy()[..., None]).reshape(len(depths), -1)
-    errors = distance.max(axis=1) / limit.max().item()
+    limit, errors = None, None
+    if first.init == "ntk":  # the limit is that of this initialisation
+        settings: dict[str, Any] = {"rho": first.rho, "beta": first.beta, "out_features": first.out_features}
+        limit = limit_ntk_mlp(rows.double(), points_x.double(), **settings).cpu().numpy()
+        if x0 is not None:
+            limit = limit[0]
+        arrays["limit"] = limit
+        # The limit is a multiple of the identity: compare every output with itself.
+        diagonal = kernels.diagonal(axis1=-2, axis2=-1)
+        distance = np.abs(diagonal - limit[..., None]).reshape(len(depths), -1)
+        errors = [float(e) for e in distance.max(axis=1) / limit.max()]
     picture = None
-    if plot and angle is not None:
-        picture = out.with_suffix(".png")
-        plot_kernels(angle, depths, kernels[..., 0, 0], limit.numpy(), picture)
+    with one_line_errors():
+        with _replacing(out) as temporary, temporary.open("wb") as file:
+            np.savez_compressed(file, **arrays)
+        if plot and angle is not None:
+            picture = out.with_suffix(".png")
+            plot_kernels(angle, depths, kernels[..., 0, 0], limit, picture)
     summary = {
         "depth": depths,
         "draws": len(networks[0]),
-        "largest_relative_distance_to_limit": [float(e) for e in errors],
+        "largest_relative_distance_to_limit": errors,
         "seconds": seconds,
         "file": str(out),
         "plot": picture and str(picture),
@@ -135,7 +148,9 @@ def ntk(
     if json:
         print_json(summary)
         return
-    for d, error in zip(depths, errors, strict=True):
+    if errors is None:
+        typer.echo(f"no limit: it is that of the NTK initialisation, and the model's is {first.init}")
+    for d, error in zip(depths, errors or [], strict=errors is not None):
         typer.echo(f"depth {d}: largest distance to the limit {error:.2%} of the limit's largest value")
     typer.echo(f"kernels: {out} ({seconds:.2f} s)")
     if picture is not None:
@@ -151,7 +166,10 @@ def _inputs(
         x = torch.tensor(np.stack((np.cos(angle), np.sin(angle)), 1), dtype=dtype, device=device)
         x0 = torch.full((1, 2), 1 / math.sqrt(2), dtype=dtype, device=device)
         return x, x0, angle
-    array = np.load(file, allow_pickle=False)
+    try:
+        array = np.load(file, allow_pickle=False)
+    except (ValueError, EOFError):
+        raise ValueError(f"inputs must be a .npy file of numbers, got {file}") from None
     if not isinstance(array, np.ndarray) or array.ndim != 2 or array.size == 0:
         raise ValueError(f"inputs must hold one array (N, in), not empty, got {getattr(array, 'shape', 'an archive')}")
     if array.dtype.kind not in "fiu" or not np.isfinite(array).all():
@@ -175,15 +193,33 @@ def _kernels(networks: list[list[DeepNarrowMLP]], x1: Tensor, x2: Tensor | None,
     return torch.stack(groups).numpy()
 
 
-def _save(path: Path, arrays: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".npz.tmp")
-    with temporary.open("wb") as file:
-        np.savez_compressed(file, **arrays)
-    os.replace(temporary, path)
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside path that takes its place at the end, or is removed on an error."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def plot_kernels(angle: np.ndarray, depths: list[int], kernels: np.ndarray, limit: np.ndarray, path: Path) -> None:
-    """Kernel values (depths, draws, points) against the angle, the limit on top, as a PNG; needs matplotlib."""
+def _check_writable(out: Path) -> None:
+    """Raises: ValueError when out cannot be written, found out by writing beside it."""
+    if out.is_dir():
+        raise ValueError(f"out must be a file, got the folder {out}")
+    temporary = Path(f"{out}.tmp")
+    try:
+        temporary.touch()
+        temporary.unlink()
+    except OSError as error:
+        raise ValueError(f"out must be a file that can be written, got {out}: {error.strerror}") from None
+
+
+def plot_kernels(
+    angle: np.ndarray, depths: list[int], kernels: np.ndarray, limit: np.ndarray | None, path: Path
+) -> None:
+    """Kernel values (depths, draws, points) against the angle, the limit if any on top, as a PNG; needs matplotlib."""
     from matplotlib.figure import Figure  # no pyplot: no global state, no display
 
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
@@ -192,12 +228,12 @@ def plot_kernels(angle: np.ndarray, depths: list[int], kernels: np.ndarray, limi
         for j, draw in enumerate(draws):
             label = f"$L = {depth}$" if j == 0 else None
             axes.plot(angle, draw, color=f"C{i}", linewidth=0.8, alpha=0.6, label=label)
-    axes.plot(angle, limit, color="black", linewidth=2.0, linestyle="--", label=r"$L \to \infty$")
+    if limit is not None:
+        axes.plot(angle, limit, color="black", linewidth=2.0, linestyle="--", label=r"$L \to \infty$")
     axes.set_xlabel(r"angle $\gamma$ of $x = (\cos\gamma, \sin\gamma)$")
     axes.set_ylabel(r"scaled NTK $\tilde\Theta(x_0, x)$,  $x_0 = (1, 1)/\sqrt{2}$")
     axes.set_xticks([0, math.pi / 4, math.pi / 2], ["0", r"$\pi/4$", r"$\pi/2$"])
     axes.grid(alpha=0.3)
     axes.legend()
-    temporary = Path(f"{path}.tmp")
-    figure.savefig(temporary, dpi=150, format="png")
-    os.replace(temporary, path)
+    with _replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")

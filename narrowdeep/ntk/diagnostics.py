@@ -8,7 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from narrowdeep.modules import DeepNarrowCNN, DeepNarrowMLP
-from narrowdeep.ntk.empirical import Narrow, check_pair, empirical_ntk, narrow_family, trainable_bits
+from narrowdeep.ntk.empirical import (
+    Narrow,
+    check_module,
+    check_pair,
+    check_samples,
+    empirical_ntk,
+    narrow_family,
+    trainable_bits,
+)
 from narrowdeep.ops.gram import reference
 from narrowdeep.ops.reference import _column, _identity, _kept, _states
 
@@ -72,8 +80,17 @@ def kernel_drift(initial: nn.Module, model: nn.Module, x: Tensor) -> float:
         initial, model: the same kind of network in two states, for example ``copy.deepcopy(model)`` before training.
         x: (N, ...), not empty.
 
-    Raises: as ``empirical_ntk``; ValueError when x is empty.
+    Raises: as ``empirical_ntk``; ValueError when x is empty or the two differ in their parameters' names or shapes.
     """
+    check_module("initial", initial)
+    check_samples(model, "x", x)
+    mine, theirs = ({name: tuple(p.shape) for name, p in m.named_parameters()} for m in (initial, model))
+    if mine != theirs:
+        different = next(name for name in {**theirs, **mine} if mine.get(name) != theirs.get(name))
+        raise ValueError(
+            f"initial must have parameters of the names and shapes of model's, got {mine.get(different, 'no')} "
+            f"{different} where model has {theirs.get(different, 'none')}"
+        )
     if x.shape[0] == 0:
         raise ValueError("x must hold at least one sample, got 0")
     before, after = (empirical_ntk(m, x, scaled=False) for m in (initial, model))
@@ -98,9 +115,7 @@ def _preactivations(model: Narrow, family: reference.Family, x: Tensor) -> Itera
 
 
 @torch.no_grad()
-def zero_crossings(
-    initial: DeepNarrowMLP | DeepNarrowCNN, model: DeepNarrowMLP | DeepNarrowCNN, x: Tensor
-) -> Tensor:
+def zero_crossings(initial: DeepNarrowMLP | DeepNarrowCNN, model: DeepNarrowMLP | DeepNarrowCNN, x: Tensor) -> Tensor:
     """How many ReLUs are on in one state and off in the other.
 
     The proof of Theorem 3.2 rests on their number being 0 with probability that goes to 1 as L grows (thesis
@@ -115,8 +130,8 @@ def zero_crossings(
     Raises: TypeError or ValueError where the two models differ in kind, depth, width, scale or form.
     """
     family = _check_states(initial, model)
-    check_pair(model, x, None)
-    check_pair(initial, x, None)
+    check_samples(model, "x", x)
+    check_samples(initial, "x", x)
     counts = [
         ((base + before > 0) != (base + after > 0)).sum()
         for (base, before), (_, after) in zip(
@@ -144,8 +159,8 @@ def layer_deviation(
     Raises: as ``zero_crossings``; ValueError when x is empty or power is below 1.
     """
     family = _check_states(initial, model)
-    check_pair(model, x, None)
-    check_pair(initial, x, None)
+    check_samples(model, "x", x)
+    check_samples(initial, "x", x)
     if isinstance(power, bool) or not isinstance(power, int):
         raise TypeError(f"power must be an int, got {power!r}")
     if power < 1:

@@ -6,6 +6,7 @@ chunks of samples. Only parameters with ``requires_grad`` count: frozen ones are
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Literal
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from narrowdeep.functional import check_tensors
 from narrowdeep.modules import DeepNarrowCNN, DeepNarrowMLP
+from narrowdeep.ntk.limit import check_alike
 from narrowdeep.ops.gram import op, reference
 
 Reduce = Literal["full", "trace", "diagonal"]
@@ -49,23 +50,40 @@ def narrow_family(model: nn.Module) -> reference.Family | None:
     return None
 
 
+def check_module(name: str, model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{name} must be a torch.nn.Module, got {type(model).__name__}")
+
+
+def check_samples(model: nn.Module, name: str, x: Tensor) -> None:
+    """Shape, dtype and device of one set of samples."""
+    check_module("model", model)
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.dim() == 0:
+        raise ValueError(f"{name} must have a dimension of samples, got a scalar")
+    if isinstance(model, DeepNarrowMLP) and (x.dim() != 2 or x.shape[1] != model.in_features):
+        raise ValueError(f"{name} must have shape (N, {model.in_features}), got {tuple(x.shape)}")
+    if isinstance(model, DeepNarrowCNN) and (x.dim() != 4 or x.shape[1] != model.in_channels or 0 in x.shape[2:]):
+        raise ValueError(f"{name} must have shape (N, {model.in_channels}, H, W), got {tuple(x.shape)}")
+    if isinstance(model, Narrow):
+        if x.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{name} must be torch.float32 or torch.float64, got {x.dtype}")
+        for other, param in model.named_parameters():
+            check_alike(name, x, other, param)
+
+
 def check_pair(model: nn.Module, x1: Tensor, x2: Tensor | None) -> None:
     """Shapes, dtypes and devices of the two sets of samples."""
-    for name, x in (("x1", x1), ("x2", x1 if x2 is None else x2)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-        if x.dim() == 0:
-            raise ValueError(f"{name} must have a dimension of samples, got a scalar")
-        if isinstance(model, DeepNarrowMLP) and (x.dim() != 2 or x.shape[1] != model.in_features):
-            raise ValueError(f"{name} must have shape (N, {model.in_features}), got {tuple(x.shape)}")
-        if isinstance(model, DeepNarrowCNN) and (x.dim() != 4 or x.shape[1] != model.in_channels or 0 in x.shape[2:]):
-            raise ValueError(f"{name} must have shape (N, {model.in_channels}, H, W), got {tuple(x.shape)}")
-        if isinstance(model, Narrow):
-            check_tensors(x, dict(model.named_parameters()))
-    if x2 is not None and x1.shape[1:] != x2.shape[1:]:
+    check_samples(model, "x1", x1)
+    if x2 is None:
+        return
+    check_samples(model, "x2", x2)
+    if x1.shape[1:] != x2.shape[1:]:
         raise ValueError(
             f"x1 and x2 must have the same shape after the first dimension, got {tuple(x1.shape)} and {tuple(x2.shape)}"
         )
+    check_alike("x1", x1, "x2", x2)
 
 
 def trainable_bits(model: Narrow) -> int:
@@ -96,6 +114,8 @@ def empirical_ntk(
     Raises: TypeError or ValueError naming the argument, the rule and the value; ValueError for a narrow model that has
     hooks.
     """
+    if not isinstance(reduce, str):
+        raise TypeError(f"reduce must be a str, got {type(reduce).__name__}")
     if reduce not in _REDUCE:
         raise ValueError(f"reduce must be 'full', 'trace' or 'diagonal', got {reduce!r}")
     family = narrow_family(model)
@@ -160,7 +180,7 @@ def jacobian(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     Raises: as ``empirical_ntk``.
     """
     family = narrow_family(model)
-    check_pair(model, x, None)
+    check_samples(model, "x", x)
     if family is None:
         chunks = [chunk for _, chunk in _jacobian_chunks(model, x)]
         return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
@@ -202,6 +222,7 @@ def ntk_vector_product(model: nn.Module, x1: Tensor, x2: Tensor, v: Tensor, *, s
     Raises: as ``empirical_ntk``; ValueError when v has another shape than the outputs at x2.
     """
     narrow_family(model)
+    check_samples(model, "x2", x2)  # here None does not stand for x1
     check_pair(model, x1, x2)
     function = _function(model)
     params = _trainable(model)
@@ -240,8 +261,11 @@ def _function(model: nn.Module) -> Callable[[dict[str, Tensor], Tensor], Tensor]
     return function
 
 
-def _jacobian_chunks(model: nn.Module, x: Tensor) -> Iterator[tuple[slice, dict[str, Tensor]]]:
-    """(rows of x, their Jacobians (rows, out, *parameter)) through torch.func, at least one chunk."""
+def _jacobian_chunks(model: nn.Module, x: Tensor, first: int = 0) -> Iterator[tuple[slice, dict[str, Tensor]]]:
+    """(rows of x from ``first`` on, their Jacobians (rows, out, *parameter)) through torch.func.
+
+    At least one chunk from row 0, so that no samples and no parameters have shapes too.
+    """
     function, params = _function(model), _trainable(model)
 
     def of_one(params: dict[str, Tensor], sample: Tensor) -> Tensor:
@@ -254,7 +278,7 @@ def _jacobian_chunks(model: nn.Module, x: Tensor) -> Iterator[tuple[slice, dict[
             return
         bytes_each = outputs * sum(p.numel() * p.element_size() for p in params.values())
         size = max(1, _CHUNK_BYTES // bytes_each)
-        for start in range(0, x.shape[0], size):
+        for start in range(first, x.shape[0], size):
             rows = slice(start, min(start + size, x.shape[0]))
             yield rows, torch.func.vmap(torch.func.jacrev(of_one), (None, 0))(params, x[rows].detach())
 
@@ -264,12 +288,14 @@ def _generic_ntk(model: nn.Module, x1: Tensor, x2: Tensor | None, reduce: int) -
     columns = x1 if x2 is None else x2
     shape = x1.new_empty(x1.shape[0], columns.shape[0], outputs, outputs)
     kernel = torch.zeros(reference.reduced(shape, reduce).shape, dtype=torch.float64, device=x1.device)
-    if not kernel.numel():
+    if not kernel.numel() or not _trainable(model):
         return kernel
     for rows, left in _jacobian_chunks(model, x1):
-        for others, right in _jacobian_chunks(model, columns):
-            if x2 is None and others.start < rows.start:
-                continue
+        if x2 is None:  # the other half is mirrored, and the diagonal has its Jacobian already
+            pairs = itertools.chain([(rows, left)], _jacobian_chunks(model, x1, rows.stop))
+        else:
+            pairs = itertools.chain(_jacobian_chunks(model, columns))
+        for others, right in pairs:
             block = torch.zeros((), dtype=torch.float64, device=x1.device)
             for name in left:
                 a, b = left[name].flatten(2).double(), right[name].flatten(2).double()

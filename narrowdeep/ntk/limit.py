@@ -19,8 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from narrowdeep.functional import check_tensors
-
 _BLOCK = 1 << 21
 """Entries of one block of the kernel: what bounds temporary memory (a few tens of MB in float64)."""
 
@@ -172,6 +170,14 @@ def _check_count(name: str, value: Any) -> int:
     return value
 
 
+def check_alike(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    """Two tensors have the same dtype and device."""
+    if x.dtype != other.dtype:
+        raise TypeError(f"{name} and {other_name} must have the same dtype, got {x.dtype} and {other.dtype}")
+    if x.device != other.device:
+        raise ValueError(f"{name} and {other_name} must be on the same device, got {x.device} and {other.device}")
+
+
 def _check_pair(x1: Tensor, x2: Tensor | None, shape: str) -> None:
     dims = shape.count(",") + 1
     for name, x in (("x1", x1), ("x2", x1 if x2 is None else x2)):
@@ -189,7 +195,7 @@ def _check_pair(x1: Tensor, x2: Tensor | None, shape: str) -> None:
                 f"x1 and x2 must have the same shape after the first dimension, "
                 f"got {tuple(x1.shape)} and {tuple(x2.shape)}"
             )
-        check_tensors(x1, {"x2": x2})
+        check_alike("x1", x1, "x2", x2)
 
 
 def limit_ntk_mlp(

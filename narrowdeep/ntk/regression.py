@@ -15,7 +15,16 @@ from sklearn.base import BaseEstimator, RegressorMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
-from narrowdeep.ntk.spectrum import Array, check_steps, descent_filter, flow_filter, kernel_matrix
+from narrowdeep.ntk.spectrum import (
+    Array,
+    check_real,
+    check_semidefinite,
+    check_steps,
+    check_symmetric,
+    descent_filter,
+    flow_filter,
+    kernel_matrix,
+)
 
 _BLOCK = 1 << 25
 """Entries of the kernel that a prediction holds at a time (256 MB)."""
@@ -38,7 +47,7 @@ class _System:
         factor, info = scipy.linalg.lapack.dpotrf(regular.T, lower=1, overwrite_a=1, clean=0)
         rcond = 0.0 if info else scipy.linalg.lapack.dpocon(factor, norm, uplo="L")[0]
         if rcond < np.finfo(np.float64).eps:
-            hint = max(float(np.trace(self.matrix)), np.finfo(np.float64).tiny) * 1e-12
+            hint = max(size * float(np.abs(self.matrix).max()), np.finfo(np.float64).tiny) * 1e-12
             raise np.linalg.LinAlgError(
                 f"the kernel matrix of {self.samples} samples is numerically singular (reciprocal condition number "
                 f"{rcond:.1e}, ridge={self.ridge:g}): pass a larger ridge (for example ridge={hint:.1e}), drop samples "
@@ -51,6 +60,7 @@ class _System:
     def modes(self) -> tuple[Array, Array, Array]:
         """Eigenvalues of ``K + ridge I``, eigenvectors, and the targets in that basis."""
         eigenvalues, vectors = scipy.linalg.eigh(self.matrix)
+        check_semidefinite(self.matrix, float(eigenvalues[0]))
         # A kernel is positive semidefinite; what is below 0 is rounding.
         return np.maximum(eigenvalues, 0.0) + self.ridge, vectors, vectors.T @ self.targets
 
@@ -110,12 +120,14 @@ class NTKRegressor(RegressorMixin, BaseEstimator):
     def fit(self, X: ArrayLike, y: ArrayLike) -> NTKRegressor:
         """Evaluate the kernel on the training set.
 
-        Raises: ValueError for shapes, a ridge below 0 or a kernel that is not finite. A singular kernel raises in
+        Raises: TypeError for a ridge that is not a number; ValueError for shapes, a ridge below 0 or a kernel that is
+        not finite or not symmetric. A singular kernel raises in
         ``predict(X)``, the one prediction that needs the inverse.
         """
         if not callable(self.kernel) and not (isinstance(self.kernel, str) and self.kernel == "precomputed"):
             raise ValueError(f"kernel must be a callable or 'precomputed', got {self.kernel!r}")
-        if isinstance(self.ridge, bool) or not (math.isfinite(self.ridge) and self.ridge >= 0):
+        check_real("ridge", self.ridge)
+        if not (math.isfinite(self.ridge) and self.ridge >= 0):
             raise ValueError(f"ridge must be finite and not negative, got {self.ridge!r}")
         data, labels = validate_data(self, X, y, dtype=np.float64, allow_nd=True, multi_output=True, y_numeric=True)
         n = data.shape[0]
@@ -130,6 +142,7 @@ class NTKRegressor(RegressorMixin, BaseEstimator):
             raise ValueError(f"kernel must be square, {expected} for the {n} samples of y, got {_shape(kernel)}")
         if not np.isfinite(matrix).all():
             raise ValueError("kernel must be finite, got NaN or infinity")
+        check_symmetric(matrix)
         if callable(self.kernel):
             self.X_fit_ = data
         self._system = _System(matrix, targets, n, float(self.ridge))
@@ -149,7 +162,8 @@ class NTKRegressor(RegressorMixin, BaseEstimator):
         Returns: (M,) or (M, out), float64.
 
         Raises: numpy.linalg.LinAlgError when the kernel is numerically singular and neither t nor n_steps is given;
-        ValueError for t < 0, n_steps < 0, tau <= 0, a bad combination, or steps so long that descent overflows.
+        ValueError for t < 0, n_steps < 0, tau <= 0, a bad combination, steps so long that descent overflows, or
+        (with t or n_steps) an eigenvalue clearly below 0; TypeError for a t, n_steps or tau that is not a number.
         """
         check_is_fitted(self)
         data = validate_data(self, X, dtype=np.float64, allow_nd=True, reset=False)
@@ -178,6 +192,7 @@ class NTKRegressor(RegressorMixin, BaseEstimator):
             if t is not None:
                 raise ValueError(f"t must be None when n_steps is given, got t={t} and n_steps={n_steps}")
             check_steps(n_steps)
+            check_real("tau", tau)
             if not (math.isfinite(tau) and tau > 0):
                 raise ValueError(f"tau must be finite and positive, got {tau}")
             largest = system.modes[0][-1]
@@ -189,6 +204,7 @@ class NTKRegressor(RegressorMixin, BaseEstimator):
             return system.filtered(lambda values: descent_filter(values, system.samples, n_steps, tau))
         if t is None:
             return system.solution
+        check_real("t", t)
         if not (math.isfinite(t) and t >= 0):
             raise ValueError(f"t must be finite and not negative (None is the limit), got {t}")
         return system.filtered(lambda values: flow_filter(values, system.samples, t))

@@ -9,6 +9,7 @@ Theta is the scaled kernel, and ``tau = eta`` if it is the plain ``J J^T``. Mome
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,10 @@ Array = NDArray[np.float64]
 
 _DENSE = 1000
 """Rows from which the largest eigenvalue alone is found by Lanczos iterations."""
+
+_ROUNDING = 1e-6
+"""How far entries of a kernel may be off, in units of the largest one: float32 and its sums. That moves eigenvalues by
+at most rows times as much."""
 
 
 def as_array(value: Tensor | ArrayLike) -> Array:
@@ -49,15 +54,40 @@ def _square(kernel: Tensor | ArrayLike) -> tuple[Array, int]:
         raise ValueError(f"kernel must be square and not empty, got shape {array.shape}")
     if not np.isfinite(matrix).all():
         raise ValueError("kernel must be finite, got NaN or infinity")
+    check_symmetric(matrix)
     return matrix, array.shape[0]
 
 
+def check_symmetric(matrix: Array) -> None:
+    """Raises: ValueError when a square kernel matrix is not symmetric up to rounding."""
+    difference = float(np.abs(matrix - matrix.T).max())
+    largest = float(np.abs(matrix).max())
+    if difference > _ROUNDING * largest:
+        raise ValueError(
+            f"kernel must be symmetric, got entries that differ by {difference:g} from their transpose (largest entry "
+            f"{largest:g})"
+        )
+
+
+def check_semidefinite(matrix: Array, smallest: float) -> None:
+    """Raises: ValueError when the smallest eigenvalue of a kernel matrix is below 0 by more than rounding."""
+    if smallest < -_ROUNDING * matrix.shape[0] * float(np.abs(matrix).max()):
+        raise ValueError(f"kernel must be positive semidefinite, got the eigenvalue {smallest:g}")
+
+
+def check_real(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+
+
 def _check_momentum(momentum: float) -> None:
+    check_real("momentum", momentum)
     if not 0 <= momentum < 1:
         raise ValueError(f"momentum must be in [0, 1), got {momentum}")
 
 
 def _check_positive(name: str, value: float) -> None:
+    check_real(name, value)
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name} must be finite and positive, got {value}")
 
@@ -118,12 +148,14 @@ def heavy_ball(kernel: Tensor | ArrayLike, *, smallest: float | None = None) -> 
     matrix, n = _square(kernel)
     if smallest is None:
         eigenvalues = scipy.linalg.eigvalsh(matrix)
+        check_semidefinite(matrix, float(eigenvalues[0]))
         largest = float(eigenvalues[-1])
         kept = eigenvalues[eigenvalues > largest * matrix.shape[0] * np.finfo(np.float64).eps]
         if largest <= 0:
             raise ValueError(f"kernel must have a positive eigenvalue, got {largest} as the largest")
         smallest = float(kept[0])
     else:
+        check_real("smallest", smallest)
         largest = _largest(matrix)
         if not 0 < smallest <= largest * (1 + 1e-9):
             raise ValueError(f"smallest must be positive and at most lambda_max = {largest}, got {smallest}")
@@ -160,6 +192,7 @@ def loss_curve(
     check_steps(n_steps)
     matrix, n = _square(kernel)
     eigenvalues, modes = scipy.linalg.eigh(matrix)
+    check_semidefinite(matrix, float(eigenvalues[0]))
     residual = modes.T @ residuals(matrix, n, y, initial)
     step = (tau / n) * eigenvalues[:, None]
     velocity = np.zeros_like(residual)

@@ -103,15 +103,23 @@ def test_drift_is_the_relative_frobenius_distance() -> None:
     expected = ((after - before).square().sum() / before.square().sum()).sqrt().item()
     assert kernel_drift(initial, model, x) == pytest.approx(expected, rel=1e-12)
     assert kernel_drift(model, model, x) == 0.0
-    linear, gain = nn.Linear(3, 1), nn.Linear(1, 1, bias=False)
-    nn.init.constant_(gain.weight, 2.0)  # J is doubled, so the kernel is 4 times as large
-    doubled = nn.Sequential(linear, gain.requires_grad_(False))
-    assert kernel_drift(linear, doubled, x.float()) == pytest.approx(3.0)
+    single = nn.Sequential(nn.Linear(3, 1), nn.Linear(1, 1, bias=False).requires_grad_(False))
+    doubled = copy.deepcopy(single)
+    with torch.no_grad():
+        doubled[1].weight.mul_(2.0)  # J is doubled, so the kernel is 4 times as large
+    assert kernel_drift(single, doubled, x.float()) == pytest.approx(3.0)
 
 
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
+        (lambda i, m, x: kernel_drift(None, m, x), TypeError, "initial must be a torch.nn.Module, got NoneType"),  # type: ignore[arg-type]
+        (lambda i, m, x: kernel_drift(i, nn.Linear(3, 2).double(), x), ValueError, "initial must have parameters of"),
+        (
+            lambda i, m, x: kernel_drift(DeepNarrowMLP(3, 2, 4, dtype=x.dtype), m, x),
+            ValueError,
+            r"got \(2, 6, 6\) hidden_weight where model has \(38, 6, 6\)",
+        ),
         (lambda i, m, x: kernel_drift(i, m, x[:0]), ValueError, "x must hold at least one sample, got 0"),
         (lambda i, m, x: layer_deviation(i, m, x[:0]), ValueError, "x must hold at least one sample, got 0"),
         (lambda i, m, x: layer_deviation(i, m, x, power=0), ValueError, "power must be at least 1, got 0"),

@@ -301,6 +301,20 @@ def test_other_modules_go_through_torch_func(chunk: int, monkeypatch: pytest.Mon
         torch.testing.assert_close(product, torch.einsum("ijab,jb->ia", expected, v), rtol=1e-11, atol=1e-11)
 
 
+def test_symmetric_fallback_computes_half_the_jacobians(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 4 samples one by one: 10 pairs in place of 4 + 16, and calls to learn the outputs' shape."""
+    monkeypatch.setattr("narrowdeep.ntk.empirical._CHUNK_BYTES", 1)
+    module, x = nn.Linear(2, 3), torch.rand(4, 2)
+    calls: list[torch.Size] = []
+    module.register_forward_hook(lambda *_: calls.append(x.shape))
+    square = empirical_ntk(module, x)
+    assert len(calls) == 10 + 1 + 1 + 4
+    calls.clear()
+    torch.testing.assert_close(square, empirical_ntk(module, x, x.clone()), rtol=0, atol=0)
+    assert len(calls) == 4 + 16 + 1 + 1 + 4
+    assert not empirical_ntk(module.requires_grad_(False), x).any()
+
+
 def test_a_subclass_with_its_own_forward_is_not_taken_for_its_base() -> None:
     class Doubled(DeepNarrowMLP):
         def forward(self, x: Tensor) -> Tensor:
@@ -336,10 +350,16 @@ def test_op_is_registered_correctly() -> None:
     [
         (lambda m, x: empirical_ntk(m, x, x[:, :1]), ValueError, r"x2 must have shape \(N, 2\), got \(5, 1\)"),
         (lambda m, x: empirical_ntk(m, x[0]), ValueError, r"x1 must have shape \(N, 2\), got \(2,\)"),
-        (lambda m, x: empirical_ntk(m, x.double()), TypeError, "same dtype, got torch.float64 and torch.float32"),
+        (lambda m, x: empirical_ntk(m, x.double()), TypeError, "x1 and first_weight must have the same dtype"),
+        (lambda m, x: empirical_ntk(m, x, x.double()), TypeError, "x2 and first_weight must have the same dtype"),
+        (lambda m, x: empirical_ntk(m, x, x.half()), TypeError, "x2 must be torch.float32 or torch.float64"),
+        (lambda m, x: empirical_ntk(nn.Linear(2, 3), x, x.double()), TypeError, "x1 and x2 must have the same dtype"),
+        (lambda m, x: empirical_ntk(None, x), TypeError, "model must be a torch.nn.Module, got NoneType"),  # type: ignore[arg-type]
+        (lambda m, x: empirical_ntk(m, x, reduce=["full"]), TypeError, "reduce must be a str, got list"),  # type: ignore[arg-type]
+        (lambda m, x: ntk_vector_product(m, x, None, x), TypeError, "x2 must be a torch.Tensor, got NoneType"),  # type: ignore[arg-type]
         (lambda m, x: empirical_ntk(m, x.tolist()), TypeError, "x1 must be a torch.Tensor, got list"),
         (lambda m, x: empirical_ntk(m, x, reduce="mean"), ValueError, "reduce must be .*got 'mean'"),  # type: ignore[arg-type]
-        (lambda m, x: jacobian(m, x[:, :1]), ValueError, r"x1 must have shape \(N, 2\)"),
+        (lambda m, x: jacobian(m, x[:, :1]), ValueError, r"x must have shape \(N, 2\)"),
         (lambda m, x: ntk_vector_product(m, x, x, x[:, :1]), ValueError, r"v must have shape \(5, 3\).*got \(5, 1\)"),
         (lambda m, x: ntk_vector_product(m, x, x, torch.ones(5, 3).double()), TypeError, "v must have the dtype"),
         (lambda m, x: empirical_ntk(nn.Linear(2, 3), x, x[:, :1]), ValueError, r"same shape .*\(5, 2\) and \(5, 1\)"),

@@ -92,6 +92,17 @@ def test_text_and_help(tmp_path: Path) -> None:
         (("--model", "missing.safetensors"), "missing.safetensors"),
         (("--model", "wide.safetensors"), "model must have 2 inputs, got 3: give --inputs"),
         (("--model", "wide.safetensors", "--depth", 3), "depth is the saved model's own"),
+        (("--model", "wide.safetensors", "--rho", 0), "rho is the saved model's own"),
+        (("--model", "wide.safetensors", "--beta", 0), "beta is the saved model's own"),
+        (("--model", "wide.safetensors", "--scale", 0), "scale is the saved model's own"),
+        (("--model", "wide.safetensors", "--out-features", 0), "out-features is the saved model's own"),
+        (("--model", "wide.safetensors", "--dtype", "float64"), "dtype must be the saved model's, float32, .*float64"),
+        (("--out-features", 0), "out_features must be"),
+        (("--inputs", "flat.npy", "--points", 9), "points must be left out with --inputs, got 9"),
+        (("--inputs", "text.npy"), "inputs must be a .npy file of numbers, got text.npy"),
+        (("--inputs", "empty.npy"), "inputs must be a .npy file of numbers, got empty.npy"),
+        (("--out", "folder.npz"), "out must be a file, got the folder folder.npz"),
+        (("--out", "k" * 248 + ".npz"), "out must be a file that can be written, got kkk.*: File name too long"),
         (("--inputs", "flat.npy"), r"inputs must hold one array \(N, in\), not empty, got \(4,\)"),
         (("--inputs", "nan.npy"), "inputs must hold finite numbers"),
         (("--inputs", "wide.safetensors"), "wide.safetensors|pickle"),
@@ -102,6 +113,9 @@ def test_refusals_are_one_line(arguments, message: str, tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     save_model(DeepNarrowMLP(3, 1, 3), Path("wide.safetensors"))
     np.save("flat.npy", np.ones(4))
+    Path("text.npy").write_text("1 2\n3 4\n")
+    Path("empty.npy").touch()
+    Path("folder.npz").mkdir()
     np.save("nan.npy", np.full((2, 2), np.nan))
     result = run(*arguments)
     assert result.exit_code == 2
@@ -109,3 +123,25 @@ def test_refusals_are_one_line(arguments, message: str, tmp_path: Path, monkeypa
     assert line.startswith("error: ")
     assert re.search(message, line)
     assert not Path("ntk.npz").exists()
+    assert not list(Path().glob("*.tmp"))
+
+
+def test_a_kaiming_model_is_not_compared_with_the_limit(tmp_path: Path) -> None:
+    save_model(DeepNarrowMLP(2, 1, 5, init="kaiming", form="plain"), tmp_path / "m.safetensors")
+    arguments = ("--model", tmp_path / "m.safetensors", "--points", 5, "--out", tmp_path / "k.npz")
+    facts = summary(*arguments)
+    assert facts["largest_relative_distance_to_limit"] is None
+    assert Path(facts["plot"]).exists()
+    assert set(load(tmp_path / "k.npz")) == {"depth", "kernel", "x", "x0", "angle"}
+    assert "no limit" in run(*arguments).stdout
+
+
+def test_a_failed_write_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez_compressed", full)
+    result = run("--depth", 3, "--draws", 1, "--json", "--out", tmp_path / "k.npz")
+    assert result.exit_code == 2
+    assert result.stderr == "error: [Errno 28] No space left on device\n"
+    assert not list(tmp_path.iterdir())

@@ -171,6 +171,28 @@ def test_singular_kernel_says_what_to_do_and_still_flows(data) -> None:
     assert np.isfinite(model.predict(test, n_steps=10, tau=0.1)).all()
 
 
+def test_arguments_of_another_type_are_named(data) -> None:
+    X, y, test = data
+    with pytest.raises(TypeError, match="ridge must be a number, got '1'"):
+        NTKRegressor(limit_ntk_mlp, ridge="1").fit(X, y)  # type: ignore[arg-type]
+    model = NTKRegressor(limit_ntk_mlp).fit(X, y)
+    with pytest.raises(TypeError, match="t must be a number, got '1'"):
+        model.predict(test, t="1")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="tau must be a number, got True"):
+        model.predict(test, n_steps=3, tau=True)
+
+
+def test_kernels_that_are_none_are_refused() -> None:
+    """Asymmetric, and indefinite (eigenvalues 3 and -1); rounding of float32 is neither."""
+    y = np.ones(2)
+    with pytest.raises(ValueError, match="kernel must be symmetric, got entries that differ by 1 "):
+        NTKRegressor("precomputed").fit([[2.0, 1.0], [0.0, 2.0]], y)
+    with pytest.raises(ValueError, match="positive semidefinite, got the eigenvalue -1"):
+        NTKRegressor("precomputed").fit([[1.0, 2.0], [2.0, 1.0]], y).predict([[1.0, 1.0]], t=1.0)
+    rounded = NTKRegressor("precomputed").fit([[1.0, 1.0], [1.0 + 1e-7, 1.0 - 1e-7]], y)
+    np.testing.assert_allclose(rounded.predict([[1.0, 1.0]], t=100.0), [1.0], rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -127,6 +127,15 @@ def test_filters_at_their_limits() -> None:
         (lambda: max_learning_rate(torch.zeros(2, 2)), ValueError, "positive eigenvalue"),
         (lambda: max_learning_rate(torch.eye(2) * math.nan), ValueError, "finite"),
         (lambda: max_learning_rate(torch.eye(2), momentum=1.0), ValueError, r"momentum must be in \[0, 1\), got 1.0"),
+        (lambda: max_learning_rate(torch.ones(2, 2).triu()), ValueError, "kernel must be symmetric, .* differ by 1 "),
+        (lambda: max_learning_rate(torch.eye(2), momentum="0.9"), TypeError, "momentum must be a number, got '0.9'"),  # type: ignore[arg-type]
+        (lambda: loss_curve(torch.eye(2), torch.ones(2), 5, tau="1"), TypeError, "tau must be a number, got '1'"),  # type: ignore[arg-type]
+        (lambda: heavy_ball(torch.tensor([[1.0, 2.0], [2.0, 1.0]])), ValueError, "semidefinite, got the eigenvalue -1"),
+        (
+            lambda: loss_curve(torch.tensor([[1.0, 2.0], [2.0, 1.0]]), torch.ones(2), 5, tau=1.0),
+            ValueError,
+            "semidefinite, got the eigenvalue -1",
+        ),
         (lambda: heavy_ball(torch.eye(2), smallest=2.0), ValueError, "smallest must be positive and at most"),
         (lambda: loss_curve(torch.eye(2), torch.ones(3), 5, tau=1.0), ValueError, r"y must have shape \(2,\)"),
         (lambda: loss_curve(torch.eye(2), torch.ones(2), 5, tau=-1.0), ValueError, "tau must be finite and positive"),
