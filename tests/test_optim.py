@@ -207,7 +207,7 @@ def test_a_model_in_training_can_be_saved_and_copied(how: str) -> None:
         assert p.grad is not None
     FusedSGD(other, 0.1).remove()
     model(x).sum().backward()  # the model itself steps as before
-    assert not torch.equal(model[0].weight, before["0.weight"])
+    assert not torch.equal(model.get_parameter("0.weight"), before["0.weight"])
     optimizer.remove()
 
 
