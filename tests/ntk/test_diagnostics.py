@@ -106,7 +106,7 @@ def test_drift_is_the_relative_frobenius_distance() -> None:
     single = nn.Sequential(nn.Linear(3, 1), nn.Linear(1, 1, bias=False).requires_grad_(False))
     doubled = copy.deepcopy(single)
     with torch.no_grad():
-        doubled[1].weight.mul_(2.0)  # J is doubled, so the kernel is 4 times as large
+        doubled.get_parameter("1.weight").mul_(2.0)  # J is doubled, so the kernel is 4 times as large
     assert kernel_drift(single, doubled, x.float()) == pytest.approx(3.0)
 
 
