@@ -6,7 +6,7 @@ import importlib.util
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from narrowdeep import training
+from narrowdeep.commands.network import Arch, Form
 from narrowdeep.commands.options import (
     DeviceOption,
     Dtype,
@@ -28,14 +29,16 @@ from narrowdeep.commands.options import (
     print_json,
     resolve_device,
 )
-from narrowdeep.commands.train import Form
-from narrowdeep.modules import DeepNarrowMLP
-from narrowdeep.ntk import empirical_ntk, limit_ntk_mlp
+from narrowdeep.modules import DeepNarrowCNN, DeepNarrowMLP
+from narrowdeep.ntk import empirical_ntk, limit_ntk_cnn, limit_ntk_mlp
 
 
 def ntk(
     model: Annotated[
         Path | None, typer.Option(help="A saved model or a run's checkpoint, in place of fresh networks.")
+    ] = None,
+    arch: Annotated[
+        Arch | None, typer.Option(help="Kind of fresh networks; a CNN needs --inputs. [default: mlp]")
     ] = None,
     depth: Annotated[
         list[int] | None, typer.Option(help="L of fresh networks; give it more than once to compare. [default: 100]")
@@ -45,10 +48,11 @@ def ntk(
     beta: Annotated[float | None, typer.Option(help="Biases' one, times C_L. [default: 1]")] = None,
     form: Annotated[Form | None, typer.Option(help="How fresh weights are stored. [default: offset]")] = None,
     out_features: Annotated[int | None, typer.Option(help="Outputs of fresh networks. [default: 1]")] = None,
+    kernel_size: Annotated[int | None, typer.Option(help="Side of fresh CNNs' filters, odd. [default: 3]")] = None,
     draws: Annotated[int | None, typer.Option(min=1, help="Fresh networks of each depth. [default: 10]")] = None,
     points: Annotated[int | None, typer.Option(min=2, help="Angles on the quarter circle. [default: 100]")] = None,
     inputs: Annotated[
-        Path | None, typer.Option(help="A .npy file (N, in): the kernels of these inputs with each other instead.")
+        Path | None, typer.Option(help="A .npy file (N, in) or (N, C, H, W): kernels of these with each other.")
     ] = None,
     out: Annotated[Path, typer.Option(help="The .npz file to write; the plot goes beside it, as .png.")] = Path(
         "ntk.npz"
@@ -62,10 +66,12 @@ def ntk(
     """Scaled NTK of networks with two inputs against the angle, as in Figure 4.1b of the thesis, or of any inputs.
 
     By default x0 = (1, 1) / sqrt(2) and x = (cos g, sin g) for 0 < g < pi/2. The .npz file holds depth (D,),
-    kernel (D, draws, points, out, out), limit (points,), angle, x0 and x; with --inputs, kernel (D, draws, N, N, out,
-    out), limit (N, N) and x. A saved model of Kaiming initialisation has no such limit: the file then holds none.
+    kernel (D, draws, points, out, out), limit (points,), angle, x0 and x; with --inputs, which CNNs need, kernel (D,
+    draws, N, N, out, out), limit (N, N) and x, and no plot. A model of Kaiming initialisation has no such limit: the
+    file then holds none.
     """
     fresh = {"scale": scale, "rho": rho, "beta": beta, "form": form and form.value}
+    networks: list[list[DeepNarrowMLP | DeepNarrowCNN]]
     with one_line_errors():
         target = resolve_device(device)
         if plot and inputs is None and importlib.util.find_spec("matplotlib") is None:
@@ -78,36 +84,46 @@ def ntk(
         if points is not None and inputs is not None:
             raise ValueError(f"points must be left out with --inputs, got {points}")
         if model is not None:
-            given = {**fresh, "depth": depth, "out_features": out_features, "draws": draws}
+            given = {**fresh, "depth": depth, "out_features": out_features, "draws": draws, "arch": arch and arch.value}
+            given["kernel_size"] = kernel_size
             for name, value in given.items():
                 if value is not None:
                     raise ValueError(f"{name.replace('_', '-')} is the saved model's own: leave it out with --model")
             saved = training.load_model(model, device=target)
-            if not isinstance(saved, DeepNarrowMLP):
-                raise ValueError(f"model must be a DeepNarrowMLP, got a {type(saved).__name__} in {model}")
+            cnn = isinstance(saved, DeepNarrowCNN)
             networks = [[saved]]
             kind = saved.first_weight.dtype
             if dtype is not None and dtype.torch != kind:
                 raise ValueError(f"dtype must be the saved model's, {str(kind)[6:]}, or left out, got {dtype.value}")
         else:
             kind = (dtype or Dtype.float32).torch
-            networks = []
-        points_x, x0, angle = _inputs(inputs, 100 if points is None else points, kind, target)
+            cnn = arch == Arch.cnn
+            if kernel_size is not None and not cnn:
+                raise ValueError(f"kernel-size must be left out without --arch cnn, got {kernel_size}")
+        if cnn and inputs is None:
+            raise ValueError("inputs must be given for a CNN: a .npy file (N, C, H, W)")
+        shape = "(N, C, H, W)" if cnn else "(N, in)"
+        points_x, x0, angle = _inputs(inputs, shape, 100 if points is None else points, kind, target)
         in_features = points_x.shape[1]
         if model is None:
             chosen: dict[str, Any] = {name: value for name, value in fresh.items() if value is not None}
             torch.manual_seed(seed)
             outputs = 1 if out_features is None else out_features
+            if cnn and kernel_size is not None:
+                chosen["kernel_size"] = kernel_size
+            network_class = DeepNarrowCNN if cnn else DeepNarrowMLP
             networks = [
                 [
-                    DeepNarrowMLP(in_features, outputs, d, **chosen, device=target, dtype=kind)
+                    network_class(in_features, outputs, d, **chosen, device=target, dtype=kind)
                     for _ in range(10 if draws is None else draws)
                 ]
                 for d in ([100] if depth is None else depth)
             ]
-        elif networks[0][0].in_features != in_features:
-            hint = "" if inputs else ": give --inputs"
-            raise ValueError(f"model must have {in_features} inputs, got {networks[0][0].in_features}{hint}")
+        else:
+            wanted = saved.in_channels if isinstance(saved, DeepNarrowCNN) else saved.in_features
+            if wanted != in_features:
+                hint = "" if inputs else ": give --inputs"
+                raise ValueError(f"model must have {in_features} {'channels' if cnn else 'inputs'}, got {wanted}{hint}")
     start = time.perf_counter()
     kernels = _kernels(networks, points_x if x0 is None else x0, None if x0 is None else points_x, quiet=json)
     seconds = time.perf_counter() - start
@@ -121,8 +137,13 @@ def ntk(
         arrays.update(x0=x0[0].cpu().numpy(), angle=angle)
     limit, errors = None, None
     if first.init == "ntk":  # the limit is that of this initialisation
-        settings: dict[str, Any] = {"rho": first.rho, "beta": first.beta, "out_features": first.out_features}
-        limit = limit_ntk_mlp(rows.double(), points_x.double(), **settings).cpu().numpy()
+        settings: dict[str, Any] = {"rho": first.rho, "beta": first.beta}
+        if isinstance(first, DeepNarrowCNN):
+            settings.update(kernel_size=first.kernel_size, out_channels=first.out_channels)
+            limit = limit_ntk_cnn(points_x.double(), **settings).cpu().numpy()
+        else:
+            settings["out_features"] = first.out_features
+            limit = limit_ntk_mlp(rows.double(), points_x.double(), **settings).cpu().numpy()
         if x0 is not None:
             limit = limit[0]
         arrays["limit"] = limit
@@ -158,7 +179,7 @@ def ntk(
 
 
 def _inputs(
-    file: Path | None, points: int, dtype: torch.dtype, device: torch.device
+    file: Path | None, shape: str, points: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor | None, np.ndarray | None]:
     """(x, x0, angle); the last two are None where the inputs come from a file."""
     if file is None:
@@ -170,14 +191,16 @@ def _inputs(
         array = np.load(file, allow_pickle=False)
     except (ValueError, EOFError):
         raise ValueError(f"inputs must be a .npy file of numbers, got {file}") from None
-    if not isinstance(array, np.ndarray) or array.ndim != 2 or array.size == 0:
-        raise ValueError(f"inputs must hold one array (N, in), not empty, got {getattr(array, 'shape', 'an archive')}")
+    if not isinstance(array, np.ndarray) or array.ndim != shape.count(",") + 1 or array.size == 0:
+        raise ValueError(f"inputs must hold one array {shape}, not empty, got {getattr(array, 'shape', 'an archive')}")
     if array.dtype.kind not in "fiu" or not np.isfinite(array).all():
         raise ValueError("inputs must hold finite numbers")
     return torch.tensor(array, dtype=dtype, device=device), None, None
 
 
-def _kernels(networks: list[list[DeepNarrowMLP]], x1: Tensor, x2: Tensor | None, *, quiet: bool) -> np.ndarray:
+def _kernels(
+    networks: Sequence[Sequence[DeepNarrowMLP | DeepNarrowCNN]], x1: Tensor, x2: Tensor | None, *, quiet: bool
+) -> np.ndarray:
     """(depths, draws, N1, N2, out, out)"""
     columns = (TextColumn("depth {task.fields[depth]}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     groups = []

@@ -12,9 +12,9 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from narrowdeep import DeepNarrowMLP
+from narrowdeep import DeepNarrowCNN, DeepNarrowMLP
 from narrowdeep.cli import app
-from narrowdeep.ntk import empirical_ntk, limit_ntk_mlp
+from narrowdeep.ntk import empirical_ntk, limit_ntk_cnn, limit_ntk_mlp
 from narrowdeep.training import save_model
 
 
@@ -72,6 +72,26 @@ def test_saved_model_and_inputs_of_ones_own(tmp_path: Path) -> None:
     np.testing.assert_allclose(file["limit"], limit.numpy(), rtol=1e-13)
 
 
+@pytest.mark.parametrize("saved", [True, False])
+def test_convolution_networks(saved: bool, tmp_path: Path) -> None:
+    x = torch.rand(3, 2, 4, 5, dtype=torch.float64)
+    np.save(tmp_path / "x.npy", x.numpy())
+    torch.manual_seed(5)
+    model = DeepNarrowCNN(2, 2, 6, kernel_size=5, rho=0.7, beta=0.3, dtype=torch.float64)
+    if saved:
+        save_model(model, tmp_path / "m.safetensors")
+        network: tuple = ("--model", tmp_path / "m.safetensors")
+    else:
+        network = ("--arch", "cnn", "--depth", 6, "--kernel-size", 5, "--rho", 0.7, "--beta", 0.3, "--draws", 1)
+        network += ("--out-features", 2, "--dtype", "float64", "--seed", 5)
+    facts = summary(*network, "--inputs", tmp_path / "x.npy", "--out", tmp_path / "k.npz")
+    assert facts["plot"] is None
+    file = load(tmp_path / "k.npz")
+    np.testing.assert_allclose(file["kernel"][0, 0], empirical_ntk(model, x).numpy(), rtol=1e-12)
+    limit = limit_ntk_cnn(x, rho=0.7, beta=0.3, kernel_size=5, out_channels=2)
+    np.testing.assert_allclose(file["limit"], limit.numpy(), rtol=1e-12)
+
+
 def test_text_and_help(tmp_path: Path) -> None:
     result = run("--depth", 4, "--draws", 1, "--no-plot", "--out", tmp_path / "k.npz")
     assert result.exit_code == 0
@@ -107,6 +127,10 @@ def test_text_and_help(tmp_path: Path) -> None:
         (("--inputs", "nan.npy"), "inputs must hold finite numbers"),
         (("--inputs", "wide.safetensors"), "wide.safetensors|pickle"),
         (("--inputs", "missing.npy"), "missing.npy"),
+        (("--arch", "cnn"), "inputs must be given for a CNN"),
+        (("--arch", "cnn", "--inputs", "flat.npy"), r"one array \(N, C, H, W\), not empty, got \(4,\)"),
+        (("--kernel-size", 3), "kernel-size must be left out without --arch cnn, got 3"),
+        (("--model", "wide.safetensors", "--arch", "cnn"), "arch is the saved model's own"),
     ],
 )
 def test_refusals_are_one_line(arguments, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
