@@ -121,8 +121,8 @@ def _peak_growth(run: Callable[[], None], device: torch.device) -> int:
 def _no_reuse_of_freed_memory() -> Iterator[None]:
     """Freed memory that glibc holds on to would be used again without counting as growth (other C libraries: no-op).
 
-    Inside, free memory is given back and blocks of 128 KiB and more are taken from the system each time. Afterwards
-    they are kept up to 32 MiB, the most that glibc's own sliding threshold comes to.
+    Inside, free memory is given back, holes in the heap are taken up, and blocks of 128 KiB and more come from the
+    system each time. Afterwards they are kept up to 32 MiB, the most that glibc's own sliding threshold comes to.
     """
     c = ctypes.CDLL(None)
     if not hasattr(c, "malloc_trim") or not hasattr(c, "mallopt"):
@@ -131,11 +131,37 @@ def _no_reuse_of_freed_memory() -> Iterator[None]:
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
     c.malloc_trim(0)
     c.mallopt(mmap_threshold, 128 << 10)
+    holes = _take_up_holes(c, least=128 << 10)
     try:
         yield
     finally:
+        for hole in holes:
+            c.free(hole)
         c.mallopt(mmap_threshold, 32 << 20)
         c.mallopt(trim_threshold, 64 << 20)
+
+
+def _take_up_holes(c: Any, least: int) -> list[ctypes.c_void_p]:
+    """Untouched blocks of glibc's heap for every hole of ``least`` bytes and more.
+
+    A block that fits into a hole is put there whatever the threshold, and stays resident when it is freed.
+    """
+    c.malloc.restype = ctypes.c_void_p
+    c.malloc.argtypes = [ctypes.c_size_t]
+    holes = []
+    size = 1 << 30
+    while size >= least:
+        block = c.malloc(size)
+        if block is None:
+            size //= 2
+            continue
+        header = ctypes.c_size_t.from_address(block - ctypes.sizeof(ctypes.c_size_t)).value
+        if header & 2:  # IS_MMAPPED of glibc's malloc.c: it fits into no hole
+            c.free(ctypes.c_void_p(block))
+            size //= 2
+        else:
+            holes.append(ctypes.c_void_p(block))
+    return holes
 
 
 def _status(name: str) -> int:
