@@ -1,0 +1,66 @@
+"""One HTML page of all that has been reproduced: opens offline, pictures included, no script."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment
+
+from narrowdeep.experiments.base import write_text
+
+_TEMPLATE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>narrowdeep: the thesis, reproduced</title>
+<style>
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+img { max-width: 100%; border: 1px solid #ddd; }
+table { border-collapse: collapse; } td, th { padding: .25rem .8rem .25rem 0; text-align: left; vertical-align: top; }
+.yes { color: #16662a; } .no { color: #a01515; } .small { color: #666; font-size: .85rem; overflow-wrap: anywhere; }
+</style>
+</head>
+<body>
+<h1>The thesis, reproduced</h1>
+<p>Lee, <cite>Neural Tangent Kernel Analysis of Deep Narrow Neural Networks</cite> (2023). Each verdict is computed from
+the numbers of its run.</p>
+<table>
+<tr><th>item</th><th>source</th><th>verdict</th><th>seconds</th></tr>
+{% for r in records %}
+<tr><td><a href="#{{ r.experiment }}">{{ r.title }}</a></td><td>{{ r.source }}</td>
+<td class="{{ 'yes' if r.verdict.reproduced else 'no' }}">
+{{ 'reproduced' if r.verdict.reproduced else 'not reproduced' }}</td><td>{{ '%.0f' % r.seconds }}</td></tr>
+{% endfor %}
+</table>
+{% for r in records %}
+<h2 id="{{ r.experiment }}">{{ r.title }}</h2>
+<p class="small">{{ r.source }}</p>
+<img src="data:image/png;base64,{{ r.picture }}" alt="{{ r.caption }}">
+<p><strong class="{{ 'yes' if r.verdict.reproduced else 'no' }}">
+{{ 'Reproduced' if r.verdict.reproduced else 'Not reproduced' }}.</strong> {{ r.verdict.text }}</p>
+<p class="small">narrowdeep reproduce {{ r.experiment }}{{ ' --full' if r.full }} --seed {{ r.seed }}
+--dtype {{ r.dtype }} ({{ r.device }}, {{ r.threads }} threads; {{ '%.0f' % r.seconds }} s;
+torch {{ r.versions.torch }})<br>
+{% for name, value in r.settings.items() %}{{ name }} = {{ value }}{{ '' if loop.last else '; ' }}{% endfor %}</p>
+{% endfor %}
+</body>
+</html>
+"""
+
+
+def write_page(out: Path, names: Sequence[str]) -> Path:
+    """Write ``out/index.html`` from the records and pictures that are there, in the order of ``names``."""
+    records: list[dict[str, Any]] = []
+    for name in names:
+        record, picture = out / f"{name}.json", out / f"{name}.png"
+        if record.exists() and picture.exists():
+            encoded = base64.b64encode(picture.read_bytes()).decode()
+            records.append(json.loads(record.read_text()) | {"picture": encoded})
+    page = out / "index.html"
+    write_text(page, Environment(autoescape=True).from_string(_TEMPLATE).render(records=records))
+    return page
