@@ -93,8 +93,8 @@ def _verdict(settings: AccumulationSettings, result: dict[str, Any]) -> Verdict:
     text = (
         f"The thesis shows (as a picture) that the target value is reached by the accumulated effect of 10,000 layers. "
         f"Here no layer of {settings.depth:,} adds more than {100 * share:.2g}% of the largest output (an equal share "
-        f"is {100 / settings.depth:.2g}%), the curves are within {100 * straight:.2g}% of a straight line to their end, "
-        f"and the outputs are off the true function by at most {number(error)}."
+        f"is {100 / settings.depth:.2g}%), the curves are within {100 * straight:.2g}% of a straight line to their "
+        f"end, and the outputs are off the true function by at most {number(error)}."
     )
     return Verdict(reproduced, text if reproduced else f"{text} That is not an accumulation over all layers.")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from narrowdeep.experiments.base import Context, Experiment, Verdict
+from narrowdeep.experiments.base import Context, Experiment, Verdict, number
 from narrowdeep.modules import DeepNarrowCNN, DeepNarrowMLP
 
 if TYPE_CHECKING:
@@ -90,10 +90,11 @@ def _verdict(settings: DiagramSettings, result: dict[str, Any]) -> Verdict:
     counts = Counter(kind for layer in result["layers"] for row in layer["weight"] for kind in row)
     what = "filters" if settings.image else "weights"
     parts = ", ".join(f"{counts[kind]} are {kind}" for kind in (ONE, SCALE, GAUSSIAN, ZERO))
+    output = "exactly 0" if result["largest_output"] == 0 else f"up to {number(result['largest_output'])}"
     text = (
         f"Of the {sum(counts.values())} {what} of a network of {settings.depth} layers, {parts}. Their places and "
-        f"those of the biases {'are' if same else 'are not'} the ones that the thesis defines, and the output on 64 random "
-        f"inputs is {'exactly 0' if result['largest_output'] == 0 else result['largest_output']} at initialisation."
+        f"those of the biases {'are' if same else 'are not'} the ones that the thesis defines, and the output on 64 "
+        f"random inputs is {output} at initialisation."
     )
     return Verdict(reproduced, text)
 

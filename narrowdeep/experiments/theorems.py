@@ -163,7 +163,7 @@ def _draw(settings: TheoremSettings, result: dict[str, Any]) -> Figure:
         axes.set_title(title)
         axes.set_xlabel("depth L (affine layers)")
         axes.grid(which="both", alpha=0.15)
-        axes.set_ylim(bottom=1e-9)
+        axes.set_ylim(1e-9, 1.0)
         axes.legend(loc="lower left", title="theorem: relative error of (fitted slope)", fontsize=7.5, title_fontsize=8)
         if column == 0:
             axes.set_ylabel("relative error, root mean square over trials")
