@@ -8,6 +8,7 @@ from narrowdeep.commands.info import info
 from narrowdeep.commands.ntk import ntk
 from narrowdeep.commands.plan import plan
 from narrowdeep.commands.profile import profile
+from narrowdeep.commands.record import record
 from narrowdeep.commands.reproduce import reproduce
 from narrowdeep.commands.train import train
 
@@ -24,6 +25,7 @@ app.command()(ntk)
 app.command()(plan)
 app.command()(profile)
 app.command()(reproduce)
+app.command()(record)
 app.command()(info)
 
 
