@@ -1,7 +1,8 @@
 """Registers, memory and instruction mix of every Triton kernel, without a GPU: compiled and disassembled.
 
-``python -m benchmarks.gpu.static_figures`` writes docs/gpu_static.json for the installed Triton (minutes). A test
-compiles some of it again and compares. Instruction counts are those of the loop over layers, as issued by one warp.
+``python -m benchmarks.gpu.static_figures`` writes docs/gpu_static.json for the installed Triton (minutes); a test
+compiles all of it again and compares. Instruction counts are those of the innermost loop, over layers, samples,
+positions or entries, as issued by one warp.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 import argparse
 import collections
 import json
+import multiprocessing
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ from triton.compiler import ASTSource
 
 from narrowdeep.ops import triton_chain, triton_common
 from narrowdeep.ops.conv import triton as conv
+from narrowdeep.ops.gram import triton as gram
 from narrowdeep.ops.mlp import triton as mlp
 from narrowdeep.ops.triton_common import Block
 
@@ -46,7 +50,7 @@ _CHAIN: dict[str, tuple[Any, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Entry:
-    """One compiled kernel; ``offset`` None where the form makes no difference."""
+    """One compiled kernel; ``offset`` None and ``width`` 0 where form and width make no difference."""
 
     family: str
     kernel: str
@@ -58,7 +62,8 @@ class Entry:
     def __str__(self) -> str:
         form = {True: "offset ", False: "plain ", None: ""}[self.offset]
         kind = str(self.dtype).removeprefix("torch.")
-        return f"{self.family} {self.kernel} {kind} {form}n={self.width} sm_{self.target}"
+        width = f"n={self.width} " if self.width else ""
+        return f"{self.family} {self.kernel} {kind} {form}{width}sm_{self.target}"
 
 
 @dataclass(frozen=True)
@@ -102,28 +107,39 @@ def entries() -> Iterator[Entry]:
                                 yield Entry(name, kernel, dtype, False, width, target)
                     if width <= 16:
                         yield Entry(name, "weight_gradient", dtype, None, width, target)
+                        gram_kernel = "gram_sums" if name == "mlp" else "filter_jacobians"
+                        yield Entry(name, gram_kernel, dtype, None, width, target)
+        for dtype in DTYPES:
+            yield Entry("conv", "pair_sums", dtype, None, 0, target)
 
 
 def _kernel(entry: Entry) -> tuple[Any, dict[str, Any], Block]:
     """(the function, its constants, its block)."""
-    x, weight = _tensors(entry)
-    if entry.kernel != "weight_gradient":
+    n = entry.width
+    image = {"TAP": 3, "HEIGHT": 7, "LENGTH": 7}
+    if entry.kernel in _CHAIN:
+        x, weight = _tensors(entry)
         family = mlp.FAMILY if entry.family == "mlp" else conv.FAMILY
         function, more = _CHAIN[entry.kernel]
         with mock.patch.object(triton_common, "capability", return_value=entry.target):
             block = family.blocks(entry.kernel, x, weight, bool(entry.offset))[0]
-        return (
-            function,
-            triton_chain.constants(family, entry.kernel, x, weight, bool(entry.offset), block) | more,
-            block,
-        )
+        options = triton_chain.constants(family, entry.kernel, x, weight, bool(entry.offset), block) | more
+        return function, options, block
+    if entry.kernel == "gram_sums":
+        options = {"WEIGHT": True, "BIAS": True, "DIAGONAL": False, "WIDTH": n, "LAYERS": 64, "PAIRS": gram.PAIRS}
+        return gram.gram_sums, options, Block(gram.PAIRS, 4)
+    if entry.kernel == "pair_sums":
+        options = {"DIAGONAL": False, "PAIRS": gram.TILE_PAIRS, "ENTRIES": gram.TILE_ENTRIES}
+        return gram.pair_sums, options, Block(gram.TILE_PAIRS, 4)
     if entry.family == "mlp":
-        rows, samples = mlp.weight_gradient_block(entry.width, entry.dtype)
-        options = {"WIDTH": entry.width, "ROWS": rows, "SPLIT": 4096, "BLOCK": samples, "ALIGNED": True}
+        rows, samples = mlp.weight_gradient_block(n, entry.dtype)
+        options = {"WIDTH": n, "ROWS": rows, "SPLIT": 4096, "BLOCK": samples, "ALIGNED": True}
         return mlp.weight_gradient, options, Block(samples, 4)
-    rows = conv.weight_gradient_rows(entry.width, 3)
-    options = {"WIDTH": entry.width, "ROWS": rows, "TAP": 3, "HEIGHT": 7, "LENGTH": 7, "SPLIT": 8192, "BLOCK": 128}
-    return conv.weight_gradient, options, Block(128, 4)
+    options = image | {"ROWS": conv.weight_gradient_rows(n, 3), "BLOCK": 128}
+    if entry.kernel == "filter_jacobians":
+        options |= {"WEIGHT": True, "BIAS": True, "UNITS": n, "CHANNELS": n}
+        return gram.filter_jacobians, options, Block(128, 4)
+    return conv.weight_gradient, options | {"WIDTH": n, "SPLIT": 8192}, Block(128, 4)
 
 
 def _tool(name: str, *arguments: str) -> str:
@@ -156,7 +172,8 @@ def measure(entry: Entry) -> Figures:
         if name in options:
             signature[name], constants[(i,)] = "constexpr", options[name]
         elif name.endswith("_ptr"):
-            signature[name], hints[(i,)] = "*" + _POINTEE[entry.dtype], [["tt.divisibility", 16]]
+            pointee = "fp64" if name == "sums_ptr" else _POINTEE[entry.dtype]
+            signature[name], hints[(i,)] = "*" + pointee, [["tt.divisibility", 16]]
         else:
             signature[name] = "i32"
     compiled = triton.compile(
@@ -187,6 +204,13 @@ def measure(entry: Entry) -> Figures:
     )
 
 
+def measure_all(wanted: Iterable[Entry]) -> Iterator[tuple[Entry, Figures]]:
+    """In two processes, each figure as soon as it and those before it are there."""
+    wanted = list(wanted)
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from zip(wanted, pool.map(measure, wanted), strict=True)
+
+
 def main() -> None:
     """Write the table; figures already there for this Triton are kept unless --fresh."""
     parser = argparse.ArgumentParser(description=main.__doc__)
@@ -196,12 +220,11 @@ def main() -> None:
     table: dict[str, Any] = json.loads(TABLE.read_text()) if TABLE.exists() and not arguments.fresh else {}
     if table.get("triton") != triton.__version__:
         table = {"triton": triton.__version__, "kernels": {}}
-    for entry in entries():
-        if str(entry) not in table["kernels"] and re.search(arguments.only, str(entry)):
-            figures = measure(entry)
-            table["kernels"][str(entry)] = asdict(figures)
-            print(f"{entry}: {figures}", flush=True)
-            TABLE.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+    missing = [e for e in entries() if str(e) not in table["kernels"] and re.search(arguments.only, str(e))]
+    for entry, figures in measure_all(missing):
+        table["kernels"][str(entry)] = asdict(figures)
+        print(f"{entry}: {figures}", flush=True)
+        TABLE.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

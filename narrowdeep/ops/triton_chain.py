@@ -41,6 +41,7 @@ from narrowdeep.ops.triton_common import (
     prefetch,
     product,
     read_bias,
+    read_moved,
     read_state,
     write_state,
     zeros_like_state,
@@ -345,7 +346,7 @@ def chain_backward(
     h_ptr -= first * matrix
     g_ptr -= (first + 1) * matrix
     if OFFSET:
-        moved = read_state(grad_in_ptr, column, batch, WIDTH, ROWS)
+        moved = read_moved(grad_in_ptr, column, batch, MIDDLE, WIDTH, ROWS)
         base = add_states(read_state(fixed_ptr, column, batch, WIDTH, ROWS), moved, COUNT)
         g = read_state(grad_in_ptr + matrix, column, batch, WIDTH, ROWS)
     else:

@@ -119,18 +119,36 @@ def kept(i: tl.constexpr, MIDDLE: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
+def read_entry(ptr, column, batch, i: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    """Entry i of the (n, B) matrix at ptr; 0 outside."""
+    if ROWS == 1:
+        entry = tl.load(ptr + i * batch + column, mask=column < batch, other=0.0)
+    else:
+        unit = unit_index(i, ROWS)
+        inside = (unit < WIDTH) & (column[None, :] < batch)
+        entry = tl.load(ptr + unit * batch + column[None, :], mask=inside, other=0.0)
+    return entry
+
+
+@triton.jit
 def read_state(ptr, column, batch, WIDTH: tl.constexpr, ROWS: tl.constexpr):
-    """Entries of the (n, B) matrix at ptr; 0 outside."""
+    """Entries of the (n, B) matrix at ptr."""
     state = ()
     for i in tl.static_range((WIDTH + ROWS - 1) // ROWS):
-        if ROWS == 1:
-            entry = tl.load(ptr + i * batch + column, mask=column < batch, other=0.0)
-        else:
-            unit = unit_index(i, ROWS)
-            inside = (unit < WIDTH) & (column[None, :] < batch)
-            entry = tl.load(ptr + unit * batch + column[None, :], mask=inside, other=0.0)
-        state = state + (entry,)
+        state = state + (read_entry(ptr, column, batch, i, WIDTH, ROWS),)
     return state
+
+
+@triton.jit
+def read_moved(ptr, column, batch, MIDDLE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    """``read_state`` of a moved part. Its middle unit never moves, and so takes no register."""
+    moved = ()
+    for i in tl.static_range((WIDTH + ROWS - 1) // ROWS):
+        entry = read_entry(ptr, column, batch, i, WIDTH, ROWS)
+        if ROWS == 1 and i == MIDDLE:
+            entry = tl.zeros_like(entry)
+        moved = moved + (entry,)
+    return moved
 
 
 @triton.jit

@@ -87,7 +87,7 @@ def triton_status() -> dict[str, Any]:
             kernels[f"mlp {kernel}"] = f"{widths}; {past} (cuBLAS)"
             kernels[f"conv {kernel}"] = f"{conv_limits(kernel)}; {past} (cuDNN)"
         kernels["mlp gram"] = f"width <= {WIDEST}; {past}"
-        kernels["conv gram"] = "one layer at a time"
+        kernels["conv gram"] = f"{conv_limits('backward')}; {past}"
     return {
         "available": reason is None,
         "reason": reason,

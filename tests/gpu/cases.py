@@ -122,11 +122,12 @@ def check_gram(gram_case: GramCase, gram: Callable[..., Tensor]) -> None:
     """The gram op against the reference."""
     case = gram_case.case
     x1, *params = draw_inputs(case)
-    x2 = draw(gram_case.others, case.in_features, dtype=case.dtype, seed=50) if gram_case.others else x1
+    x2 = draw(gram_case.others, *x1.shape[1:], dtype=case.dtype, seed=50) if gram_case.others else x1
     settings = (SCALE, case.offset, gram_case.others == 0, gram_case.trainable, gram_case.reduce)
     actual = gram(x1, x2, *params, *settings)
     reference: Callable[..., Tensor] = gram_reference.gram
-    expected = reference(gram_reference.MLP, x1, x2, *params, *settings)
+    family = gram_reference.CNN if case.image else gram_reference.MLP
+    expected = reference(family, x1, x2, *params, *settings)
     assert actual.shape == expected.shape
     assert actual.dtype == torch.float64
     if expected.numel():

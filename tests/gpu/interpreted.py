@@ -31,6 +31,10 @@ GRAMS = [
     GramCase(Case(1, 2, 4, 18, False, F64, 0), 0, 2),
     GramCase(Case(2, 1, 3, 3, True, F64, 0), 2, 1, trainable=0b110111),
     GramCase(Case(1, 1, 3, 0, True, F64, 0), 2, 0),
+    GramCase(Case(1, 1, 3, 3, True, F32, 0, image=(3, 2)), 2, 0),
+    GramCase(Case(1, 4, 4, 2, True, F64, 0, image=(1, 2)), 0, 2, trainable=0b101011),
+    GramCase(Case(1, 1, 3, 1, False, F64, 0, image=(1, 2), width=2, tap=5), 3, 1, trainable=0b011110),
+    GramCase(Case(1, 1, 3, 2, False, F32, 0, image=(1, 1), width=8, tap=1), 33, 0),
 ]
 MLP: Ops = (mlp.mlp_forward, mlp.mlp_backward, mlp.mlp_jvp)
 CONV: Ops = (conv.conv_forward, conv.conv_backward, conv.conv_jvp)
@@ -41,7 +45,7 @@ def main() -> None:
     for case in cases:
         try:
             if isinstance(case, GramCase):
-                check_gram(case, gram.mlp_gram)
+                check_gram(case, gram.conv_gram if case.case.image else gram.mlp_gram)
             else:
                 check(case, CONV if case.image else MLP)
             failure = None

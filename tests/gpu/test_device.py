@@ -12,8 +12,10 @@ from torch import Tensor
 import narrowdeep
 from narrowdeep.ops import triton_common
 from narrowdeep.ops.conv.op import ops as conv_ops
+from narrowdeep.ops.gram.op import conv_gram, mlp_gram
+from narrowdeep.ops.gram.reference import DIAGONAL, FULL, TRACE
 from narrowdeep.ops.mlp.op import ops as mlp_ops
-from tests.gpu.cases import Case, Ops, check
+from tests.gpu.cases import Case, GramCase, Ops, check, check_gram
 
 F32, F64 = torch.float32, torch.float64
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -70,6 +72,16 @@ def test_large_batch(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("outputs", "image", "tap"), [(1, (7, 7), 3), (2, (3, 5), 1), (1, (4, 6), 5)])
 def test_conv(outputs: int, image: tuple[int, int], tap: int, dtype: torch.dtype, segment: int, device: str) -> None:
     check(Case(1, outputs, 36, 5, True, dtype, segment, image=image, tap=tap), ops_of(conv_ops, device))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("reduce", [FULL, TRACE, DIAGONAL], ids=["full", "trace", "diagonal"])
+@pytest.mark.parametrize("others", [0, 33])
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("image", [(), (7, 5)])
+def test_tangent_kernel(image: tuple[int, ...], dtype: torch.dtype, others: int, reduce: int, device: str) -> None:
+    case = Case(1, 2, 37, 17, True, dtype, 0, image=image)
+    check_gram(GramCase(case, others, reduce), through(conv_gram if image else mlp_gram, device))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -87,23 +87,42 @@ def test_random_warp_order(case: Case, seed: int) -> None:
     run(case, Simulator(80, mode="warp", seed=seed), choose_block=lambda *args: args[-1](Block(samples, 2)))
 
 
-@pytest.mark.parametrize("target", [80, 90])
-@pytest.mark.parametrize(
-    "case",
-    [
-        GramCase(Case(1, 1, 6, 5, True, F32, 0), 3, 0),
-        GramCase(Case(1, 2, 4, 18, False, F64, 0), 0, 0),
-        GramCase(Case(2, 1, 3, 3, True, F64, 0), 2, 1, trainable=0b110111),
-    ],
-    ids=str,
-)
-def test_gram(case: GramCase, target: int) -> None:
+GRAMS = [
+    GramCase(Case(1, 1, 6, 5, True, F32, 0), 3, 0),
+    GramCase(Case(2, 1, 3, 3, True, F64, 0), 2, 1, trainable=0b110111),
+    GramCase(Case(1, 1, 4, 3, True, F32, 0, image=(2, 3)), 2, 0),
+    GramCase(Case(1, 2, 3, 2, False, F64, 0, image=(3, 2), width=7), 0, 2, trainable=0b011011),  # two groups of rows
+]
+
+
+def run_gram(case: GramCase, simulator: Simulator, **limits: Any) -> None:
     load()
-    simulator = Simulator(target)
     stand_ins: dict[str, Any] = {"launch": simulator.launch, "empty": simulator.empty}
-    with mock.patch.multiple(triton_chain, **stand_ins), mock.patch.multiple(gram, **stand_ins):
-        check_gram(case, gram.mlp_gram)
-    assert "gram_sums" in simulator.launches
+    with mock.patch.multiple(triton_chain, **stand_ins | limits), mock.patch.multiple(gram, **stand_ins):
+        check_gram(case, gram.conv_gram if case.case.image else gram.mlp_gram)
+    expected = {"filter_jacobians", "pair_sums"} if case.case.image else {"gram_sums"}
+    assert expected <= set(simulator.launches)
+
+
+@pytest.mark.parametrize("target", [80, 90])
+@pytest.mark.parametrize("case", [*GRAMS, GramCase(Case(1, 2, 4, 18, False, F64, 0), 0, 0)], ids=str)
+def test_gram(case: GramCase, target: int) -> None:
+    run_gram(case, Simulator(target))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("case", GRAMS[1:], ids=str)
+def test_gram_in_random_warp_order(case: GramCase, seed: int) -> None:
+    samples = 4 if case.case.image else 32
+    run_gram(case, Simulator(80, mode="warp", seed=seed), choose_block=lambda *args: args[-1](Block(samples, 2)))
+
+
+def test_gram_in_parts() -> None:
+    """Groups of one segment, Jacobians of one layer at a time."""
+    simulator = Simulator(90)
+    run_gram(GramCase(Case(1, 1, 6, 2, True, F64, 0, image=(2, 1)), 0, 0), simulator, SCRATCH_BYTES=1)
+    assert simulator.launches.count("chain_backward") == 2
+    assert simulator.launches.count("pair_sums") == 6  # every layer's own
 
 
 @pytest.mark.parametrize("dtype", [F32, F64])

@@ -24,11 +24,10 @@ CHECKED = [
     Entry("mlp", "forward", F32, True, 32, 80),
     Entry("conv", "forward", F32, True, 3, 90),
     Entry("conv", "weight_gradient", F64, None, 3, 80),
+    Entry("mlp", "gram_sums", F32, None, 4, 90),
+    Entry("conv", "filter_jacobians", F64, None, 3, 75),
+    Entry("conv", "pair_sums", F32, None, 0, 80),
 ]
-OUTSIDE_THE_LOOP = {
-    # Whatever the block: ptxas keeps one value on the stack, written and read once, outside the loop over layers.
-    "mlp backward float32 offset n=16 sm_100": 8,
-}
 REQUIRED = {
     "mlp forward float32 plain n=4 sm_90": 0.55,
     "mlp forward float32 plain n=8 sm_90": 0.65,
@@ -48,7 +47,7 @@ def table() -> dict[str, Any]:
 
 def test_table_is_complete_and_nothing_spills(table: dict[str, Any]) -> None:
     assert set(table) == {str(entry) for entry in ENTRIES}
-    assert {name: f["spills"] for name, f in table.items() if f["spills"]} == OUTSIDE_THE_LOOP
+    assert {name: f["spills"] for name, f in table.items() if f["spills"]} == {}
     for name, figures in table.items():
         # What a program may use: 64 KiB of shared memory on sm_75, 255 registers a thread, 65,536 a program.
         assert figures["shared"] <= 64 << 10, name

@@ -1,8 +1,8 @@
 """The empirical tangent kernel's raw ops: ``narrowdeep::mlp_gram`` and ``narrowdeep::conv_gram``.
 
 ``x1`` is (N1, in) or (N1, C, H, W) and ``x2`` alike; the six parameters are stacked as in the modules. The CPU engine
-(``csrc/``) implements them; ``reference.py`` says what they compute, and what ``trainable`` and ``reduce`` mean. They
-have no derivative.
+(``csrc/``) and the Triton kernels implement them; ``reference.py`` says what they compute, and what ``trainable`` and
+``reduce`` mean. They have no derivative.
 """
 
 from __future__ import annotations
@@ -35,10 +35,7 @@ def _define(name: str, family: reference.Family) -> Callable[..., Tensor]:
             shape += (outputs,) if reduce == reference.DIAGONAL else (outputs, outputs)
         return x1.new_empty(shape, dtype=torch.float64)
 
-    if family is reference.MLP:
-        triton_dispatch.register(chain.library, name, "narrowdeep.ops.gram.triton", partial(reference.gram, family))
-    else:
-        chain.library.impl(name, partial(reference.gram, family), "CUDA")
+    triton_dispatch.register(chain.library, name, "narrowdeep.ops.gram.triton", partial(reference.gram, family))
     return getattr(torch.ops.narrowdeep, name).default
 
 
