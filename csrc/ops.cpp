@@ -136,6 +136,25 @@ Sizes check_chain(const Tensor& x, const Params& p, bool offset, int64_t segment
   return {x.size(0), in, width, out, layers};
 }
 
+// The same for the hidden layers after state `first`, and the two weights alone.
+Sizes check_part(const Tensor& x, const Tensor& hidden_weight, const Tensor& hidden_bias, int64_t outputs, bool offset,
+                 int64_t first, int64_t segment, const std::vector<int64_t>& tap) {
+  const int64_t dims = int64_t(2 + tap.size());
+  check_input(x, dims);
+  STD_TORCH_CHECK(hidden_weight.dim() == dims + 1, "hidden_weight must have ", dims + 1, " dimensions, got ", hidden_weight.dim());
+  STD_TORCH_CHECK(segment >= 0, "segment must be at least 0, got ", segment);
+  STD_TORCH_CHECK(first >= 1, "first must be at least 1, got ", first);
+  const int64_t in = x.size(1), width = hidden_weight.size(1), layers = hidden_weight.size(0);
+  check_shape("hidden_weight", hidden_weight, joined({layers, width, width}, tap));
+  check_shape("hidden_bias", hidden_bias, {layers, width});
+  STD_TORCH_CHECK(width >= 1 && in >= 1 && outputs >= 1, "hidden_weight, x and outputs must not be empty");
+  STD_TORCH_CHECK(!offset || width == in + 1 + outputs, "hidden_weight must have in + 1 + out = ", in + 1 + outputs,
+                  " rows in offset form, got ", width);
+  check_like("hidden_weight", hidden_weight, x);
+  check_like("hidden_bias", hidden_bias, x);
+  return {x.size(0), in, width, outputs, layers};
+}
+
 // A segment of more layers than there are is all of them; kernels compute with it and must not overflow.
 int64_t bounded_segment(int64_t segment, int64_t layers) {
   return segment > 1 && segment > layers ? (layers > 2 ? layers : 2) : segment;
@@ -166,8 +185,18 @@ struct Conv {
 
   static Shape shape(const Tensor& x, const Params& p, double scale, bool offset, int64_t segment) {
     const int64_t size = p.first_weight.dim() == 4 ? p.first_weight.size(3) : 0;
-    const Sizes s = check_chain(x, p, offset, segment, {size, size});
-    STD_TORCH_CHECK(size % 2 == 1, "first_weight must have filters of odd size, got ", size);
+    return of(check_chain(x, p, offset, segment, {size, size}), x, size, scale, offset, segment);
+  }
+  static Shape part(const Tensor& x, const Tensor& hidden_weight, const Tensor& hidden_bias, int64_t outputs, double scale,
+                    bool offset, int64_t first, int64_t segment) {
+    const int64_t size = hidden_weight.dim() == 5 ? hidden_weight.size(4) : 0;
+    const Sizes s = check_part(x, hidden_weight, hidden_bias, outputs, offset, first, segment, {size, size});
+    Shape shape = of(s, x, size, scale, offset, segment);
+    shape.first = first;
+    return shape;
+  }
+  static Shape of(const Sizes& s, const Tensor& x, int64_t size, double scale, bool offset, int64_t segment) {
+    STD_TORCH_CHECK(size % 2 == 1, "filters must have an odd size, got ", size);
     STD_TORCH_CHECK(x.size(2) >= 1 && x.size(3) >= 1, "x must have images of at least 1x1 pixels, got ", x.size(2), "x",
                     x.size(3));
     return {s.batch, s.in, s.width, s.out, size, x.size(2), x.size(3), s.layers, bounded_segment(segment, s.layers), offset, scale};
@@ -266,6 +295,78 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
           grads.hidden_bias, grads.last_weight,  grads.last_bias};
 }
 
+// State `first` is one row of what the forward saves, and `next` the state after all layers of hidden_weight; `saved` holds
+// those in between, as the forward saves them.
+template <class Family>
+std::vector<int64_t> state_shape(const typename Family::Shape& s) {
+  return joined({s.offset ? 2 : 1}, Family::state(s));
+}
+template <class Family>
+std::vector<int64_t> saved_part_shape(const typename Family::Shape& s) {
+  const int64_t states = s.layers && s.segment ? (s.layers + s.segment - 1) / s.segment - 1 : 0;
+  return joined({states, s.segment > 1 && s.offset ? 2 : 1}, Family::state(s));
+}
+
+template <class Family>
+std::tuple<Tensor, Tensor> advance(Tensor state_any, Tensor x_any, Tensor wh_any, Tensor bh_any, int64_t outputs, double scale,
+                                   bool offset, int64_t first, int64_t segment) {
+  const Tensor state = torch::stable::contiguous(state_any), x = torch::stable::contiguous(x_any);
+  const Tensor wh = torch::stable::contiguous(wh_any), bh = torch::stable::contiguous(bh_any);
+  const typename Family::Shape shape = Family::part(x, wh, bh, outputs, scale, offset, first, segment);
+  check_like("state", state, x);
+  check_shape("state", state, state_shape<Family>(shape));
+  Tensor next = torch::stable::new_empty(x, state_shape<Family>(shape));
+  Tensor saved = new_large(x, saved_part_shape<Family>(shape));
+  if (shape.batch == 0) return {next, saved};
+  dispatch(x, [&](auto zero) {
+    using T = decltype(zero);
+    Family::template kernels<T>().advance({shape, wh.const_data_ptr<T>(), bh.const_data_ptr<T>(), x.const_data_ptr<T>(),
+                                           state.const_data_ptr<T>(), next.mutable_data_ptr<T>(), saved.mutable_data_ptr<T>()},
+                                          pool());
+  });
+  return {next, saved};
+}
+
+template <class Family>
+std::tuple<Tensor, Tensor, Tensor> retreat(Tensor grad_state_any, Tensor grad_out_any, Tensor state_any, Tensor x_any,
+                                           Tensor wh_any, Tensor bh_any, Tensor saved_any, int64_t outputs, double scale,
+                                           bool offset, int64_t first, int64_t segment, bool need_params) {
+  using torch::stable::contiguous;
+  const Tensor grad_state = contiguous(grad_state_any), grad_out = contiguous(grad_out_any), state = contiguous(state_any);
+  const Tensor x = contiguous(x_any), wh = contiguous(wh_any), bh = contiguous(bh_any), saved = contiguous(saved_any);
+  typename Family::Shape shape = Family::part(x, wh, bh, outputs, scale, offset, first, segment);
+  check_like("grad_out", grad_out, x);
+  check_shape("grad_out", grad_out, {shape.batch, outputs});
+  for (const auto& [name, tensor] : {std::pair<const char*, const Tensor&>("state", state), {"grad_state", grad_state}}) {
+    check_like(name, tensor, x);
+    check_shape(name, tensor, state_shape<Family>(shape));
+  }
+  check_like("saved", saved, x);
+  check_shape("saved", saved, saved_part_shape<Family>(shape));
+  if (segment == 0) shape.segment = shape.layers > 2 ? shape.layers : 2;  // one, from `state`
+  Tensor next = torch::stable::new_empty(x, state_shape<Family>(shape));
+  const auto gradient_of = [&](const Tensor& like) {
+    if (!need_params) return torch::stable::new_empty(like, {0});
+    const torch::headeronly::IntHeaderOnlyArrayRef sizes = like.sizes();
+    Tensor gradient = new_large(like, std::vector<int64_t>(sizes.begin(), sizes.end()));
+    if (shape.batch == 0 || Family::kAddsToGradients) torch::stable::zero_(gradient);
+    return gradient;
+  };
+  const Tensor grad_wh = gradient_of(wh), grad_bh = gradient_of(bh);
+  if (shape.batch > 0) {
+    dispatch(x, [&](auto zero) {
+      using T = decltype(zero);
+      narrowdeep::ChainRetreat<typename Family::Shape, T> args{
+          shape,
+          wh.const_data_ptr<T>(), bh.const_data_ptr<T>(), x.const_data_ptr<T>(), grad_out.const_data_ptr<T>(),
+          grad_state.const_data_ptr<T>(), state.const_data_ptr<T>(), saved.const_data_ptr<T>(), next.mutable_data_ptr<T>(),
+          need_params ? grad_wh.mutable_data_ptr<T>() : nullptr, need_params ? grad_bh.mutable_data_ptr<T>() : nullptr};
+      Family::template kernels<T>().retreat(args, pool());
+    });
+  }
+  return {next, grad_wh, grad_bh};
+}
+
 template <class Family>
 Tensor jvp(Tensor x_any, Tensor w1, Tensor b1, Tensor wh, Tensor bh, Tensor wl, Tensor bl, std::optional<Tensor> x_t,
                std::optional<Tensor> w1_t, std::optional<Tensor> b1_t, std::optional<Tensor> wh_t,
@@ -343,6 +444,8 @@ STABLE_TORCH_LIBRARY_IMPL(narrowdeep, CPU, m) {
   m.impl("conv_forward", TORCH_BOX(&forward<Conv>));
   m.impl("conv_backward", TORCH_BOX(&backward<Conv>));
   m.impl("conv_jvp", TORCH_BOX(&jvp<Conv>));
+  m.impl("conv_advance", TORCH_BOX(&advance<Conv>));
+  m.impl("conv_retreat", TORCH_BOX(&retreat<Conv>));
   m.impl("mlp_gram", TORCH_BOX(&gram<Mlp>));
   m.impl("conv_gram", TORCH_BOX(&gram<Conv>));
 }

@@ -34,6 +34,25 @@ struct ChainBackward {
   ChainParams<T> grads;  // all null when not needed; zeroed by the caller for a family that adds to them
 };
 
+// State `first` to state `first + layers`. A state is one row of what the forward saves: (2 or 1, width)[image](batch).
+template <class Shape, class T>
+struct ChainAdvance {
+  Shape shape;
+  const T *hidden_weight, *hidden_bias;
+  const T *x, *state;
+  T *next, *saved;  // saved: states after `first`, as the forward saves them
+};
+
+// The gradient of state `first + layers` to that of state `first`, which is `state`.
+template <class Shape, class T>
+struct ChainRetreat {
+  Shape shape;
+  const T *hidden_weight, *hidden_bias;
+  const T *x, *grad_out, *grad_state, *state, *saved;
+  T* next;                                    // the gradient of state `first`
+  T *grad_hidden_weight, *grad_hidden_bias;  // both null when not needed; zeroed as those of ChainBackward
+};
+
 template <class Shape, class T>
 struct ChainJvp {
   Shape shape;
@@ -48,6 +67,8 @@ struct ChainKernels {
   void (*forward)(const ChainForward<Shape, T>&, const Parallel&);
   void (*backward)(const ChainBackward<Shape, T>&, const Parallel&);
   void (*jvp)(const ChainJvp<Shape, T>&, const Parallel&);
+  void (*advance)(const ChainAdvance<Shape, T>&, const Parallel&);
+  void (*retreat)(const ChainRetreat<Shape, T>&, const Parallel&);
 };
 
 }  // namespace narrowdeep

@@ -2,7 +2,8 @@
 // that its states stay in the cache. The backward runs a segment again from its saved state inside the tile.
 //
 // States are numbered as in narrowdeep/ops/reference.py: state 1 follows the first layer, state L - 1 = layers + 1 is
-// the last hidden one, and L stands for the output. Hidden layer t - 2 leads to state t.
+// the last hidden one, and L stands for the output. An advance or a retreat goes through the hidden layers between states
+// `first` and last_state alone. Hidden layer t - 1 - first leads to state t.
 #pragma once
 
 #include "common/state.h"
@@ -30,7 +31,7 @@ struct ConvGeometry {
       : shape(s),
         plane{s.image_height, s.image_width},
         positions(s.image_height * s.image_width),
-        last_state(s.layers + 1),
+        last_state(s.first + s.layers),
         right(s.width - s.out),
         row(positions * kLanes<T>),
         state(s.width * row),
@@ -91,6 +92,28 @@ class TileState {
     total(whole);
   }
 
+  // The saved form of the present state: moved and rest, or the state alone in plain form; rows of `stride` samples.
+  void save(int64_t valid, T* to, int64_t stride) const {
+    const int64_t units = geometry_.shape.width * geometry_.positions;
+    if (geometry_.shape.offset) {
+      store_rows(units, int64_t(kLanes<T>), valid, moved, to, stride);
+      to += units * stride;
+    }
+    store_rows(units, int64_t(kLanes<T>), valid, rest, to, stride);
+  }
+
+  // The way back, with the whole state in `whole`.
+  void restore(int64_t valid, const T* from, int64_t stride, T* whole) {
+    const int64_t units = geometry_.shape.width * geometry_.positions;
+    if (geometry_.shape.offset) {
+      load_rows(units, int64_t(kLanes<T>), valid, from, stride, moved);
+      from += units * stride;
+    }
+    load_rows(units, int64_t(kLanes<T>), valid, from, stride, rest);
+    set_floor();
+    total(whole);
+  }
+
  private:
   const ConvGeometry<T>& geometry_;
   Buffer memory_;
@@ -147,32 +170,12 @@ class TileForward {
   // State t from state t - 1.
   void step(int64_t t, const T* before, T* h) {
     const ConvShape& s = geometry_.shape;
-    const StateEpilogue<T> epilogue{params_.hidden_bias + (t - 2) * s.width, geometry_.keep, state.floor,
-                                    state.rest,                              h,              geometry_.positions};
-    correlate(forward_filter(params_.hidden_weight + (t - 2) * geometry_.hidden_size, s.width, s.size), s.width, s.width,
+    const int64_t layer = t - 1 - s.first;
+    const StateEpilogue<T> epilogue{params_.hidden_bias + layer * s.width, geometry_.keep, state.floor,
+                                    state.rest,                            h,              geometry_.positions};
+    correlate(forward_filter(params_.hidden_weight + layer * geometry_.hidden_size, s.width, s.size), s.width, s.width,
               geometry_.plane, before, epilogue);
     state.move(t, h);
-  }
-
-  // The saved form of the present state: moved and a, or h alone in plain form; rows of `stride` samples.
-  void save(int64_t valid, T* to, int64_t stride) const {
-    const int64_t units = geometry_.shape.width * geometry_.positions;
-    if (geometry_.shape.offset) {
-      store_rows(units, int64_t(kLanes<T>), valid, state.moved, to, stride);
-      to += units * stride;
-    }
-    store_rows(units, int64_t(kLanes<T>), valid, state.rest, to, stride);
-  }
-
-  void restore(int64_t valid, const T* from, int64_t stride, T* h) {
-    const int64_t units = geometry_.shape.width * geometry_.positions;
-    if (geometry_.shape.offset) {
-      load_rows(units, int64_t(kLanes<T>), valid, from, stride, state.moved);
-      from += units * stride;
-    }
-    load_rows(units, int64_t(kLanes<T>), valid, from, stride, state.rest);
-    state.set_floor();
-    state.total(h);
   }
 
  private:
@@ -238,7 +241,7 @@ void conv_forward(const ConvForward<T>& args, const Parallel& parallel) {
           store_rows(units, int64_t(kLanes<T>), valid, h, args.saved + (t - 1) * units * s.batch + sample, s.batch);
         } else if (s.segment > 1 && (t - 1) % s.segment == 0 && (t == 1 || t < geometry.last_state)) {
           const int64_t slot = (t - 1) / s.segment, parts = s.offset ? 2 : 1;
-          forward.save(valid, args.saved + slot * parts * units * s.batch + sample, s.batch);
+          forward.state.save(valid, args.saved + slot * parts * units * s.batch + sample, s.batch);
         }
       }
       start_output(geometry, forward.state, args.params.last_bias, z);
@@ -276,6 +279,9 @@ class TileGradient {
   }
   // Where another TileGradient on the same memory stood, below the output.
   void resume() { state_.total(full_); }
+  // After start(): below the output, from what save() wrote.
+  void restore(int64_t valid, const T* from, int64_t stride) { state_.restore(valid, from, stride, full_); }
+  void save(int64_t valid, T* to, int64_t stride) const { state_.save(valid, to, stride); }
 
   // G of hidden layers and of the first.
   T* full() const { return full_; }
@@ -286,7 +292,7 @@ class TileGradient {
   void step(int64_t t, const T* h) {
     const ConvShape& s = geometry_.shape;
     const bool is_last = t == geometry_.last_state + 1;
-    const T* const weight = is_last ? params_.last_weight : params_.hidden_weight + (t - 2) * geometry_.hidden_size;
+    const T* const weight = is_last ? params_.last_weight : params_.hidden_weight + (t - 1 - s.first) * geometry_.hidden_size;
     const GradientEpilogue<T> epilogue{h, geometry_.keep, state_.floor, state_.rest, next_, geometry_.positions};
     correlate(transposed_filter(weight, s.width, s.size), is_last ? s.out : s.width, s.width, geometry_.plane,
               static_cast<const T*>(is_last ? r : full_), epilogue);
@@ -309,17 +315,30 @@ class TileGradient {
   T* const r;  // [out][position][lane]
 };
 
+// What a backward reads and writes: that of a whole chain, or, where `state` is given, of the hidden layers that a
+// retreat goes through.
+template <class T>
+struct BackwardData {
+  const T *x, *grad_out, *saved;
+  T* grad_x;                     // null when not needed
+  const T *state, *grad_state;  // state `first`, and the gradient of the last one
+  T* next;                       // the gradient of state `first`
+};
+
 // The backward of one chunk of tiles; something is saved (segment >= 1). `grads` gains the chunk's weight gradients.
 template <class T>
 class TileBackward {
  public:
-  TileBackward(const ConvGeometry<T>& geometry, const ConvBackward<T>& args, const ConvParams<T>& grads)
+  TileBackward(const ConvGeometry<T>& geometry, const ConvParams<const T>& params, const BackwardData<T>& data,
+               const ConvParams<T>& grads)
       : geometry_(geometry),
         shape_(geometry.shape),
-        args_(args),
+        params_(params),
+        data_(data),
         grads_(grads),
-        forward_(geometry, args.params),
-        gradient_(geometry, args.params),
+        forward_(geometry, params),
+        gradient_(geometry, params),
+        states_wanted_(shape_.layers + (data.state ? 0 : 1)),
         held_(held_states()),
         inner_(inner_segments()),
         memory_(bytes()) {
@@ -331,18 +350,18 @@ class TileBackward {
   void run(int64_t tile) {
     sample_ = tile * kLanes<T>;
     valid_ = min_of(kLanes<T>, shape_.batch - sample_);
-    forward_.load(args_.x + sample_ * shape_.in * geometry_.positions, valid_);
+    forward_.load(data_.x + sample_ * shape_.in * geometry_.positions, valid_);
     load_gradient();
-    const int64_t last = geometry_.last_state;
-    if (shape_.segment == 1) {
-      for (int64_t t = last; t >= 1; --t) run_segment(t, t + 1);
+    const int64_t first = shape_.first, end = first + states_wanted_;
+    // States first, first + segment, ... before the last one are saved.
+    const int64_t slots = shape_.segment == 1 ? states_wanted_ : max_of(1, ceil_div(shape_.layers, shape_.segment));
+    for (int64_t slot = slots - 1; slot >= 0; --slot)
+      run_segment(first + slot * shape_.segment, slot == slots - 1 ? end : first + (slot + 1) * shape_.segment);
+    if (data_.state) {
+      gradient_.save(valid_, data_.next + sample_, shape_.batch);
     } else {
-      // States 1, 1 + segment, ... before the last one are saved.
-      const int64_t slots = max_of(1, ceil_div(shape_.layers, shape_.segment));
-      for (int64_t slot = slots - 1; slot >= 0; --slot)
-        run_segment(1 + slot * shape_.segment, slot == slots - 1 ? last + 1 : 1 + (slot + 1) * shape_.segment);
+      finish();
     }
-    finish();
   }
 
  private:
@@ -352,7 +371,7 @@ class TileBackward {
     return shape_.segment == 1 ? 1 : min_of(most, longest());
   }
   // States from one saved state to the next, the first included; a chain's last segment may have one more.
-  int64_t longest() const { return min_of(shape_.segment + 1, geometry_.last_state); }
+  int64_t longest() const { return max_of(1, min_of(shape_.segment + (data_.state ? 0 : 1), states_wanted_)); }
   int64_t inner_segments() const { return held_ < longest() ? ceil_div(longest(), held_) : 0; }
   int64_t sums_elements() const {
     const int64_t channels = max_of(shape_.width, max_of(shape_.in, shape_.out));
@@ -367,33 +386,41 @@ class TileBackward {
     for (int64_t i = 0; i < shape_.out; ++i)
       for (int64_t s = 0; s < kLanes<T>; ++s) {
         const int64_t from = sample_ + min_of(s, valid_ - 1);
-        const T r = args_.grad_out[from * shape_.out + i] / T(geometry_.positions);
+        const T r = data_.grad_out[from * shape_.out + i] / T(geometry_.positions);
         for (int64_t p = 0; p < geometry_.positions; ++p) gradient_.r[i * geometry_.row + p * kLanes<T> + s] = r;
       }
     gradient_.start();
+    if (data_.state) gradient_.restore(valid_, data_.grad_state + sample_, shape_.batch);
+  }
+
+  // A state that was saved, into states_.
+  void read(int64_t t) {
+    int64_t slot = (t - shape_.first) / shape_.segment;
+    const bool given = data_.state && slot == 0;
+    if (data_.state) --slot;
+    const int64_t units = shape_.width * geometry_.positions, row = units * shape_.batch;
+    if (shape_.segment == 1 && !given) {
+      load_rows(units, int64_t(kLanes<T>), valid_, data_.saved + slot * row + sample_, shape_.batch, states_);
+    } else {
+      const T* const from = given ? data_.state : data_.saved + slot * (shape_.offset ? 2 : 1) * row;
+      forward_.state.restore(valid_, from + sample_, shape_.batch, states_);
+    }
   }
 
   // States [begin, end) are computed (or read), and the gradient goes from state `end` to state `begin`.
   void run_segment(int64_t begin, int64_t end) {
-    const int64_t units = shape_.width * geometry_.positions, parts = shape_.offset ? 2 : 1;
-    if (shape_.segment == 1) {
-      load_rows(units, int64_t(kLanes<T>), valid_, args_.saved + (begin - 1) * units * shape_.batch + sample_,
-                shape_.batch, states_);
-      return back(end, states_);
-    }
-    const int64_t slot = (begin - 1) / shape_.segment;
-    forward_.restore(valid_, args_.saved + slot * parts * units * shape_.batch + sample_, shape_.batch, states_);
+    read(begin);
     if (end - begin <= held_) return run_held(begin, end);
     // Too long to hold: keep a state every `held_` layers, then hold one piece after the other, from the last.
     int64_t pieces = 0;
     for (int64_t t = begin; t < end; ++t) {
       T* const h = states_ + (t - begin) % 2 * geometry_.state;
       if (t > begin) forward_.step(t, states_ + (t - begin + 1) % 2 * geometry_.state, h);
-      if ((t - begin) % held_ == 0) forward_.save(kLanes<T>, inner_states_ + pieces++ * geometry_.boundary, kLanes<T>);
+      if ((t - begin) % held_ == 0) forward_.state.save(kLanes<T>, inner_states_ + pieces++ * geometry_.boundary, kLanes<T>);
     }
     while (pieces-- > 0) {
       const int64_t from = begin + pieces * held_;
-      forward_.restore(kLanes<T>, inner_states_ + pieces * geometry_.boundary, kLanes<T>, states_);
+      forward_.state.restore(kLanes<T>, inner_states_ + pieces * geometry_.boundary, kLanes<T>, states_);
       run_held(from, min_of(from + held_, end));
     }
   }
@@ -409,10 +436,10 @@ class TileBackward {
 
   // From the gradient of state t's pre-activation to that of state t - 1, which is `h`, with layer t's weight gradient.
   void back(int64_t t, const T* h) {
-    const int64_t layer = t - 2;
-    if (grads_.first_weight && t == geometry_.last_state + 1) {
+    const int64_t layer = t - 1 - shape_.first;
+    if (grads_.last_weight && t == geometry_.last_state + 1) {
       add_gradients(shape_.out, shape_.width, gradient_.r, h, grads_.last_weight, grads_.last_bias);
-    } else if (grads_.first_weight) {
+    } else if (grads_.hidden_weight) {
       add_gradients(shape_.width, shape_.width, gradient_.full(), h, grads_.hidden_weight + layer * geometry_.hidden_size,
                     grads_.hidden_bias + layer * shape_.width);
     }
@@ -431,36 +458,38 @@ class TileBackward {
     const T* const full = gradient_.full();
     if (grads_.first_weight)
       add_gradients(shape_.width, shape_.in, full, forward_.images(), grads_.first_weight, grads_.first_bias);
-    if (!args_.grad_x) return;
+    if (!data_.grad_x) return;
     const int64_t elements = shape_.in * geometry_.positions;
     T* const grad_x = gradient_.scratch();
     for (int64_t e = 0; e < shape_.in * geometry_.row; ++e) grad_x[e] = shape_.offset ? T(shape_.scale) * full[e] : T(0);
-    correlate(transposed_filter(args_.params.first_weight, shape_.in, shape_.size), shape_.width, shape_.in,
+    correlate(transposed_filter(params_.first_weight, shape_.in, shape_.size), shape_.width, shape_.in,
               geometry_.plane, full, AddEpilogue<T>{grad_x, geometry_.positions});
-    T* const to = args_.grad_x + sample_ * elements;
+    T* const to = data_.grad_x + sample_ * elements;
     transpose(elements, valid_, static_cast<const T*>(grad_x), int64_t(kLanes<T>), to, elements);
   }
 
   const ConvGeometry<T>& geometry_;
   const ConvShape& shape_;
-  const ConvBackward<T>& args_;
+  const ConvParams<const T>& params_;
+  const BackwardData<T>& data_;
   const ConvParams<T> grads_;
   TileForward<T> forward_;
   TileGradient<T> gradient_;
-  const int64_t held_, inner_;
+  const int64_t states_wanted_, held_, inner_;
   Buffer memory_;
   T *states_, *sums_, *inner_states_;
   int64_t sample_, valid_;
 };
 
-// The six gradients as one run of memory per chunk, in the order of ConvParams.
+// The gradients as one run of memory per chunk, in the order of ConvParams: all six, or the hidden layers' alone.
 template <class T>
 struct GradientSizes {
   int64_t sizes[6], total;
-  explicit GradientSizes(const ConvShape& s)
+  GradientSizes(const ConvShape& s, bool all)
       : sizes{s.width * s.in * s.size * s.size, s.width, s.layers * s.width * s.width * s.size * s.size,
               s.layers * s.width, s.out * s.width * s.size * s.size, s.out},
         total(0) {
+    if (!all) sizes[0] = sizes[1] = sizes[4] = sizes[5] = 0;
     for (int64_t size : sizes) total += size;
   }
   ConvParams<T> at(T* memory) const {
@@ -471,35 +500,89 @@ struct GradientSizes {
 };
 
 template <class T>
-void conv_backward(const ConvBackward<T>& args, const Parallel& parallel) {
-  const ConvGeometry<T> geometry(args.shape);
-  const GradientSizes<T> gradients(args.shape);
-  const Chunks chunks(ceil_div(args.shape.batch, kLanes<T>), parallel.threads);
-  const bool need_params = args.grads.first_weight != nullptr;
+void run_backward(const ConvShape& shape, const ConvParams<const T>& params, const BackwardData<T>& data,
+                  const ConvParams<T>& results, const Parallel& parallel) {
+  const ConvGeometry<T> geometry(shape);
+  const GradientSizes<T> gradients(shape, data.state == nullptr);
+  const Chunks chunks(ceil_div(shape.batch, kLanes<T>), parallel.threads);
+  const bool need_params = results.first_weight || results.hidden_weight;  // hidden_weight is null where it is empty
   // Chunk 0 adds into the result; the others have their own sums, added to it in the order of the chunks.
   const Buffer partial(need_params && chunks.parts > 1 ? (chunks.parts - 1) * gradients.total * int64_t(sizeof(T)) : 0);
   parallel_for(parallel, chunks.parts, [&](int64_t chunk) {
-    ConvParams<T> grads = args.grads;
+    ConvParams<T> grads = results;
     if (need_params && chunk > 0) {
       T* const memory = partial.as<T>() + (chunk - 1) * gradients.total;
       fill(gradients.total, T(0), memory);
       grads = gradients.at(memory);
     }
-    TileBackward<T> backward(geometry, args, grads);
+    TileBackward<T> backward(geometry, params, data, grads);
     for (int64_t tile = chunks.begin(chunk); tile < chunks.begin(chunk + 1); ++tile) backward.run(tile);
   });
   if (!need_params || chunks.parts < 2) return;
-  T* const results[6] = {args.grads.first_weight, args.grads.first_bias,  args.grads.hidden_weight,
-                         args.grads.hidden_bias,  args.grads.last_weight, args.grads.last_bias};
+  T* const to[6] = {results.first_weight, results.first_bias,  results.hidden_weight,
+                    results.hidden_bias,  results.last_weight, results.last_bias};
   const T* from = partial.as<T>();
   for (int i = 0; i < 6; from += gradients.sizes[i++]) {
     const Chunks shares(gradients.sizes[i], parallel.threads);
     parallel_for(parallel, shares.parts, [&](int64_t share) {
       for (int64_t chunk = 0; chunk < chunks.parts - 1; ++chunk)
         for (int64_t e = shares.begin(share); e < shares.begin(share + 1); ++e)
-          results[i][e] += from[chunk * gradients.total + e];
+          to[i][e] += from[chunk * gradients.total + e];
     });
   }
+}
+
+template <class T>
+void conv_backward(const ConvBackward<T>& args, const Parallel& parallel) {
+  const BackwardData<T> data{args.x, args.grad_out, args.saved, args.grad_x, nullptr, nullptr, nullptr};
+  run_backward(args.shape, args.params, data, args.grads, parallel);
+}
+
+// ---- parts of a chain -----------------------------------------------------------------------------------------------
+template <class T>
+ConvParams<const T> hidden_params(const T* weight, const T* bias) {
+  return {nullptr, nullptr, weight, bias, nullptr, nullptr};
+}
+
+template <class T>
+void conv_advance(const ConvAdvance<T>& args, const Parallel& parallel) {
+  const ConvGeometry<T> geometry(args.shape);
+  const ConvShape& s = args.shape;
+  const ConvParams<const T> params = hidden_params(args.hidden_weight, args.hidden_bias);
+  const Chunks chunks(ceil_div(s.batch, kLanes<T>), parallel.threads);
+  parallel_for(parallel, chunks.parts, [&](int64_t chunk) {
+    TileForward<T> forward(geometry, params);
+    const Buffer memory(2 * geometry.state * int64_t(sizeof(T)));
+    const int64_t units = s.width * geometry.positions, row = units * s.batch;
+    for (int64_t tile = chunks.begin(chunk); tile < chunks.begin(chunk + 1); ++tile) {
+      const int64_t sample = tile * kLanes<T>, valid = min_of(kLanes<T>, s.batch - sample);
+      T *h = memory.as<T>(), *next = h + geometry.state;
+      forward.load(args.x + sample * s.in * geometry.positions, valid);
+      forward.state.restore(valid, args.state + sample, s.batch, h);
+      for (int64_t t = s.first + 1; t <= geometry.last_state; ++t) {
+        forward.step(t, h, next);
+        T* const swap = h;
+        h = next;
+        next = swap;
+        const int64_t done = t - s.first;
+        if (s.segment == 0 || t == geometry.last_state || done % s.segment != 0) continue;
+        const int64_t slot = done / s.segment - 1;
+        if (s.segment == 1) {
+          store_rows(units, int64_t(kLanes<T>), valid, h, args.saved + slot * row + sample, s.batch);
+        } else {
+          forward.state.save(valid, args.saved + slot * (s.offset ? 2 : 1) * row + sample, s.batch);
+        }
+      }
+      forward.state.save(valid, args.next + sample, s.batch);
+    }
+  });
+}
+
+template <class T>
+void conv_retreat(const ConvRetreat<T>& args, const Parallel& parallel) {
+  const BackwardData<T> data{args.x, args.grad_out, args.saved, nullptr, args.state, args.grad_state, args.next};
+  const ConvParams<T> grads{nullptr, nullptr, args.grad_hidden_weight, args.grad_hidden_bias, nullptr, nullptr};
+  run_backward(args.shape, hidden_params(args.hidden_weight, args.hidden_bias), data, grads, parallel);
 }
 
 // ---- jvp ------------------------------------------------------------------------------------------------------------
@@ -579,7 +662,7 @@ void conv_jvp(const ConvJvp<T>& args, const Parallel& parallel) {
 
 template <class T>
 ConvKernels<T> conv_kernels() {
-  return {conv_forward<T>, conv_backward<T>, conv_jvp<T>};
+  return {conv_forward<T>, conv_backward<T>, conv_jvp<T>, conv_advance<T>, conv_retreat<T>};
 }
 
 }  // namespace ND_ISA

@@ -97,7 +97,7 @@ class ConvGramSum {
       forward.load(images(tile), valid(tile));
       T* h = states.as<T>() + tile * held * geometry.state;
       const int64_t at = slot * (shape.offset ? 2 : 1) * units() * shape.batch + tile * kLanes<T>;
-      forward.restore(valid(tile), saved.as<T>() + at, shape.batch, h);
+      forward.state.restore(valid(tile), saved.as<T>() + at, shape.batch, h);
       for (int64_t t = begin + 1; t < end; ++t, h += geometry.state) forward.step(t, h, h + geometry.state);
     });
   }

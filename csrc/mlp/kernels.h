@@ -619,7 +619,7 @@ inline void mlp_jvp(const MlpJvp<T>& args, const Parallel& parallel) {
 
 template <class T>
 inline MlpKernels<T> mlp_kernels() {
-  return MlpKernels<T>{&mlp_forward<T>, &mlp_backward<T>, &mlp_jvp<T>};
+  return MlpKernels<T>{&mlp_forward<T>, &mlp_backward<T>, &mlp_jvp<T>, nullptr, nullptr};
 }
 
 }  // namespace ND_ISA

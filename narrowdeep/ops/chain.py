@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from narrowdeep.ops.reference import advance_saved_shape
+
 _PARAMS = ("first_weight", "first_bias", "hidden_weight", "hidden_bias", "last_weight", "last_bias")
 _PARAM_SCHEMA = ", ".join(f"Tensor {name}" for name in _PARAMS)
 _TANGENT_SCHEMA = ", ".join(f"Tensor? {name}_t" for name in ("x", *_PARAMS))
@@ -24,6 +26,15 @@ BACKWARD_SCHEMA = (
     f"(Tensor grad_out, Tensor x, {_PARAM_SCHEMA}, Tensor saved, float scale, bool offset, int segment, "
     "bool need_input, bool need_params) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
+ADVANCE_SCHEMA = (
+    "(Tensor state, Tensor x, Tensor hidden_weight, Tensor hidden_bias, int outputs, float scale, bool offset, "
+    "int first, int segment) -> (Tensor, Tensor)"
+)
+RETREAT_SCHEMA = (
+    "(Tensor grad_state, Tensor grad_out, Tensor state, Tensor x, Tensor hidden_weight, Tensor hidden_bias, "
+    "Tensor saved, int outputs, float scale, bool offset, int first, int segment, bool need_params) -> "
+    "(Tensor, Tensor, Tensor)"
+)
 JVP_SCHEMA = f"(Tensor x, {_PARAM_SCHEMA}, {_TANGENT_SCHEMA}, float scale, bool offset) -> Tensor"
 
 library = torch.library.Library("narrowdeep", "DEF")
@@ -31,23 +42,34 @@ library = torch.library.Library("narrowdeep", "DEF")
 
 @dataclass(frozen=True)
 class ChainOps:
-    """The three raw ops of one family; callables with the schemas above."""
+    """The raw ops of one family; callables with the schemas above."""
 
     forward: Callable[..., Any]
     backward: Callable[..., Any]
     jvp: Callable[..., Any]
+    advance: Callable[..., Any]
+    """Some of the hidden layers alone, from one state to another."""
+    retreat: Callable[..., Any]
+    """The way back of ``advance``."""
+
+
+_SCHEMAS = {
+    "forward": FORWARD_SCHEMA,
+    "backward": BACKWARD_SCHEMA,
+    "jvp": JVP_SCHEMA,
+    "advance": ADVANCE_SCHEMA,
+    "retreat": RETREAT_SCHEMA,
+}
 
 
 def define(family: str, saved_shape: Callable[[Tensor, Tensor, Tensor, bool, int], tuple[int, ...]]) -> ChainOps:
-    """Define ``narrowdeep::{family}_forward``, ``_backward`` and ``_jvp`` with their fakes and vmap rules.
+    """Define ``narrowdeep::{family}_forward`` and its likes (``ChainOps``) with their fakes and vmap rules.
 
     ``saved_shape(x, hidden_weight, last_weight, offset, segment)`` is the shape of the forward's second output.
     """
-    library.define(f"{family}_forward{FORWARD_SCHEMA}", tags=(torch.Tag.pt2_compliant_tag,))
-    library.define(f"{family}_backward{BACKWARD_SCHEMA}", tags=(torch.Tag.pt2_compliant_tag,))
-    library.define(f"{family}_jvp{JVP_SCHEMA}", tags=(torch.Tag.pt2_compliant_tag,))
-    namespace = torch.ops.narrowdeep
-    ops = ChainOps(*(getattr(namespace, f"{family}_{name}").default for name in ("forward", "backward", "jvp")))
+    for name, schema in _SCHEMAS.items():
+        library.define(f"{family}_{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    ops = ChainOps(**{name: getattr(torch.ops.narrowdeep, f"{family}_{name}").default for name in _SCHEMAS})
 
     @torch.library.register_fake(f"narrowdeep::{family}_forward")
     def _(x, w1, b1, wh, bh, wl, bl, scale, offset, segment):
@@ -62,6 +84,15 @@ def define(family: str, saved_shape: Callable[[Tensor, Tensor, Tensor, bool, int
     @torch.library.register_fake(f"narrowdeep::{family}_jvp")
     def _(x, w1, b1, wh, bh, wl, *rest):
         return x.new_empty(x.shape[0], wl.shape[0])
+
+    @torch.library.register_fake(f"narrowdeep::{family}_advance")
+    def _(state, x, wh, bh, outputs, scale, offset, first, segment):
+        saved = advance_saved_shape(wh.shape[0], state.shape[1:], offset, segment)
+        return x.new_empty(state.shape), x.new_empty(saved)
+
+    @torch.library.register_fake(f"narrowdeep::{family}_retreat")
+    def _(grad_state, grad_out, state, x, wh, bh, saved, outputs, scale, offset, first, segment, need_params):
+        return (x.new_empty(state.shape), *(p.new_empty(p.shape if need_params else 0) for p in (wh, bh)))
 
     _register_vmap(family, ops)
     return ops
@@ -123,6 +154,15 @@ def _register_vmap(family: str, ops: ChainOps) -> None:
         if need_input:
             grad_x = grad_x.unflatten(0, (info.batch_size, grad_x.shape[0] // info.batch_size))
         return (grad_x, *empty), (0 if need_input else None, *[None] * 6)
+
+    # Parts of a chain are never transformed (narrowdeep.functional), only differentiated for a batch of gradients.
+    @torch.library.register_vmap(f"narrowdeep::{family}_advance")
+    def _(info, in_dims, *args):
+        return _loop(ops.advance, info, in_dims, args)
+
+    @torch.library.register_vmap(f"narrowdeep::{family}_retreat")
+    def _(info, in_dims, *args):
+        return _loop(ops.retreat, info, in_dims, args)
 
     @torch.library.register_vmap(f"narrowdeep::{family}_jvp")
     def _(info, in_dims, x, *rest):

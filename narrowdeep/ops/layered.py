@@ -9,13 +9,13 @@ elementwise operations. Symbols as in ``reference.py``. The Triton kernels enter
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from narrowdeep.ops.reference import MOVE_PERIOD, saved_shape, two_sum
+from narrowdeep.ops.reference import MOVE_PERIOD, advance_saved_shape, saved_shape, two_sum
 
 Params = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -102,12 +102,16 @@ def first_state(layer: Layer, x: Tensor, params: Params, scale: float, offset: b
     a = layer.apply(weight, x, _new_state(x, width)).add_(_column(bias, x))
     if not offset:
         return Parts(None, a.clamp_(min=0), inputs)
-    left = scale * x
-    base = torch.zeros_like(a)
-    base[:inputs] = left.clamp(min=0)
-    base[width - outputs :] = scale
-    a[:inputs] += left.clamp_(max=0)
+    base = _base(x, width, outputs, scale)
+    a[:inputs] += (scale * x).clamp_(max=0)
     return Parts(base, torch.maximum(a, -base), inputs)
+
+
+def _base(x: Tensor, width: int, outputs: int, scale: float) -> Tensor:
+    base = x.new_zeros(width, *x.shape[1:])
+    torch.clamp(scale * x, min=0, out=base[: x.shape[0]])
+    base[width - outputs :] = scale
+    return base
 
 
 def pool(z: Tensor) -> Tensor:
@@ -128,13 +132,23 @@ def last_gradient(layer: Layer, grad_out: Tensor, h: Tensor, last_weight: Tensor
     ``parts.a`` is the gradient with respect to h itself: it still has to pass h's ReLU.
     """
     outputs, width = last_weight.shape[:2]
-    r = grad_out.t() / math.prod(h.shape[1:-1])
-    r = r.reshape(outputs, *(1 for _ in h.shape[1:-1]), grad_out.shape[0]).expand(outputs, *h.shape[1:]).contiguous()
-    base = None
-    if offset:
-        base = torch.zeros_like(h)
-        base[width - outputs :] = r
+    r = _output_gradient(grad_out, h).contiguous()
+    base = _root(r, width) if offset else None
     return r, Parts(base, layer.transpose(last_weight, r, torch.empty_like(h)), width - outputs - 1)
+
+
+def _output_gradient(grad_out: Tensor, like: Tensor) -> Tensor:
+    """r, (out, *positions, B): every position of ``like`` has the same share in the output."""
+    r = grad_out.t() / math.prod(like.shape[1:-1])
+    outputs, batch = r.shape
+    return r.reshape(outputs, *(1 for _ in like.shape[1:-1]), batch).expand(outputs, *like.shape[1:])
+
+
+def _root(r: Tensor, width: int) -> Tensor:
+    """R = [0; 0; r]."""
+    root = r.new_zeros(width, *r.shape[1:])
+    root[width - r.shape[0] :] = r
+    return root
 
 
 def first_gradients(
@@ -300,21 +314,126 @@ def backward(
             gradient.mask(h[stop - start] <= 0, gradient.a.clone())
             if need_params:
                 last_gradients(layer, r, h[stop - start], grads)
-        for s in range(stop, start, -1):
-            gradient.full(out=full)
-            before = h[s - 1 - start]
-            if need_params:
-                layer.weight_grad(full, before, grads[2][s - 1])
-                _bias_grad(full, grads[3][s - 1])
-            layer.transpose(hidden_weight[s - 1], full, z)
-            gradient.mask(before <= 0, gradient.add_kept(z))
-            if s % MOVE_PERIOD == 0:
-                gradient.move()
+        _reverse(layer, gradient, h, hidden_weight, grads[2:4], start, stop, 0, full, z)
         stop = start
     assert gradient is not None
     gradient.full(out=full)
     grad_x = first_gradients(layer, full, x, params, grads, scale, offset, need_input)
     return (grad_x, *(grads or [x.new_empty(0) for _ in params]))
+
+
+def _reverse(
+    layer: Layer,
+    gradient: Parts,
+    states: Tensor | Sequence[Tensor],
+    hidden_weight: Tensor,
+    grads: Sequence[Tensor],
+    start: int,
+    stop: int,
+    before: int,
+    full: Tensor,
+    z: Tensor,
+) -> None:
+    """``gradient`` from state ``stop`` to state ``start`` (from 0), whose values and its followers' are ``states``.
+
+    ``before``: layers of the chain that stand before the first of ``hidden_weight``. Gradients of both parameters go
+    into ``grads``, if any; ``full`` and ``z`` are room.
+    """
+    for s in range(stop, start, -1):
+        gradient.full(out=full)
+        h = states[s - 1 - start]
+        if grads:
+            layer.weight_grad(full, h, grads[0][s - 1 - before])
+            _bias_grad(full, grads[1][s - 1 - before])
+        layer.transpose(hidden_weight[s - 1 - before], full, z)
+        gradient.mask(h <= 0, gradient.add_kept(z))
+        if s % MOVE_PERIOD == 0:
+            gradient.move()
+
+
+def _entered(state: Tensor, x: Tensor, outputs: int, scale: float, offset: bool) -> Parts:
+    """A state given as ``(moved, a)`` or h; ``x`` is (in, *positions, B)."""
+    base = _base(x, state.shape[1], outputs, scale) if offset else None
+    return Parts(base, state[-1].clone(), x.shape[0], state[0] if offset else None)
+
+
+def left(parts: Parts) -> Tensor:
+    """``(moved, a)`` in offset form, ``a`` alone in plain form: (2 or 1, n, *positions, B)."""
+    return parts.a.unsqueeze(0).clone() if parts.base is None else torch.stack((parts.moved, parts.a))
+
+
+def advance(
+    layer: Layer,
+    state: Tensor,
+    x: Tensor,
+    hidden_weight: Tensor,
+    hidden_bias: Tensor,
+    outputs: int,
+    scale: float,
+    offset: bool,
+    first: int,
+    segment: int,
+) -> tuple[Tensor, Tensor]:
+    """As ``reference.advance``."""
+    layers = hidden_weight.shape[0]
+    parts = _entered(state, x.movedim(0, -1), outputs, scale, offset)
+    saved = x.new_empty(advance_saved_shape(layers, tuple(parts.a.shape), offset, segment))
+    h, z = torch.empty_like(parts.a), torch.empty_like(parts.a)
+    for j in range(layers):
+        parts.full(out=h)
+        if segment and j and j % segment == 0:
+            saved[j // segment - 1] = h if segment == 1 else left(parts)
+        _step(layer, parts, hidden_weight[j], hidden_bias[j], h, z, first - 1 + j)
+    return left(parts), saved
+
+
+def retreat(
+    layer: Layer,
+    grad_state: Tensor,
+    grad_out: Tensor,
+    state: Tensor,
+    x: Tensor,
+    hidden_weight: Tensor,
+    hidden_bias: Tensor,
+    saved: Tensor,
+    outputs: int,
+    scale: float,
+    offset: bool,
+    first: int,
+    segment: int,
+    need_params: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``reference.retreat``, from ``saved``; with segment 0 the layers are advanced again first."""
+    layers, before = hidden_weight.shape[0], first - 1
+    if segment == 0:
+        segment = max(2, math.isqrt(layers))
+        saved = advance(layer, state, x, hidden_weight, hidden_bias, outputs, scale, offset, first, segment)[1]
+    x = x.movedim(0, -1)
+    shape = state.shape[1:]
+    h, z, full = x.new_empty(shape), x.new_empty(shape), x.new_empty(shape)
+    scratch = x.new_empty(0) if segment == 1 else x.new_empty(min(segment, layers), *shape)
+    root = _root(_output_gradient(grad_out, z), shape[0]) if offset else None
+    gradient = Parts(root, grad_state[-1].clone(), x.shape[0], grad_state[0] if offset else None)
+    grads = [torch.empty_like(hidden_weight), torch.empty_like(hidden_bias)] if need_params else []
+
+    def states(start: int, stop: int) -> Sequence[Tensor]:
+        """Values of states start .. stop - 1 of these layers (numbered from 0)."""
+        if segment == 1:
+            return [saved[start - 1, 0] if start else _entered(state, x, outputs, scale, offset).full(out=h)]
+        parts = _entered(saved[start // segment - 1] if start else state, x, outputs, scale, offset)
+        parts.full(out=scratch[0])
+        for j in range(start, stop - 1):
+            _step(layer, parts, hidden_weight[j], hidden_bias[j], scratch[j - start], z, before + j)
+            parts.full(out=scratch[j + 1 - start])
+        return list(scratch)
+
+    stop = layers
+    for start in range((layers - 1) // segment * segment, -1, -segment):
+        values = states(start, stop)
+        _reverse(layer, gradient, values, hidden_weight, grads, before + start, before + stop, before, full, z)
+        stop = start
+    grad_weight, grad_bias = grads or (x.new_empty(0), x.new_empty(0))
+    return left(gradient), grad_weight, grad_bias
 
 
 def jvp(

@@ -55,6 +55,17 @@ def saved_shape(depth: int, state: tuple[int, ...], offset: bool, segment: int) 
     return (max(1, -(-(depth - 2) // segment)), 2 if offset else 1, *state)
 
 
+def advance_saved_shape(layers: int, state: tuple[int, ...], offset: bool, segment: int) -> tuple[int, ...]:
+    """Shape of what ``advance`` over ``layers`` >= 1 hidden layers saves; ``state`` is (n, *positions, B).
+
+    ``segment`` 0: nothing, ``(0, 1, *state)``. k >= 1: the states k, 2k, ... layers past the one it starts from and
+    before the one it ends at, ``(ceil(layers/k) - 1, parts, *state)``; k = 1 as h, 1 part, k >= 2 as ``saved_shape``.
+    """
+    if segment == 0:
+        return (0, 1, *state)
+    return (max(1, -(-layers // segment)) - 1, 2 if offset and segment > 1 else 1, *state)
+
+
 def two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Knuth's exact sum: ``s = fl(a + b)`` and ``e`` with ``s + e == a + b`` exactly."""
     s = a + b
@@ -116,14 +127,69 @@ def _states(
     base, carry, keep = _identity(x, first_weight.shape[0], last_weight.shape[0], scale, offset)
     moved = torch.zeros_like(base)
     a = _clip(carry + (affine.apply(first_weight, x) + _column(first_bias, x)), -base)
-    yield 1, base, moved, a
-    for t in range(2, hidden_weight.shape[0] + 2):
+    for t, t_moved, t_a in _advanced(affine, base, moved, a, keep, hidden_weight, hidden_bias, 1, offset):
+        yield t, base, t_moved, t_a
+
+
+def _advanced(
+    affine: Affine,
+    base: Tensor,
+    moved: Tensor,
+    a: Tensor,
+    keep: Tensor,
+    hidden_weight: Tensor,
+    hidden_bias: Tensor,
+    first: int,
+    offset: bool,
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yield ``(t, moved, a)`` for state ``first``, which is given, and for those after each of the hidden layers."""
+    yield first, moved, a
+    for t, (weight, bias) in enumerate(zip(hidden_weight, hidden_bias, strict=True), first + 1):
         h = (base + moved) + a
-        z = _kept(keep, a) + (affine.apply(hidden_weight[t - 2], h) + _column(hidden_bias[t - 2], h))
+        z = _kept(keep, a) + (affine.apply(weight, h) + _column(bias, h))
         a = _clip(z, -(base + moved))
         if offset and (t - 1) % MOVE_PERIOD == 0:
             moved, a = _move(base, moved, a, keep)
-        yield t, base, moved, a
+        yield t, moved, a
+
+
+def _retreated(
+    affine: Affine,
+    big_r: Tensor,
+    moved: Tensor,
+    g: Tensor,
+    keep: Tensor,
+    states: list[Tensor],
+    hidden_weight: Tensor,
+    first: int,
+    offset: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(moved, g)`` at state ``first`` from that after the last hidden layer, and the gradients of both parameters.
+
+    ``states`` are the values h before each of the hidden layers. G is with respect to the pre-activation of its state.
+    """
+    grad_weight = torch.empty_like(hidden_weight)
+    grad_bias = hidden_weight.new_empty(hidden_weight.shape[:2])
+    for j in range(hidden_weight.shape[0] - 1, -1, -1):
+        t, full, h = first + j, (big_r + moved) + g, states[j]
+        grad_weight[j], grad_bias[j] = affine.weight_grad(hidden_weight[j], full, h), _sum(full)
+        grad_h = _kept(keep, g) + affine.transpose(hidden_weight[j], full)
+        g = torch.where(h <= 0, -(big_r + moved), grad_h)
+        if offset and t > 1 and (t - 1) % MOVE_PERIOD == 0:  # the same layers as forward
+            moved, g = _move(big_r, moved, g, keep)
+    return moved, g, grad_weight, grad_bias
+
+
+def _output_gradient(grad_out: Tensor, x: Tensor, width: int, offset: bool) -> tuple[Tensor, Tensor]:
+    """``(r, R)``: the gradient of the last layer's pre-activation, and R, the part of it that goes straight back."""
+    positions = x.shape[1:-1]
+    # Every position has the same share in the mean, so R is constant over them.
+    r = grad_out.t().reshape(grad_out.shape[1], *(1 for _ in positions), grad_out.shape[0])
+    r = (r / math.prod(positions)).expand(grad_out.shape[1], *x.shape[1:])
+    big_r = x.new_zeros(width, *x.shape[1:])
+    if offset:
+        big_r[width - grad_out.shape[1] :] = r
+    return r, big_r
 
 
 def _pool(z: Tensor) -> Tensor:
@@ -189,23 +255,11 @@ def backward(
     grads = [torch.empty_like(p) for p in params]
     states = [(base + moved) + a for _, base, moved, a in _states(affine, x, params, scale, offset)]
     _, _, keep = _identity(x, width, outputs, scale, offset)
-    positions = x.shape[1:-1]
-    # Every position has the same share in the mean, so R is constant over them.
-    r = grad_out.t().reshape(outputs, *(1 for _ in positions), grad_out.shape[0])
-    r = (r / math.prod(positions)).expand(outputs, *x.shape[1:])
-    big_r = torch.zeros_like(states[0])
-    if offset:
-        big_r[width - outputs :] = r
+    r, big_r = _output_gradient(grad_out, x, width, offset)
     moved, h = torch.zeros_like(big_r), states[-1]
     grads[4], grads[5] = affine.weight_grad(last_weight, r, h), _sum(r)
     g = torch.where(h <= 0, -big_r, affine.transpose(last_weight, r))
-    for t in range(len(states), 1, -1):  # here G = (big_r + moved) + g is the gradient with respect to z_t
-        full, h = (big_r + moved) + g, states[t - 2]
-        grads[2][t - 2], grads[3][t - 2] = affine.weight_grad(hidden_weight[t - 2], full, h), _sum(full)
-        grad_h = _kept(keep, g) + affine.transpose(hidden_weight[t - 2], full)
-        g = torch.where(h <= 0, -(big_r + moved), grad_h)
-        if offset and t > 2 and (t - 2) % MOVE_PERIOD == 0:  # the same layers as forward
-            moved, g = _move(big_r, moved, g, keep)
+    moved, g, grads[2], grads[3] = _retreated(affine, big_r, moved, g, keep, states, hidden_weight, 1, offset)
     full = (big_r + moved) + g
     grads[0], grads[1] = affine.weight_grad(first_weight, full, x), _sum(full)
     grad_x = affine.transpose(first_weight, full)
@@ -216,6 +270,83 @@ def backward(
         grad_x.movedim(-1, 0).contiguous() if need_input else empty,
         *(grads if need_params else [empty.clone() for _ in grads]),
     )
+
+
+def _entered(
+    state: Tensor, x: Tensor, outputs: int, scale: float, offset: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(base, moved, a, keep)`` of a state given as ``(moved, a)`` or h; ``x`` has the batch last."""
+    base, _, keep = _identity(x, state.shape[1], outputs, scale, offset)
+    return base, state[0] if offset else torch.zeros_like(base), state[-1], keep
+
+
+def advance(
+    affine: Affine,
+    state: Tensor,
+    x: Tensor,
+    hidden_weight: Tensor,
+    hidden_bias: Tensor,
+    outputs: int,
+    scale: float,
+    offset: bool,
+    first: int,
+    segment: int,
+) -> tuple[Tensor, Tensor]:
+    """Hidden layers alone: from state ``first`` to state ``first + m``, m = ``hidden_weight.shape[0]`` >= 1.
+
+    ``state`` is ``(moved, a)`` in offset form, shape (2, n, *positions, B), and h in plain form, (1, n, *positions, B):
+    a row of what ``forward`` saves with segment 2 or more. Returns the last state in the same form, and what
+    ``retreat`` needs (see ``advance_saved_shape``). ``x`` is the chain's input, (B, in, *positions), and ``outputs`` its
+    number of outputs: the base depends on them.
+    """
+    x = x.movedim(0, -1)
+    base, moved, a, keep = _entered(state, x, outputs, scale, offset)
+    saved = x.new_empty(advance_saved_shape(hidden_weight.shape[0], tuple(state.shape[1:]), offset, segment))
+    after = state
+    for t, m, rest in _advanced(affine, base, moved, a, keep, hidden_weight, hidden_bias, first, offset):
+        after = torch.stack((m, rest)) if offset else rest.unsqueeze(0).clone()
+        row, off = divmod(t - first, segment) if segment else (0, 1)
+        if off == 0 and 1 <= row <= saved.shape[0]:
+            saved[row - 1] = after if segment > 1 else (base + m) + rest
+    return after, saved
+
+
+def retreat(
+    affine: Affine,
+    grad_state: Tensor,
+    grad_out: Tensor,
+    state: Tensor,
+    x: Tensor,
+    hidden_weight: Tensor,
+    hidden_bias: Tensor,
+    saved: Tensor,
+    outputs: int,
+    scale: float,
+    offset: bool,
+    first: int,
+    segment: int,
+    need_params: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The way back of ``advance``: from the gradient at state ``first + m`` to that at state ``first``.
+
+    ``grad_state`` is ``(moved, g)`` in offset form and g in plain form, the shape of ``state``: the gradient
+    ``G = (R + moved) + g`` with respect to the pre-activation of its state, so after the mask of its ReLU, and after
+    its move if one is due there. ``grad_out`` is the gradient of the chain's output, (B, out), from which R is made;
+    ``state`` is state ``first``; ``saved`` is not read here: the states are computed again.
+
+    Returns: the gradient at state ``first`` in the same form, and those of hidden_weight and hidden_bias, or two empty
+        tensors of shape (0,).
+    """
+    x = x.movedim(0, -1)
+    base, moved, a, keep = _entered(state, x, outputs, scale, offset)
+    forward = _advanced(affine, base, moved, a, keep, hidden_weight, hidden_bias, first, offset)
+    states = [(base + h_moved) + h_a for _, h_moved, h_a in forward]
+    _, big_r = _output_gradient(grad_out, x, state.shape[1], offset)
+    g_moved = grad_state[0] if offset else torch.zeros_like(big_r)
+    g_moved, g, *grads = _retreated(affine, big_r, g_moved, grad_state[-1], keep, states, hidden_weight, first, offset)
+    if not need_params:
+        grads = [x.new_empty(0), x.new_empty(0)]
+    return torch.stack((g_moved, g)) if offset else g.unsqueeze(0).clone(), grads[0], grads[1]
 
 
 def jvp(

@@ -52,11 +52,16 @@ def register(library: torch.library.Library, name: str, kernels: str, otherwise:
 
 
 def register_chain(library: torch.library.Library, family: str) -> None:
-    """``register`` forward, backward and jvp of a family; ``layered.py`` takes the place of missing kernels."""
+    """``register`` forward, backward and jvp of a family; ``layered.py`` takes the place of missing kernels.
+
+    Parts of a chain run one layer at a time always.
+    """
     layered = importlib.import_module(f"narrowdeep.ops.{family}.layered")
     for op in ("forward", "backward", "jvp"):
         name = f"{family}_{op}"
         register(library, name, f"narrowdeep.ops.{family}.triton", getattr(layered, name))
+    for op in ("advance", "retreat"):
+        library.impl(f"{family}_{op}", getattr(layered, f"{family}_{op}"), "CUDA")
 
 
 def triton_status() -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -36,16 +36,20 @@ def _convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
 
 
+def _reference(module: Any, name: str) -> ChainOps:
+    return ChainOps(**{field.name: getattr(module, f"{name}_{field.name}") for field in fields(ChainOps)})
+
+
 MLP = Family(
     "mlp",
     mlp_ops,
-    ChainOps(mlp_reference.mlp_forward, mlp_reference.mlp_backward, mlp_reference.mlp_jvp),
+    _reference(mlp_reference, "mlp"),
     F.linear,
 )
 CONV = Family(
     "conv",
     conv_ops,
-    ChainOps(conv_reference.conv_forward, conv_reference.conv_backward, conv_reference.conv_jvp),
+    _reference(conv_reference, "conv"),
     _convolution,
 )
 

@@ -35,3 +35,5 @@ CONVOLUTION = layered.Layer(apply=_apply, transpose=_transpose, weight_grad=_wei
 conv_forward = partial(layered.forward, CONVOLUTION)
 conv_backward = partial(layered.backward, CONVOLUTION)
 conv_jvp = partial(layered.jvp, CONVOLUTION)
+conv_advance = partial(layered.advance, CONVOLUTION)
+conv_retreat = partial(layered.retreat, CONVOLUTION)

@@ -1,4 +1,5 @@
-"""The convolution chain's raw ops: ``narrowdeep::conv_forward``, ``conv_backward``, ``conv_jvp``.
+"""The convolution chain's raw ops: ``narrowdeep::conv_forward``, ``conv_backward``, ``conv_jvp``, ``conv_advance``,
+``conv_retreat``.
 
 ``x`` is (B, C, H, W); the six parameters are stacked as in ``narrowdeep.DeepNarrowCNN``. The CPU engine (``csrc/``) and
 the Triton kernels implement them; ``reference.py`` says what they compute.

@@ -42,3 +42,5 @@ CONV = reference.Affine(apply=_apply, transpose=_transpose, weight_grad=_weight_
 conv_forward: Callable[..., Any] = partial(reference.forward, CONV)
 conv_backward: Callable[..., Any] = partial(reference.backward, CONV)
 conv_jvp: Callable[..., Any] = partial(reference.jvp, CONV)
+conv_advance: Callable[..., Any] = partial(reference.advance, CONV)
+conv_retreat: Callable[..., Any] = partial(reference.retreat, CONV)

@@ -1,4 +1,5 @@
-"""The MLP chain's raw ops: ``narrowdeep::mlp_forward``, ``mlp_backward``, ``mlp_jvp``.
+"""The MLP chain's raw ops: ``narrowdeep::mlp_forward``, ``mlp_backward``, ``mlp_jvp``, ``mlp_advance``,
+``mlp_retreat``.
 
 ``x`` is (B, in); the six parameters are stacked as in ``narrowdeep.DeepNarrowMLP``. The CPU engine (``csrc/``) and the
 Triton kernels implement them; ``reference.py`` says what they compute.
@@ -9,6 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from narrowdeep.ops import chain, engine, triton_dispatch
+from narrowdeep.ops.mlp.layered import mlp_advance, mlp_retreat
 from narrowdeep.ops.reference import saved_shape
 
 
@@ -19,3 +21,5 @@ def _saved_shape(x: Tensor, hidden_weight: Tensor, last_weight: Tensor, offset: 
 ops = chain.define("mlp", _saved_shape)
 engine.load()
 triton_dispatch.register_chain(chain.library, "mlp")
+chain.library.impl("mlp_advance", mlp_advance, "CPU")  # no kernels of the engine's yet
+chain.library.impl("mlp_retreat", mlp_retreat, "CPU")

@@ -26,3 +26,5 @@ LINEAR = reference.Affine(apply=_apply, transpose=_transpose, weight_grad=_weigh
 mlp_forward = partial(reference.forward, LINEAR)
 mlp_backward = partial(reference.backward, LINEAR)
 mlp_jvp = partial(reference.jvp, LINEAR)
+mlp_advance = partial(reference.advance, LINEAR)
+mlp_retreat = partial(reference.retreat, LINEAR)
