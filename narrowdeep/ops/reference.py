@@ -296,8 +296,8 @@ def advance(
 
     ``state`` is ``(moved, a)`` in offset form, shape (2, n, *positions, B), and h in plain form, (1, n, *positions, B):
     a row of what ``forward`` saves with segment 2 or more. Returns the last state in the same form, and what
-    ``retreat`` needs (see ``advance_saved_shape``). ``x`` is the chain's input, (B, in, *positions), and ``outputs`` its
-    number of outputs: the base depends on them.
+    ``retreat`` needs (see ``advance_saved_shape``). ``x`` is the chain's input, (B, in, *positions), and ``outputs``
+    the number of its outputs: the base depends on them.
     """
     x = x.movedim(0, -1)
     base, moved, a, keep = _entered(state, x, outputs, scale, offset)
