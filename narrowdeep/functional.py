@@ -9,12 +9,14 @@ function). First derivatives only: a second one raises an error that says so.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from narrowdeep import parts
 from narrowdeep.ops.chain import ChainOps
 from narrowdeep.ops.conv.op import ops as _conv_ops
 from narrowdeep.ops.mlp.op import ops as _mlp_ops
@@ -115,9 +117,21 @@ class _TransformableChain(_Chain):
         return _ChainJvp.apply(ctx.family, *inputs, *tangents[:7], scale, offset), None
 
 
-def _apply(family: str, x: Tensor, params: tuple[Tensor, ...], scale: float, form: Form, segment: int) -> Tensor:
+def _apply(
+    family: str,
+    x: Tensor,
+    params: dict[str, Tensor],
+    chunks: list[tuple[Tensor, Tensor]] | None,
+    scale: float,
+    form: Form,
+    segment: int,
+) -> Tensor:
+    first_weight, first_bias, _, _, last_weight, last_bias = params.values()
+    if chunks is not None:
+        ends = (first_weight, first_bias), (last_weight, last_bias)
+        return parts.chain(family, x, ends[0], chunks, ends[1], float(scale), form == "offset", segment)
     function = _Chain if torch.compiler.is_compiling() else _TransformableChain
-    out, _ = function.apply(family, x, *params, float(scale), form == "offset", segment)
+    out, _ = function.apply(family, x, *params.values(), float(scale), form == "offset", segment)
     return out
 
 
@@ -150,6 +164,26 @@ def check_tensors(x: Tensor, params: dict[str, Tensor]) -> None:
             raise TypeError(f"x and {name} must have the same dtype, got {x.dtype} and {param.dtype}")
         if param.device != x.device:
             raise ValueError(f"x and {name} must be on the same device, got {x.device} and {param.device}")
+
+
+def _pairs(hidden_weight: Any, hidden_bias: Any) -> list[tuple[Tensor, Tensor]]:
+    """Pairs of a weight and a bias, one a chunk; one pair where both are tensors."""
+    sequences = [isinstance(value, (list, tuple)) for value in (hidden_weight, hidden_bias)]
+    if not any(sequences):
+        return [(hidden_weight, hidden_bias)]
+    if not all(sequences) or len(hidden_weight) != len(hidden_bias) or not hidden_weight:
+        raise ValueError(
+            "hidden_weight and hidden_bias must both be tensors, or lists of as many chunks, at least one, got "
+            f"{_length(hidden_weight)} and {_length(hidden_bias)}"
+        )
+    for i, weight in enumerate(hidden_weight):
+        if isinstance(weight, Tensor) and weight.dim() and weight.shape[0] == 0:
+            raise ValueError(f"hidden_weight[{i}] must have at least one layer, got shape {tuple(weight.shape)}")
+    return list(zip(hidden_weight, hidden_bias, strict=True))
+
+
+def _length(value: Any) -> str:
+    return f"{len(value)} chunks" if isinstance(value, (list, tuple)) else type(value).__name__
 
 
 def _check_params(
@@ -192,8 +226,8 @@ def mlp_chain(
     x: Tensor,
     first_weight: Tensor,
     first_bias: Tensor,
-    hidden_weight: Tensor,
-    hidden_bias: Tensor,
+    hidden_weight: Tensor | Sequence[Tensor],
+    hidden_bias: Tensor | Sequence[Tensor],
     last_weight: Tensor,
     last_bias: Tensor,
     *,
@@ -206,7 +240,8 @@ def mlp_chain(
     Arguments:
         x: (*, in), float32 or float64.
         first_weight, first_bias: (n, in) and (n,).
-        hidden_weight, hidden_bias: (L-2, n, n) and (L-2, n), L >= 2.
+        hidden_weight, hidden_bias: (L-2, n, n) and (L-2, n), L >= 2; or lists of chunks of consecutive layers, each a
+            graph node of its own (``narrowdeep.parts``), differentiable by ``backward`` alone.
         last_weight, last_bias: (out, n) and (out,).
         scale: C_L, finite and positive. Read in offset form only.
         form: "offset": the parameters hold Delta = W - E and c, and n must be in + 1 + out. "plain": W and b.
@@ -218,21 +253,25 @@ def mlp_chain(
     Raises: TypeError for dtypes, ValueError for shapes, devices, scale, form and segment; NotImplementedError when
         differentiated twice.
     """
-    params = {
+    pairs = _pairs(hidden_weight, hidden_bias)
+    chunks = None if isinstance(hidden_weight, Tensor) else pairs
+    params: dict[str, Any] = {
         "first_weight": first_weight,
         "first_bias": first_bias,
-        "hidden_weight": hidden_weight,
-        "hidden_bias": hidden_bias,
+        "hidden_weight": pairs[0][0],
+        "hidden_bias": pairs[0][1],
         "last_weight": last_weight,
         "last_bias": last_bias,
     }
     check_settings(scale=scale, form=form, segment=segment)
-    check_tensors(x, params)
-    in_features, out_features = _check_params(params, ("in", "out"), form, ())
+    for weight, bias in pairs:
+        params |= {"hidden_weight": weight, "hidden_bias": bias}
+        check_tensors(x, params)
+        in_features, out_features = _check_params(params, ("in", "out"), form, ())
     if x.dim() == 0 or x.shape[-1] != in_features:
         got = x.shape[-1] if x.dim() else "a scalar"
         raise ValueError(f"x must have {in_features} features in its last dimension, got {got}")
-    out = _apply("mlp", x.reshape(-1, in_features), tuple(params.values()), scale, form, segment)
+    out = _apply("mlp", x.reshape(-1, in_features), params, chunks, scale, form, segment)
     return out.reshape(*x.shape[:-1], out_features)
 
 
@@ -240,8 +279,8 @@ def conv_chain(
     x: Tensor,
     first_weight: Tensor,
     first_bias: Tensor,
-    hidden_weight: Tensor,
-    hidden_bias: Tensor,
+    hidden_weight: Tensor | Sequence[Tensor],
+    hidden_bias: Tensor | Sequence[Tensor],
     last_weight: Tensor,
     last_bias: Tensor,
     *,
@@ -257,7 +296,8 @@ def conv_chain(
     Arguments:
         x: (*, c, H, W), float32 or float64; H and W at least 1.
         first_weight, first_bias: (n, c, f, f) and (n,), f odd.
-        hidden_weight, hidden_bias: (L-2, n, n, f, f) and (L-2, n), L >= 2.
+        hidden_weight, hidden_bias: (L-2, n, n, f, f) and (L-2, n), L >= 2; or lists of chunks of consecutive layers,
+            each a graph node of its own (``narrowdeep.parts``), differentiable by ``backward`` alone.
         last_weight, last_bias: (k, n, f, f) and (k,).
         scale: C_L, finite and positive. Read in offset form only.
         form: "offset": the parameters hold Delta = W - E and c, and n must be c + 1 + k. "plain": W and b.
@@ -269,23 +309,29 @@ def conv_chain(
     Raises: TypeError for dtypes, ValueError for shapes, devices, scale, form and segment; NotImplementedError when
         differentiated twice.
     """
-    params = {
+    pairs = _pairs(hidden_weight, hidden_bias)
+    chunks = None if isinstance(hidden_weight, Tensor) else pairs
+    params: dict[str, Any] = {
         "first_weight": first_weight,
         "first_bias": first_bias,
-        "hidden_weight": hidden_weight,
-        "hidden_bias": hidden_bias,
+        "hidden_weight": pairs[0][0],
+        "hidden_bias": pairs[0][1],
         "last_weight": last_weight,
         "last_bias": last_bias,
     }
     check_settings(scale=scale, form=form, segment=segment)
-    check_tensors(x, params)
+    for weight, bias in pairs:
+        params |= {"hidden_weight": weight, "hidden_bias": bias}
+        check_tensors(x, params)
     size = first_weight.shape[-1] if first_weight.dim() else 0
     if first_weight.dim() == 4 and (size % 2 == 0 or first_weight.shape[-2] != size):
         raise ValueError(f"first_weight must have square filters of odd size, got shape {tuple(first_weight.shape)}")
-    in_channels, out_channels = _check_params(params, ("c", "k"), form, (size, size))
+    for weight, bias in pairs:
+        params |= {"hidden_weight": weight, "hidden_bias": bias}
+        in_channels, out_channels = _check_params(params, ("c", "k"), form, (size, size))
     if x.dim() < 3 or x.shape[-3] != in_channels:
         raise ValueError(f"x must have shape (*, {in_channels}, H, W), got {tuple(x.shape)}")
     if x.shape[-2] < 1 or x.shape[-1] < 1:
         raise ValueError(f"x must have images of at least 1x1 pixels, got {x.shape[-2]}x{x.shape[-1]}")
-    out = _apply("conv", x.reshape(-1, *x.shape[-3:]), tuple(params.values()), scale, form, segment)
+    out = _apply("conv", x.reshape(-1, *x.shape[-3:]), params, chunks, scale, form, segment)
     return out.reshape(*x.shape[:-3], out_channels)

@@ -481,6 +481,7 @@ def save_model(model: DeepNarrowMLP | DeepNarrowCNN, path: str | Path) -> None:
         "init": model.init,
         "form": model.form,
         "checkpoint": model.checkpoint,
+        "chunks": model.chunks,
     }
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     _write(Path(path), tensors, {"model": settings})

@@ -344,7 +344,7 @@ def _step(model: DeepNarrowBase, batch_size: int, input_shape: tuple[int, ...] |
         raise TypeError(f"batch_size must be an int, got {batch_size!r}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    weight, *_, last_weight, _ = model.stacked()
+    weight, last_weight = model.first_weight, model.last_weight
     inputs, image = weight.shape[1], weight.dim() == 4
     shape = (inputs,) if input_shape is None and not image else input_shape
     expected = f"({inputs}, H, W)" if image else f"({inputs},)"

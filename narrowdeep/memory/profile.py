@@ -191,9 +191,9 @@ def _free_bytes(device: torch.device) -> int:
 
 def _eager_estimate(model: DeepNarrowMLP | DeepNarrowCNN, x: Tensor) -> int:
     """Parameters, gradients and one state a layer, which autograd keeps."""
-    positions = x.numel() // model.stacked()[0].shape[1]
+    positions = x.numel() // model.first_weight.shape[1]
     state = model.width * positions * x.element_size()
-    return 2 * _bytes_of(model.stacked()) + (model.depth + 2) * state
+    return 2 * _bytes_of(list(model.parameters())) + (model.depth + 2) * state
 
 
 def table(profiles: Sequence[MemoryProfile]) -> str:

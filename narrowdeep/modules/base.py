@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -40,8 +41,8 @@ class DeepNarrowBase(nn.Module):
 
     first_weight: nn.Parameter
     first_bias: nn.Parameter
-    hidden_weight: nn.Parameter
-    hidden_bias: nn.Parameter
+    hidden_weight: Any  # nn.Parameter, or an nn.ParameterList of the chunks
+    hidden_bias: Any
     last_weight: nn.Parameter
     last_bias: nn.Parameter
 
@@ -58,6 +59,7 @@ class DeepNarrowBase(nn.Module):
         init: Init,
         form: Form,
         checkpoint: Checkpoint,
+        chunks: int,
         device: Any,
         dtype: torch.dtype | None,
     ) -> None:
@@ -84,6 +86,9 @@ class DeepNarrowBase(nn.Module):
             raise ValueError(f"scale must have scale**2 * depth within the range of {limits.dtype}, got {self.scale}")
         self.rho, self.beta, self.init, self.form = float(rho), float(beta), init, form
         self.checkpoint = checkpoint
+        self.chunks = _check_count("chunks", chunks, 1)
+        if chunks > max(1, depth - 2):
+            raise ValueError(f"chunks must be at most the number of hidden layers, {depth - 2}, got {chunks}")
         n = self.width
         shapes = {
             "first_weight": (n, inputs, *tap),
@@ -93,8 +98,17 @@ class DeepNarrowBase(nn.Module):
             "last_weight": (outputs, n, *tap),
             "last_bias": (outputs,),
         }
-        for name, shape in shapes.items():
-            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+        for name, (layers, *shape) in shapes.items():
+            if chunks == 1 or "hidden" not in name:
+                self.register_parameter(name, nn.Parameter(torch.empty(layers, *shape, device=device, dtype=dtype)))
+                continue
+            borders = [layers * i // chunks for i in range(chunks + 1)]
+            self.add_module(
+                name,
+                nn.ParameterList(
+                    torch.empty(end - begin, *shape, device=device, dtype=dtype) for begin, end in pairwise(borders)
+                ),
+            )
         self.reset_parameters()
 
     @property
@@ -137,9 +151,21 @@ class DeepNarrowBase(nn.Module):
         states = (self.depth - 1) * self.width * positions
         return 1 if states <= 2 * sum(p.numel() for p in self.parameters()) else AUTO_SEGMENT
 
+    def in_chunks(self, name: str) -> list[Tensor]:
+        """A parameter of ``PARAMETER_NAMES`` as the chunks that it is stored in; most are one."""
+        value = getattr(self, name)
+        return list(value) if isinstance(value, nn.ParameterList) else [value]
+
+    def arguments(self) -> tuple[Any, ...]:
+        """The six parameters as narrowdeep.functional takes them: tensors, or lists of chunks."""
+        parts = [getattr(self, name) for name in PARAMETER_NAMES]
+        return tuple(list(part) if isinstance(part, nn.ParameterList) else part for part in parts)
+
     def stacked(self) -> tuple[Tensor, ...]:
-        """The six parameters in the order of the ops."""
-        return tuple(getattr(self, name) for name in PARAMETER_NAMES)
+        """The six parameters in the order of the ops; copies of those that are stored in several chunks."""
+        with torch.enable_grad():  # a copy requires gradients where a chunk does
+            parts = [self.in_chunks(name) for name in PARAMETER_NAMES]
+            return tuple(torch.cat(part) if len(part) > 1 else part[0] for part in parts)
 
     def identity_part(self) -> dict[str, Tensor]:
         """E and the base biases: what the offset form leaves out of each parameter (thesis sections 3.1 and 4.0.1).
@@ -175,13 +201,13 @@ class DeepNarrowBase(nn.Module):
         """
         if self.init == "kaiming":
             for name in PARAMETER_NAMES:
-                param = getattr(self, name)
-                if name.endswith("bias"):
-                    param.zero_()
-                else:
-                    fan_in = (self._inputs if name == "first_weight" else self.width) * math.prod(self._tap)
-                    bound = math.sqrt(6.0 / fan_in)
-                    param.uniform_(-bound, bound, generator=generator)
+                for param in self.in_chunks(name):
+                    if name.endswith("bias"):
+                        param.zero_()
+                    else:
+                        fan_in = (self._inputs if name == "first_weight" else self.width) * math.prod(self._tap)
+                        bound = math.sqrt(6.0 / fan_in)
+                        param.uniform_(-bound, bound, generator=generator)
             return
         for param in self.parameters():
             param.zero_()
@@ -190,16 +216,19 @@ class DeepNarrowBase(nn.Module):
         std_v = self.scale * self.beta
         self.first_weight[middle].normal_(0.0, std_u, generator=generator)
         self.first_bias[middle].normal_(0.0, std_v, generator=generator)
-        self.hidden_weight[:, middle, : self._inputs].normal_(0.0, std_u, generator=generator)
-        self.hidden_bias[:, middle].normal_(0.0, std_v, generator=generator)
+        for weight in self.in_chunks("hidden_weight"):
+            weight[:, middle, : self._inputs].normal_(0.0, std_u, generator=generator)
+        for bias in self.in_chunks("hidden_bias"):
+            bias[:, middle].normal_(0.0, std_v, generator=generator)
         if self.form == "plain":
             for name, part in self.identity_part().items():
-                getattr(self, name).add_(part)
+                for param in self.in_chunks(name):
+                    param.add_(part)
 
     @torch.no_grad()
     def layers(self) -> list[tuple[Tensor, Tensor]]:
         """(W, b) of each of the L affine layers, with the identity part added back in offset form."""
-        values = {name: getattr(self, name).detach() for name in PARAMETER_NAMES}
+        values = {name: value.detach() for name, value in zip(PARAMETER_NAMES, self.stacked(), strict=True)}
         if self.form == "offset":
             values = {name: values[name] + part for name, part in self.identity_part().items()}
         hidden = zip(values["hidden_weight"], values["hidden_bias"], strict=True)
@@ -214,18 +243,20 @@ class DeepNarrowBase(nn.Module):
         """The way back from ``layers()``: subtracts the identity part in offset form."""
         (first_w, first_b), *hidden, (last_w, last_b) = layers
         values = {"first_weight": first_w, "first_bias": first_b, "last_weight": last_w, "last_bias": last_b}
-        for j, (weight, bias) in enumerate(hidden):
-            self.hidden_weight[j].copy_(weight)
-            self.hidden_bias[j].copy_(bias)
+        rows = [[row for chunk in self.in_chunks(f"hidden_{kind}") for row in chunk] for kind in ("weight", "bias")]
+        for to_weight, to_bias, (weight, bias) in zip(*rows, hidden, strict=True):
+            to_weight.copy_(weight)
+            to_bias.copy_(bias)
         for name, value in values.items():
             getattr(self, name).copy_(value)
         if self.form == "offset":
             for name, part in self.identity_part().items():
-                getattr(self, name).sub_(part)
+                for param in self.in_chunks(name):
+                    param.sub_(part)
 
     def extra_repr(self) -> str:
         return (
             f"{self._inputs}, {self._outputs}, depth={self.depth}, width={self.width}, scale={self.scale:g}, "
             f"rho={self.rho:g}, beta={self.beta:g}, init={self.init!r}, form={self.form!r}, "
-            f"checkpoint={self.checkpoint!r}"
+            f"checkpoint={self.checkpoint!r}" + (f", chunks={self.chunks}" if self.chunks > 1 else "")
         )

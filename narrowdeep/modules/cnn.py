@@ -30,6 +30,10 @@ class DeepNarrowCNN(DeepNarrowBase):
             plain form only: the baseline that does not train at depth).
         form: "offset" stores Delta = W - E and c, "plain" stores W and b.
         checkpoint: "auto", "none", or layers between two saved states; changes memory and time, never results.
+        chunks: parameters that the hidden layers are divided into, and graph nodes: more than 1, and the gradients of
+            all layers never exist at once where each is used as soon as it is complete (``narrowdeep.optim.FusedSGD``,
+            or hooks). ``hidden_weight`` and ``hidden_bias`` are then lists. Results are the same up to rounding, but
+            the same seed draws other numbers; gradients come from ``backward`` alone, not from torch.func.
         device, dtype: of the parameters; float32 or float64.
 
     Parameters (stacked): ``first_weight`` (n, c, f, f), ``first_bias`` (n,), ``hidden_weight`` (L-2, n, n, f, f),
@@ -57,6 +61,7 @@ class DeepNarrowCNN(DeepNarrowBase):
         init: Init = "ntk",
         form: Form = "offset",
         checkpoint: Checkpoint = "auto",
+        chunks: int = 1,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -76,6 +81,7 @@ class DeepNarrowCNN(DeepNarrowBase):
             init=init,
             form=form,
             checkpoint=checkpoint,
+            chunks=chunks,
             device=device,
             dtype=dtype,
         )
@@ -87,7 +93,7 @@ class DeepNarrowCNN(DeepNarrowBase):
 
     def forward(self, x: Tensor) -> Tensor:
         positions = x.numel() // self.in_channels if isinstance(x, Tensor) else 0
-        return conv_chain(x, *self.stacked(), scale=self.scale, form=self.form, segment=self.segment(positions))
+        return conv_chain(x, *self.arguments(), scale=self.scale, form=self.form, segment=self.segment(positions))
 
     def to_sequential(self) -> nn.Sequential:
         """The same network as eager layers: nn.Conv2d, nn.ReLU, ..., nn.Conv2d, nn.AdaptiveAvgPool2d, nn.Flatten.

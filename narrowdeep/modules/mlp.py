@@ -27,6 +27,10 @@ class DeepNarrowMLP(DeepNarrowBase):
             plain form only: the baseline that does not train at depth).
         form: "offset" stores Delta = W - E and c, "plain" stores W and b.
         checkpoint: "auto", "none", or layers between two saved states; changes memory and time, never results.
+        chunks: parameters that the hidden layers are divided into, and graph nodes: more than 1, and the gradients of
+            all layers never exist at once where each is used as soon as it is complete (``narrowdeep.optim.FusedSGD``,
+            or hooks). ``hidden_weight`` and ``hidden_bias`` are then lists. Results are the same up to rounding, but
+            the same seed draws other numbers; gradients come from ``backward`` alone, not from torch.func.
         device, dtype: of the parameters; float32 or float64.
 
     Parameters (stacked): ``first_weight`` (n, in), ``first_bias`` (n,), ``hidden_weight`` (L-2, n, n),
@@ -53,6 +57,7 @@ class DeepNarrowMLP(DeepNarrowBase):
         init: Init = "ntk",
         form: Form = "offset",
         checkpoint: Checkpoint = "auto",
+        chunks: int = 1,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -69,13 +74,14 @@ class DeepNarrowMLP(DeepNarrowBase):
             init=init,
             form=form,
             checkpoint=checkpoint,
+            chunks=chunks,
             device=device,
             dtype=dtype,
         )
 
     def forward(self, x: Tensor) -> Tensor:
         positions = x.numel() // self.in_features if isinstance(x, Tensor) else 0
-        return mlp_chain(x, *self.stacked(), scale=self.scale, form=self.form, segment=self.segment(positions))
+        return mlp_chain(x, *self.arguments(), scale=self.scale, form=self.form, segment=self.segment(positions))
 
     def to_sequential(self) -> nn.Sequential:
         """The same network as eager layers: nn.Linear, nn.ReLU, ..., nn.Linear, with W = E + Delta.

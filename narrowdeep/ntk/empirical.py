@@ -139,7 +139,7 @@ def _samples_at_once(model: Narrow, x: Tensor) -> int:
     outputs, width = model.last_weight.shape[:2]
     if isinstance(model, DeepNarrowCNN):
         states = 2 * math.isqrt(2 * model.depth) + 4 * outputs  # saved and of a segment, gradients
-        each = states * width * math.prod(x.shape[2:]) + outputs * model.hidden_weight[:1].numel()
+        each = states * width * math.prod(x.shape[2:]) + outputs * model.in_chunks("hidden_weight")[0][:1].numel()
     else:
         each = (model.depth // 4 + 13 * outputs) * width
     return max(2, _BLOCK_BYTES // (each * x.element_size()))

@@ -351,10 +351,18 @@ def _reverse(
             gradient.move()
 
 
-def _entered(state: Tensor, x: Tensor, outputs: int, scale: float, offset: bool) -> Parts:
+def entered(state: Tensor, x: Tensor, outputs: int, scale: float, offset: bool) -> Parts:
     """A state given as ``(moved, a)`` or h; ``x`` is (in, *positions, B)."""
     base = _base(x, state.shape[1], outputs, scale) if offset else None
     return Parts(base, state[-1].clone(), x.shape[0], state[0] if offset else None)
+
+
+def entered_gradient(grad_state: Tensor, grad_out: Tensor, inputs: int, offset: bool) -> Parts:
+    """The gradient of a state given as ``(moved, g)`` or g; ``grad_out`` is that of the chain's output, (B, out)."""
+    root = None
+    if offset:
+        root = _root(_output_gradient(grad_out, grad_state[0]), grad_state.shape[1])
+    return Parts(root, grad_state[-1].clone(), inputs, grad_state[0] if offset else None)
 
 
 def left(parts: Parts) -> Tensor:
@@ -376,7 +384,7 @@ def advance(
 ) -> tuple[Tensor, Tensor]:
     """As ``reference.advance``."""
     layers = hidden_weight.shape[0]
-    parts = _entered(state, x.movedim(0, -1), outputs, scale, offset)
+    parts = entered(state, x.movedim(0, -1), outputs, scale, offset)
     saved = x.new_empty(advance_saved_shape(layers, tuple(parts.a.shape), offset, segment))
     h, z = torch.empty_like(parts.a), torch.empty_like(parts.a)
     for j in range(layers):
@@ -412,15 +420,14 @@ def retreat(
     shape = state.shape[1:]
     h, z, full = x.new_empty(shape), x.new_empty(shape), x.new_empty(shape)
     scratch = x.new_empty(0) if segment == 1 else x.new_empty(min(segment, layers), *shape)
-    root = _root(_output_gradient(grad_out, z), shape[0]) if offset else None
-    gradient = Parts(root, grad_state[-1].clone(), x.shape[0], grad_state[0] if offset else None)
+    gradient = entered_gradient(grad_state, grad_out, x.shape[0], offset)
     grads = [torch.empty_like(hidden_weight), torch.empty_like(hidden_bias)] if need_params else []
 
     def states(start: int, stop: int) -> Sequence[Tensor]:
         """Values of states start .. stop - 1 of these layers (numbered from 0)."""
         if segment == 1:
-            return [saved[start - 1, 0] if start else _entered(state, x, outputs, scale, offset).full(out=h)]
-        parts = _entered(saved[start // segment - 1] if start else state, x, outputs, scale, offset)
+            return [saved[start - 1, 0] if start else entered(state, x, outputs, scale, offset).full(out=h)]
+        parts = entered(saved[start // segment - 1] if start else state, x, outputs, scale, offset)
         parts.full(out=scratch[0])
         for j in range(start, stop - 1):
             _step(layer, parts, hidden_weight[j], hidden_bias[j], scratch[j - start], z, before + j)
