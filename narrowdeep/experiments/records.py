@@ -17,7 +17,8 @@ from narrowdeep import memory
 from narrowdeep.data import load_task
 from narrowdeep.memory.profile import peak_memory
 from narrowdeep.modules import DeepNarrowCNN, DeepNarrowMLP
-from narrowdeep.ntk import empirical_ntk, max_learning_rate
+from narrowdeep.ntk import empirical_ntk, limit_ntk_mlp, max_learning_rate
+from narrowdeep.optim import FusedSGD
 from narrowdeep.step_size import predict_step_size
 from narrowdeep.training import thesis_loss
 
@@ -113,10 +114,10 @@ def _descend(
 def _kernel_descent(kernel: Tensor, y: Tensor, steps: int, tau: float, momentum: float = 0.0) -> Tensor:
     """What ``steps`` steps from outputs 0 learn where the tangent kernel stays what it is.
 
-    ``kernel`` (M, N) is that of M points with the N of the training set, which come first; ``y`` is (N, 1). Returns
-    the outputs (M, 1).
+    ``kernel`` (M, N) is that of M points with the N of the training set, which come first; ``y`` is (N, out). Returns
+    the outputs (M, out).
     """
-    outputs = kernel.new_zeros(kernel.shape[0], 1)
+    outputs = kernel.new_zeros(kernel.shape[0], y.shape[1])
     velocity = torch.zeros_like(outputs)
     for _ in range(steps):
         velocity = momentum * velocity + kernel @ (outputs[: y.shape[0]] - y)
@@ -127,6 +128,61 @@ def _kernel_descent(kernel: Tensor, y: Tensor, steps: int, tau: float, momentum:
 def _off(outputs: Tensor, predicted: Tensor) -> float:
     """Largest deviation, relative to the largest predicted value."""
     return ((outputs.double() - predicted).abs().max() / predicted.abs().max()).item()
+
+
+@dataclass(frozen=True)
+class MlpWideSettings:
+    depth: int = 4000
+    inputs: int = 784
+    outputs: int = 10
+    samples: int = 512
+    chunks: int = 40
+    checkpoint: int = 64
+    steps: int = 2
+    gigabytes: float = 14.0
+    tolerance: float = 0.1
+    """Of the outputs against descent with the limit kernel, from which a kernel strays by about 1/sqrt(L)."""
+
+
+def _mlp_wide(settings: MlpWideSettings, progress: Progress) -> Outcome:
+    x = torch.rand(settings.samples, settings.inputs)
+    y = x[:, : settings.outputs].contiguous()
+    # Its own kernel would take a second copy of the parameters.
+    kernel = limit_ntk_mlp(x.double(), out_features=settings.outputs)
+    tau = 0.5 * max_learning_rate(kernel)
+    sizes = (settings.inputs, settings.outputs, settings.depth)
+    model = DeepNarrowMLP(*sizes, chunks=settings.chunks, checkpoint=settings.checkpoint)
+    optimizer = FusedSGD(model, lr=tau * model.ntk_lr)
+    before = thesis_loss(torch.zeros_like(y), y).item()  # outputs are exactly 0 at initialisation
+    with progress:
+        seconds = _descend(model, x, y, optimizer, settings.steps, progress)
+        with torch.no_grad():
+            learned = model(x)
+    predicted = _kernel_descent(kernel, y.double(), settings.steps, tau)
+    loss, predicted_loss = thesis_loss(learned, y).item(), thesis_loss(predicted, y.double()).item()
+    bytes_ = _count(model) * x.element_size()
+    return Outcome(
+        depth=settings.depth,
+        parameters=_count(model),
+        peak_bytes=peak_memory(),
+        seconds_per_step=seconds,
+        checks={
+            "peak, GB": Check(peak_memory() / 1e9, settings.gigabytes),
+            "loss over loss before": Check(loss / before, 1.05 * predicted_loss / before),
+            "outputs off the limit kernel's prediction": Check(_off(learned, predicted), settings.tolerance),
+        },
+        details={
+            "samples": settings.samples,
+            "steps": settings.steps,
+            "chunks": settings.chunks,
+            "tau": tau,
+            "loss_before": before,
+            "loss": loss,
+            "predicted_loss": predicted_loss,
+            "parameter_bytes": bytes_,
+            "eager_bytes": 2 * bytes_ + (settings.depth - 1) * model.width * settings.samples * x.element_size(),
+        },
+    )
 
 
 @dataclass(frozen=True)
@@ -322,6 +378,7 @@ RECORDS: dict[str, Record] = {
     record.name: record
     for record in (
         Record("cnn-20k", "20,000-layer CNN of 3 channels, batches of 512 images of 7x7", CnnLongSettings(), _cnn_long),
+        Record("mlp-795", "4,000-layer MLP of width 795, training steps under 14 GB", MlpWideSettings(), _mlp_wide),
         Record("mlp-1m", "1,000,000-layer MLP of width 4 learns x1 x2 on the arc", MlpMillionSettings(), _mlp_million),
         Record("cnn-1m", "1,000,000-layer CNN of 3 channels, one training step", CnnMillionSettings(), _cnn_million),
     )

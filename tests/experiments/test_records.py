@@ -50,6 +50,15 @@ def test_mlp_learns_what_its_kernel_predicts() -> None:
     assert "learned function off its own kernel's prediction" in failed(small("mlp-1m", depth=50))
 
 
+def test_wide_mlp_steps_within_its_memory() -> None:
+    changes = {"depth": 400, "inputs": 5, "outputs": 2, "samples": 16, "chunks": 7}
+    result = small("mlp-795", **changes)
+    assert result["result"] == "pass", result
+    assert result["details"]["loss"] < 0.6 * result["details"]["loss_before"]
+    assert result["details"]["eager_bytes"] > 2 * 4 * result["parameters"]
+    assert failed(small("mlp-795", **changes, gigabytes=0.01)) == {"peak, GB"}
+
+
 def test_cnn_steps_as_its_kernel_predicts() -> None:
     result = small("cnn-1m", depth=100, samples=8, tolerance=0.01)
     assert result["result"] == "pass", result
