@@ -15,12 +15,11 @@ from torch import Tensor
 
 from narrowdeep import memory
 from narrowdeep.data import load_task
-from narrowdeep.memory.profile import peak_memory
 from narrowdeep.modules import DeepNarrowCNN, DeepNarrowMLP
 from narrowdeep.ntk import empirical_ntk, limit_ntk_mlp, max_learning_rate
 from narrowdeep.optim import FusedSGD
 from narrowdeep.step_size import predict_step_size
-from narrowdeep.training import thesis_loss
+from narrowdeep.training import peak_memory, thesis_loss
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def run_record(record: Record, settings: Any, *, seed: int = 0, progress: Progre
     Returns: plain JSON data: "record", "depth", "parameters", "peak_bytes", "seconds_per_step", "seconds" (all of it),
         "result" ("pass" or "fail"), "checks" (by name: "measured", "at_most", "passed") and "details".
 
-    Raises: NotImplementedError where the system keeps no peak (it needs Linux).
+    Raises: NotImplementedError where the peak of a step cannot be measured (it needs Linux).
     """
     torch.manual_seed(seed)
     start = time.perf_counter()

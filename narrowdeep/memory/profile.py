@@ -164,16 +164,6 @@ def _take_up_holes(c: Any, least: int) -> list[ctypes.c_void_p]:
     return holes
 
 
-def peak_memory() -> int:
-    """The most memory that this process has held, resident, in bytes.
-
-    Raises: NotImplementedError where the system keeps no peak (it needs Linux).
-    """
-    if sys.platform != "linux":
-        raise NotImplementedError(f"the peak memory of a process is kept on Linux only, this is {sys.platform}")
-    return _status("VmHWM")
-
-
 def _status(name: str) -> int:
     """A field of /proc/self/status, in bytes."""
     match = re.search(rf"^{name}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)

@@ -30,7 +30,8 @@ class DeepNarrowMLP(DeepNarrowBase):
         chunks: parameters that the hidden layers are divided into, and graph nodes: more than 1, and the gradients of
             all layers never exist at once where each is used as soon as it is complete (``narrowdeep.optim.FusedSGD``,
             or hooks). ``hidden_weight`` and ``hidden_bias`` are then lists. Results are the same up to rounding, but
-            the same seed draws other numbers; gradients come from ``backward`` alone, not from torch.func.
+            the same seed draws other numbers; gradients come from ``backward`` alone, not from torch.func. For wide
+            layers: below a width of 128 or so the parts run layer by layer, many times slower than in one chunk.
         device, dtype: of the parameters; float32 or float64.
 
     Parameters (stacked): ``first_weight`` (n, in), ``first_bias`` (n,), ``hidden_weight`` (L-2, n, n),
