@@ -1,14 +1,17 @@
 """Registers, memory and instruction mix of every Triton kernel, without a GPU: compiled and disassembled.
 
-``python -m benchmarks.gpu.static_figures`` writes docs/gpu_static.json for the installed Triton (minutes); a test
-compiles all of it again and compares. Instruction counts are those of the innermost loop, over layers, samples,
+``python -m benchmarks.gpu.static_figures`` writes docs/gpu_static.json for the installed Triton: all of it with --fresh
+(minutes), else what has changed since. Every row has the key of what was compiled, so that a test can tell without
+compiling that none is out of date. Instruction counts are those of the innermost loop, over layers, samples,
 positions or entries, as issued by one warp.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import collections
+import hashlib
 import json
 import multiprocessing
 import re
@@ -25,6 +28,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
 from narrowdeep.ops import triton_chain, triton_common
 from narrowdeep.ops.conv import triton as conv
@@ -70,6 +74,7 @@ class Entry:
 class Figures:
     """``spills`` are stack and local bytes a thread; ``fma`` the share of multiply-adds in the loop."""
 
+    key: str
     samples: int
     warps: int
     registers: int
@@ -142,6 +147,31 @@ def _kernel(entry: Entry) -> tuple[Any, dict[str, Any], Block]:
     return conv.weight_gradient, options | {"WIDTH": n, "SPLIT": 8192}, Block(128, 4)
 
 
+def _sources(function: Any, found: dict[str, str]) -> dict[str, str]:
+    """The syntax trees of a kernel and of all it calls, without comments and docstrings, and the constants it reads."""
+    tree = ast.parse(function.src)
+    definition = tree.body[0]
+    assert isinstance(definition, ast.FunctionDef)
+    if ast.get_docstring(definition) is not None:
+        del definition.body[0]
+    found[function.fn.__qualname__] = ast.dump(tree)
+    for name in {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}:
+        value = function.fn.__globals__.get(name)
+        if isinstance(value, JITFunction):
+            if name not in found:
+                _sources(value, found)
+        elif isinstance(value, triton.language.constexpr):
+            found[name] = repr(value.value)
+    return found
+
+
+def key(entry: Entry) -> str:
+    """Of what is compiled: the kernel's source, its constants and its block. Triton's version the table has itself."""
+    function, options, block = _kernel(entry)
+    parts = (sorted(_sources(function, {}).items()), sorted(options.items()), block)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
 def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([_TOOLS / name, *arguments], check=True, capture_output=True, text=True).stdout
 
@@ -193,6 +223,7 @@ def measure(entry: Entry) -> Figures:
 
     mix = max(loops, key=products)
     return Figures(
+        key=key(entry),
         samples=block.samples,
         warps=block.warps,
         registers=int(usage[1]),
@@ -212,15 +243,16 @@ def measure_all(wanted: Iterable[Entry]) -> Iterator[tuple[Entry, Figures]]:
 
 
 def main() -> None:
-    """Write the table; figures already there for this Triton are kept unless --fresh."""
+    """Write the table; figures already there for this Triton and these sources are kept unless --fresh."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--fresh", action="store_true", help="measure everything again")
-    parser.add_argument("--only", default="", help="entries whose name matches this regular expression")
     arguments = parser.parse_args()
     table: dict[str, Any] = json.loads(TABLE.read_text()) if TABLE.exists() and not arguments.fresh else {}
     if table.get("triton") != triton.__version__:
         table = {"triton": triton.__version__, "kernels": {}}
-    missing = [e for e in entries() if str(e) not in table["kernels"] and re.search(arguments.only, str(e))]
+    wanted = {str(entry): entry for entry in entries()}
+    table["kernels"] = {name: row for name, row in table["kernels"].items() if name in wanted}
+    missing = [e for name, e in wanted.items() if table["kernels"].get(name, {}).get("key") != key(e)]
     for entry, figures in measure_all(missing):
         table["kernels"][str(entry)] = asdict(figures)
         print(f"{entry}: {figures}", flush=True)

@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import triton
 
-from benchmarks.gpu.static_figures import TABLE, Entry, entries, measure
+from benchmarks.gpu.static_figures import TABLE, Entry, entries, key, measure_all
+from narrowdeep.ops import triton_common
+from narrowdeep.ops.mlp import triton as mlp
 
-F32, F64 = torch.float32, torch.float64
+F32 = torch.float32
 ENTRIES = list(entries())
-CHECKED = [
-    Entry("mlp", "forward", F32, False, 4, 90),
-    Entry("mlp", "forward", F32, True, 8, 75),
-    Entry("mlp", "backward", F32, False, 8, 90),
-    Entry("mlp", "backward", F64, True, 8, 80),
-    Entry("mlp", "weight_gradient", F32, None, 8, 90),
-    Entry("mlp", "jvp", F32, True, 4, 100),
-    Entry("mlp", "forward", F32, True, 32, 80),
-    Entry("conv", "forward", F32, True, 3, 90),
-    Entry("conv", "weight_gradient", F64, None, 3, 80),
-    Entry("mlp", "gram_sums", F32, None, 4, 90),
-    Entry("conv", "filter_jacobians", F64, None, 3, 75),
-    Entry("conv", "pair_sums", F32, None, 0, 80),
-]
 REQUIRED = {
     "mlp forward float32 plain n=4 sm_90": 0.55,
     "mlp forward float32 plain n=8 sm_90": 0.65,
@@ -59,12 +48,41 @@ def test_hot_loops_are_dense(table: dict[str, Any], name: str) -> None:
     assert table[name]["fma"] >= REQUIRED[name]
 
 
-@pytest.mark.parametrize("entry", CHECKED, ids=str)
-def test_table_is_current(table: dict[str, Any], entry: Entry) -> None:
-    assert asdict(measure(entry)) == table[str(entry)], "run `python -m benchmarks.gpu.static_figures --fresh`"
+SAMPLE = list({(e.family, e.kernel, e.dtype, e.offset, e.target): e for e in reversed(ENTRIES)}.values())
+"""Every kernel, dtype, form and target once, at its narrowest."""
+
+
+def differing(table: dict[str, Any], wanted: list[Entry]) -> dict[str, Any]:
+    """Figures of those that compile to something else than the table says."""
+    measured = {str(entry): asdict(figures) for entry, figures in measure_all(wanted)}
+    return {name: figures for name, figures in measured.items() if figures != table[name]}
+
+
+def test_no_row_is_out_of_date(table: dict[str, Any]) -> None:
+    """Sources, constants and blocks are those that were compiled."""
+    old = [str(entry) for entry in ENTRIES if key(entry) != table[str(entry)]["key"]]
+    assert not old, "run `python -m benchmarks.gpu.static_figures`"
+
+
+def test_a_key_tells_sources_constants_and_blocks_apart() -> None:
+    entry = Entry("mlp", "forward", F32, True, 8, 90)
+    others = [replace(entry, kernel="recompute"), replace(entry, width=4), replace(entry, offset=False)]
+    assert len({key(e) for e in [entry, *others]}) == 4
+    before = key(entry)
+    with mock.patch.dict(mlp._SAMPLES, {("forward", F32, True): (8, 2, 2)}):
+        assert key(entry) != before
+    with mock.patch.object(triton_common.two_sum, "_src", "def two_sum(a, b):\n    return a + b, b"):
+        assert key(entry) != before
+    commented = triton_common.two_sum.src.replace("    s = a + b", "    s = a + b  # rounded")
+    with mock.patch.object(triton_common.two_sum, "_src", commented):
+        assert key(entry) == before
+
+
+def test_sample_compiles_to_its_figures(table: dict[str, Any]) -> None:
+    required = [entry for entry in ENTRIES if str(entry) in REQUIRED]
+    assert differing(table, list(dict.fromkeys([*SAMPLE, *required]))) == {}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("entry", [entry for entry in ENTRIES if entry not in CHECKED], ids=str)
-def test_whole_table_is_current(table: dict[str, Any], entry: Entry) -> None:
-    assert asdict(measure(entry)) == table[str(entry)]
+def test_whole_table_compiles_to_its_figures(table: dict[str, Any]) -> None:
+    assert differing(table, ENTRIES) == {}
