@@ -16,6 +16,7 @@ goes through scratch memory with a border of zeros, where the neighbouring lanes
 # ruff: noqa: RUF005, SIM102 (no starred tuples in the kernel language; a constexpr `if` must stand alone)
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -470,6 +471,9 @@ SCRATCH_BYTES = 32 << 20
 """What the states and gradients of a group of segments may take: they then stay in the second-level cache (40 MiB on
 an A100, 50 MiB on an H100) between the kernel that writes them and the one that reads them. One segment always fits."""
 
+MOST_SEGMENTS = 65_535
+"""Of a group: CUDA's limit for the second dimension of a grid."""
+
 
 @dataclass(frozen=True)
 class Family:
@@ -496,6 +500,13 @@ def constants(family: Family, kernel: str, x: Tensor, weight: Tensor, offset: bo
     } | family.constants(kernel, x, weight)
 
 
+def _padded(x: Tensor, weight: Tensor, block: Block, segments: int) -> tuple[int, ...]:
+    """Shape of a convolution's scratch memory: two padded states a program."""
+    border = weight.shape[-1] // 2 * 2
+    plane = (x.shape[2] + border) * (x.shape[3] + border) * block.samples
+    return triton.cdiv(x.shape[0], block.samples) * segments, 2, weight.shape[1], plane
+
+
 def _run(
     family: Family,
     kernel: Any,
@@ -509,14 +520,11 @@ def _run(
     **more: Any,
 ) -> None:
     """Launch over the batch (and ``segments``) with the block that fits."""
-    batch, radius = x.shape[0], weight.shape[-1] // 2
+    batch = x.shape[0]
 
     def start(block: Block) -> None:
         grid = (triton.cdiv(batch, block.samples), segments)
-        scratch = tensors[0]
-        if x.dim() == 4:
-            plane = (x.shape[2] + 2 * radius) * (x.shape[3] + 2 * radius) * block.samples
-            scratch = x.new_zeros(grid[0] * segments, 2, weight.shape[1], plane)
+        scratch = x.new_zeros(_padded(x, weight, block, segments)) if x.dim() == 4 else tensors[0]
         values = constants(family, name, x, weight, offset, block) | more
         launch(kernel, grid, *tensors, scratch, batch, *numbers, num_warps=block.warps, **values)
 
@@ -612,7 +620,33 @@ class Descent:
 def layers_a_group(state: Tensor, segment: int) -> int:
     """Layers whose states and gradients fit ``SCRATCH_BYTES``, a multiple of ``segment``; ``state`` is one of them."""
     bytes_a_layer = (1 if segment == 1 else 2) * state.numel() * state.element_size()
-    return max(1, SCRATCH_BYTES // (bytes_a_layer * segment)) * segment
+    return min(MOST_SEGMENTS, max(1, SCRATCH_BYTES // (bytes_a_layer * segment))) * segment
+
+
+def workspace(family: Family, x: Tensor, weight: Tensor, offset: bool, segment: int) -> int | None:
+    """Bytes that ``backward`` takes for a group of layers; None where layers run one at a time.
+
+    Only shape, dtype and device of x and of the hidden weights are read; ``segment`` is at least 1.
+    """
+    if not family.supported("backward", x, weight):
+        return None
+    layers, width = weight.shape[:2]
+    state = x.new_empty(width, *x.shape[2:], x.shape[0], device="meta")
+    step = layers_a_group(state, segment)
+
+    def scratch(kernel: str, segments: int) -> int:
+        blocks: list[Block] = []
+        choose_block((), family.blocks(kernel, x, weight, offset), x.shape[0] * segments, x.device, blocks.append)
+        return math.prod(_padded(x, weight, blocks[0], segments)) if x.dim() == 4 else 0
+
+    def group(count: int, states: int) -> int:
+        backward = count * state.numel() + scratch("backward", 1)
+        if segment == 1:
+            return backward
+        return states * state.numel() + max(backward, scratch("recompute", triton.cdiv(count, segment)))
+
+    top = (layers - 1) % step + 1  # the first group has the very last state too
+    return max(group(top, top + 1), group(step, step) if layers > step else 0) * x.element_size()
 
 
 def backward(

@@ -85,9 +85,11 @@ def choose_block(
     if _autotune and device.type == "cuda":
         key = (key, torch.cuda.get_device_name(device))
         if key not in _best:
-            times = [
-                (triton.testing.do_bench(functools.partial(start, block), warmup=5, rep=20), block) for block in options
-            ]
+            with torch.cuda.device(device):  # the events that take the time belong to the current device
+                times = [
+                    (triton.testing.do_bench(functools.partial(start, block), warmup=5, rep=20), block)
+                    for block in options
+                ]
             _best[key] = min(times, key=lambda pair: pair[0])[1]
         start(_best[key])
         return

@@ -65,7 +65,7 @@ def register_chain(library: torch.library.Library, family: str) -> None:
 
 
 def triton_status() -> dict[str, Any]:
-    """What ``narrowdeep info`` says about the Triton kernels; initialises no device.
+    """What ``narrowdeep info`` says about the Triton kernels; asks for a device's name and architecture if there is one.
 
     Keys: ``available``, ``reason`` (None if available), ``version``, ``device`` (name or None), ``dtypes``,
     ``kernels`` (kernel -> the shapes it supports; the rest runs one layer at a time).
@@ -85,10 +85,13 @@ def triton_status() -> dict[str, Any]:
         from narrowdeep.ops.conv.triton import limits as conv_limits
         from narrowdeep.ops.gram.triton import WIDEST
         from narrowdeep.ops.mlp.triton import widest
+        from narrowdeep.ops.triton_common import capability
 
+        target = capability(torch.device("cuda" if device else "cpu"))
         past = "past that one layer at a time"
         for kernel in ("forward", "backward", "jvp"):
-            widths = ", ".join(f"width <= {widest(kernel, d)} in {str(d).removeprefix('torch.')}" for d in DTYPES)
+            most = {str(d).removeprefix("torch."): widest(kernel, d, target) for d in DTYPES}
+            widths = ", ".join(f"width <= {width} in {dtype}" for dtype, width in most.items())
             kernels[f"mlp {kernel}"] = f"{widths}; {past} (cuBLAS)"
             kernels[f"conv {kernel}"] = f"{conv_limits(kernel)}; {past} (cuDNN)"
         kernels["mlp gram"] = f"width <= {WIDEST}; {past}"

@@ -11,10 +11,11 @@ from unittest import mock
 import pytest
 import torch
 
-from narrowdeep.ops import triton_dispatch
+from narrowdeep.ops import layered, triton_chain, triton_dispatch
 from narrowdeep.ops.conv import triton as conv
 from narrowdeep.ops.mlp import triton as mlp
 from narrowdeep.ops.triton_common import Block, choose_block
+from tests.gpu.cases import Case, draw_inputs
 
 
 class Recorder:
@@ -38,8 +39,6 @@ def test_importing_narrowdeep_imports_no_triton_and_starts_no_device() -> None:
     program = (
         "import sys, torch, narrowdeep\n"
         "assert 'triton' not in sys.modules\n"
-        "from narrowdeep.ops.triton_dispatch import triton_status\n"
-        "triton_status()\n"
         "assert not torch.cuda.is_initialized()"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
@@ -70,6 +69,43 @@ def test_status_reports_the_limits_of_the_code() -> None:
     assert status["dtypes"] == ["float32", "float64"]
     assert f"width <= {mlp.widest('jvp', torch.float64)} in float64" in status["kernels"]["mlp jvp"]
     assert (status["reason"] is None) == status["available"]
+
+
+def test_status_knows_the_limits_of_an_older_device() -> None:
+    with mock.patch("narrowdeep.ops.triton_common.capability", return_value=75):
+        assert "width <= 32 in float32" in triton_dispatch.triton_status()["kernels"]["mlp forward"]
+
+
+def test_groups_keep_to_the_limits_of_a_grid() -> None:
+    state = torch.empty(2, 1, device="meta")
+    assert triton_chain.layers_a_group(state, 2) == 2 * 65_535
+
+
+@pytest.mark.parametrize("segment", [1, 2, 3])
+@pytest.mark.parametrize("image", [(), (3, 2)])
+def test_workspace_is_what_a_backward_allocates(image: tuple[int, ...], segment: int) -> None:
+    """At the moment of the kernel that needs most: h and g of a group of layers, and what pads a convolution's states."""
+    case = Case(1, 1, 9, 5, True, torch.float64, segment, image=image)
+    x, *params = draw_inputs(case)
+    family = conv.FAMILY if image else mlp.FAMILY
+    most = 0
+
+    def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **_: Any) -> None:
+        nonlocal most
+        tensors = dict(zip(kernel.arg_names, args, strict=False))
+        held = [tensors[name] for name in ("h_ptr", "g_ptr") if name in tensors]
+        held = [t for t in held if t.untyped_storage().data_ptr() != saved.untyped_storage().data_ptr()]
+        padded = [tensors["scratch_ptr"]] if image else []
+        if kernel.fn.__name__ in ("chain_recompute", "chain_backward"):
+            most = max(most, sum(t.numel() * t.element_size() for t in [*held, *padded]))
+
+    saved = layered.forward(family.layer, x, *params, 10.0, True, segment)[1]
+    with mock.patch.multiple(triton_chain, launch=launch, SCRATCH_BYTES=2000):
+        walk = triton_chain.Descent(
+            family, x, tuple(params), saved, 10.0, True, segment, triton_chain.layers_a_group(saved[0, 0], segment)
+        )
+        list(walk.groups(torch.ones(5, 1, dtype=torch.float64), True))
+        assert triton_chain.workspace(family, x, params[2], True, segment) == most
 
 
 @pytest.mark.parametrize(

@@ -102,17 +102,16 @@ _SPLIT = 4096
 """Samples that a program of ``weight_gradient`` sums: constant, so that the batch alone fixes the order of the sum."""
 
 
-def widest(kernel: str, dtype: torch.dtype) -> int:
-    """Widest layer that ``kernel`` runs; a wider chain runs one layer at a time."""
-    return _TILED["jvp" if kernel == "jvp" else "forward", dtype]
+def widest(kernel: str, dtype: torch.dtype, target: int = 90) -> int:
+    """Widest layer that ``kernel`` runs on sm_``target``; a wider chain runs one layer at a time."""
+    most = _TILED["jvp" if kernel == "jvp" else "forward", dtype]
+    return min(most, _WIDEST_TURING) if target < 80 else most
 
 
 def supported(kernel: str, x: Tensor, weight: Tensor) -> bool:
     """Whether ``kernel`` takes this chain, of hidden weights (layers, n, n)."""
     layers, width, _ = weight.shape
-    most = widest(kernel, x.dtype)
-    if triton_common.capability(x.device) < 80:
-        most = min(most, _WIDEST_TURING)
+    most = widest(kernel, x.dtype, triton_common.capability(x.device))
     return 0 < width <= most and layers > 0 and x.shape[0] > 0
 
 
