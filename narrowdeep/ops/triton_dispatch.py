@@ -65,7 +65,7 @@ def register_chain(library: torch.library.Library, family: str) -> None:
 
 
 def triton_status() -> dict[str, Any]:
-    """What ``narrowdeep info`` says about the Triton kernels; asks for a device's name and architecture if there is one.
+    """What ``narrowdeep info`` says about the Triton kernels; asks a device, if there is one, for its architecture.
 
     Keys: ``available``, ``reason`` (None if available), ``version``, ``device`` (name or None), ``dtypes``,
     ``kernels`` (kernel -> the shapes it supports; the rest runs one layer at a time).

@@ -37,9 +37,7 @@ def registered(otherwise: Callable[..., Any]) -> Callable[..., Any]:
 
 def test_importing_narrowdeep_imports_no_triton_and_starts_no_device() -> None:
     program = (
-        "import sys, torch, narrowdeep\n"
-        "assert 'triton' not in sys.modules\n"
-        "assert not torch.cuda.is_initialized()"
+        "import sys, torch, narrowdeep\nassert 'triton' not in sys.modules\nassert not torch.cuda.is_initialized()"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
 
@@ -84,9 +82,10 @@ def test_groups_keep_to_the_limits_of_a_grid() -> None:
 @pytest.mark.parametrize("segment", [1, 2, 3])
 @pytest.mark.parametrize("image", [(), (3, 2)])
 def test_workspace_is_what_a_backward_allocates(image: tuple[int, ...], segment: int) -> None:
-    """At the moment of the kernel that needs most: h and g of a group of layers, and what pads a convolution's states."""
+    """Where most is needed: h and g of a group of layers, and a convolution's padded states."""
     case = Case(1, 1, 9, 5, True, torch.float64, segment, image=image)
-    x, *params = draw_inputs(case)
+    inputs: Any = draw_inputs(case)
+    x, params = inputs[0], inputs[1:]
     family = conv.FAMILY if image else mlp.FAMILY
     most = 0
 
@@ -99,10 +98,11 @@ def test_workspace_is_what_a_backward_allocates(image: tuple[int, ...], segment:
         if kernel.fn.__name__ in ("chain_recompute", "chain_backward"):
             most = max(most, sum(t.numel() * t.element_size() for t in [*held, *padded]))
 
-    saved = layered.forward(family.layer, x, *params, 10.0, True, segment)[1]
+    arguments: Any = (*inputs, 10.0, True, segment)
+    saved = layered.forward(family.layer, *arguments)[1]
     with mock.patch.multiple(triton_chain, launch=launch, SCRATCH_BYTES=2000):
         walk = triton_chain.Descent(
-            family, x, tuple(params), saved, 10.0, True, segment, triton_chain.layers_a_group(saved[0, 0], segment)
+            family, x, params, saved, 10.0, True, segment, triton_chain.layers_a_group(saved[0, 0], segment)
         )
         list(walk.groups(torch.ones(5, 1, dtype=torch.float64), True))
         assert triton_chain.workspace(family, x, params[2], True, segment) == most
