@@ -73,6 +73,17 @@ def measure(network: Network, depth: int) -> Iterator[memory.MemoryProfile]:
         yield memory.profile(model, x, eager=False)
 
 
+def agrees(profiled: memory.MemoryProfile, least: int = 1 << 20) -> bool:
+    """Whether plan and measurement are within 10%, or ``least`` bytes where that is more (the measurement is exact to
+    about a megabyte). Below, also by the workspace of all threads but one: on a busy machine one thread may be done,
+    and its workspace given back, before another begins."""
+    planned = profiled.plan.total
+    tolerance = max(planned // 10, least)
+    threads = torch.get_num_threads()
+    idle = profiled.plan.parts["workspace"] * (threads - 1) // threads
+    return planned - tolerance - idle < profiled.measured < planned + tolerance
+
+
 def beyond_what_grows(samples: int, *, depth: int = 3000, segment: int = 64) -> tuple[int, int]:
     """What an MLP of width 4 takes at its peak beyond the parts of its plan that grow with the batch, as it must:
     (planned, measured) bytes without input and output, boundaries and the state of the backward."""

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from benchmarks.memory import BATCHES, NETWORKS, Network, beyond_what_grows, budgets, measure
+from benchmarks.memory import BATCHES, NETWORKS, Network, agrees, beyond_what_grows, budgets, measure
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the process's peak can be reset on Linux only")
 
@@ -18,7 +18,7 @@ def _check(network: Network, depth: int, least: int) -> None:
     profiles = list(measure(network, depth))
     for profiled, budget in zip(profiles, budgets(network, network.model(depth)), strict=True):
         assert profiled.plan.total <= budget
-        assert abs(profiled.measured - profiled.plan.total) < max(0.1 * profiled.plan.total, least)
+        assert agrees(profiled, least), profiled
     assert profiles[0].plan.total >= profiles[1].plan.total >= profiles[2].plan.total
 
 
