@@ -14,7 +14,7 @@ import torch
 
 from narrowdeep.memory import schedule
 from narrowdeep.modules.base import AUTO_SEGMENT, DeepNarrowBase
-from narrowdeep.ops import engine
+from narrowdeep.ops import engine, triton_dispatch
 
 OPTIMIZER_TENSORS = {"sgd": 0, "momentum": 1, "adam": 2}
 """Tensors of the parameters' size that an optimizer keeps."""
@@ -168,11 +168,17 @@ class _Step:
     batch: int
     parts: int
     """Tensors a saved boundary takes: 2 in offset form, (moved, a), else 1."""
-    itemsize: int
+    shape: tuple[int, ...]
+    """Of one sample."""
+    dtype: torch.dtype
     cuda: bool
     threads: int
     lanes: int
     """Samples in a vector of the CPU engine."""
+
+    @property
+    def itemsize(self) -> int:
+        return self.dtype.itemsize
 
     @property
     def state(self) -> int:
@@ -194,9 +200,13 @@ class _Step:
         return {"boundaries": boundaries, "backward state": backward, "workspace": workspace}
 
     def _gpu(self, segment: int) -> tuple[int, int]:
-        """One layer at a time: a segment's states for the whole batch (ops/layered.py)."""
+        """What the Triton kernels allocate; one layer at a time a segment's states (ops/layered.py)."""
+        x = torch.empty(self.batch, *self.shape, dtype=self.dtype, device="meta")
+        filters = (self.width, self.width, *((math.isqrt(self.taps),) * 2 if self.taps else ()))
+        weight = torch.empty(self.layers, *filters, dtype=self.dtype, device="meta")
+        fused = triton_dispatch.backward_workspace(x, weight, self.parts == 2, segment)
         states = 0 if segment == 1 else min(segment, self.layers) + 1
-        return 8 * self.state, states * self.state
+        return 8 * self.state, states * self.state if fused is None else fused
 
     def _mlp_engine(self, segment: int) -> tuple[int, int]:
         """Memory of ``Backward`` in csrc/mlp/kernels.h, whose names are used here."""
@@ -367,7 +377,8 @@ def _step(model: DeepNarrowBase, batch_size: int, input_shape: tuple[int, ...] |
         parameters=sum(p.numel() for p in model.parameters()),
         batch=batch_size,
         parts=2 if model.form == "offset" else 1,
-        itemsize=itemsize,
+        shape=tuple(shape),
+        dtype=weight.dtype,
         cuda=weight.is_cuda,
         threads=torch.get_num_threads(),
         lanes=vector // itemsize if vector else 1,

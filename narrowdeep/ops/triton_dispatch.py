@@ -64,6 +64,20 @@ def register_chain(library: torch.library.Library, family: str) -> None:
         library.impl(f"{family}_{op}", getattr(layered, f"{family}_{op}"), "CUDA")
 
 
+def backward_workspace(x: Tensor, hidden_weight: Tensor, offset: bool, segment: int) -> int | None:
+    """Bytes that the Triton backward takes within a segment or a group of them; None where layers run one at a time.
+
+    Tensors on the meta device stand for an H100.
+    """
+    if missing():
+        return None
+    from narrowdeep.ops import triton_chain
+    from narrowdeep.ops.conv.triton import FAMILY as CONV
+    from narrowdeep.ops.mlp.triton import FAMILY as MLP
+
+    return triton_chain.workspace(CONV if x.dim() == 4 else MLP, x, hidden_weight, offset, segment)
+
+
 def triton_status() -> dict[str, Any]:
     """What ``narrowdeep info`` says about the Triton kernels; asks a device, if there is one, for its architecture.
 

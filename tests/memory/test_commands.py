@@ -65,6 +65,17 @@ def test_plan_allocates_nothing_and_needs_no_gpu() -> None:
     assert json.loads(result.stdout)["bytes"]["parameters"] > 10**13
 
 
+def test_plan_counts_what_the_gpu_kernels_allocate() -> None:
+    network = ("--inputs", 2, "--outputs", 1, "--depth", 200, "--checkpoint", 20, "--device", "cuda", "--json")
+    state = 4 * 128 * 4
+    workspace = json.loads(run("plan", *network).stdout)["bytes"]["workspace"]
+    assert workspace == (199 + 198) * state  # every h and G in one group
+    image = ("--arch", "cnn", "--image", "7x7", *network)
+    padded = 2 * 128 * 4 * 9 * 9 * 4
+    workspace = json.loads(run("plan", *image).stdout)["bytes"]["workspace"]
+    assert workspace == 2 * 160 * state * 49 + padded  # 8 segments fit 32 MiB
+
+
 @on_linux
 def test_profile(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
