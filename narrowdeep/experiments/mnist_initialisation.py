@@ -137,7 +137,7 @@ FIG_4_2 = Experiment(
         "Training loss of 1000-layer networks on MNIST: the thesis's initialisation, and He's at six learning rates. "
         "Below the dotted line a network uses its input; above it, at best the bias of its last layer has learned."
     ),
-    laptop=InitialisationSettings(pools=(4, 4), rhos=(14.0, 4.0), images=1024, batch_size=32, epochs=8, probe=16),
+    laptop=InitialisationSettings(pools=(4, 4), rhos=(14.0, 8.0), images=1024, batch_size=64, epochs=16, probe=16),
     full=InitialisationSettings(
         pools=(1, 4), rhos=(1.0, 3**-0.5), images=None, batch_size=THESIS_BATCH, epochs=20, probe=1000
     ),

@@ -348,7 +348,7 @@ TABLE_4_1 = Experiment(
             # non-linear part, which tells digits apart, a larger share. With 1/sqrt(3) the second row gets to 20% in an
             # epoch of all images.
             Row(**_MLP, rho=14.0, pool=4, batch_size=128, epochs=8, tolerance=0.03),
-            Row(**_CNN, rho=4.0, batch_size=64, epochs=4, tolerance=0.05, images=4000, judged_by="kernel"),
+            Row(**_CNN, rho=8.0, batch_size=64, epochs=4, tolerance=0.05, images=4000, judged_by="kernel"),
             Row(**_BINARY, batch_size=128, epochs=6, tolerance=0.0),
         ),
         probe=500,
