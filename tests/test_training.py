@@ -206,6 +206,15 @@ def test_a_signal_stops_after_the_step_and_keeps_it(digits, tmp_path, signal_num
     assert_same(weights(resumed), weights(whole))
 
 
+@pytest.fixture
+def interruptible():
+    """Python's own answer to Ctrl-C, which a process started in the background does not have."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_interrupt_stops_at_once_and_keeps_the_last_checkpoint(digits, tmp_path):
     def interrupt(trainer: Trainer) -> None:
         if trainer.step_count == 4:
