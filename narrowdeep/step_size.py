@@ -16,6 +16,7 @@ batches of B:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -23,8 +24,16 @@ from narrowdeep.data import Task
 from narrowdeep.modules import DeepNarrowCNN, DeepNarrowMLP
 from narrowdeep.ntk import empirical_ntk, heavy_ball, loss_curve, max_learning_rate
 
+Decay = Literal["none", "linear"]
+"""Whether the step size stays what it is, or falls to 0 over the run, which averages the noise of batches out."""
+
 SAMPLES = 128
 """Training samples that the kernel is computed on, at most."""
+
+
+def decay_factor(decay: Decay, step: int, steps: int) -> float:
+    """What the step size of step ``step`` (from 0) is multiplied by in a run of ``steps``."""
+    return 1.0 if decay == "none" else max(0.0, 1.0 - step / steps)
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,7 @@ def predict_step_size(
     steps: int,
     batch_size: int,
     momentum: float | None = None,
+    decay: Decay = "none",
     samples: int = SAMPLES,
     seed: int = 0,
 ) -> StepSize:
@@ -64,6 +74,7 @@ def predict_step_size(
         task: ``x_train`` (N, in) or (N, C, H, W) as the model takes it, of the model's dtype and device.
         steps, batch_size: at least 1.
         momentum: taken as it is instead of predicted.
+        decay: of the step size over the run; it decides ``loss`` alone.
         samples: at most so many training samples are looked at, drawn from ``seed``.
 
     Raises: ValueError when the model has another initialisation, or a scale whose square leaves float64.
@@ -85,7 +96,8 @@ def predict_step_size(
     if batch < count:
         noise = (count - batch) / (count - 1)  # of a batch drawn without replacement
         tau = min(tau, (1.0 - momentum) * batch / (noise * kernel.diagonal().mean().item()))
-    losses = loss_curve(kernel, y, steps, tau=tau, momentum=momentum)
+    taus = [tau * decay_factor(decay, step, steps) for step in range(steps)]
+    losses = loss_curve(kernel, y, steps, tau=taus, momentum=momentum)
     return StepSize(
         tau=tau,
         lr=tau * model.ntk_lr,

@@ -32,6 +32,7 @@ from narrowdeep.data import Task
 from narrowdeep.functional import Form
 from narrowdeep.modules import DeepNarrowCNN, DeepNarrowMLP
 from narrowdeep.modules.base import Checkpoint, Init
+from narrowdeep.step_size import Decay, decay_factor
 
 CHECKPOINT = "checkpoint.safetensors"
 METRICS = "metrics.jsonl"
@@ -59,8 +60,9 @@ class TrainConfig:
     are also those of a given number of threads and instruction set: both change the order of sums.
 
     ``lr`` is the step size eta of SGD on the loss ``1/(2N) sum ||f(x_n) - y_n||^2``; one step without momentum advances
-    kernel time by ``lr L C_L^2``. ``predicted_loss`` is the training loss at the end that ``--lr auto`` predicted, None
-    where ``lr`` was given. The other fields are the arguments of ``narrowdeep train`` of the same name.
+    kernel time by ``lr L C_L^2``. With ``decay`` "linear", step i of n (from 0) takes ``lr (1 - i/n)``.
+    ``predicted_loss`` is the training loss at the end that ``--lr auto`` predicted, None where ``lr`` was given. The
+    other fields are the arguments of ``narrowdeep train`` of the same name.
     """
 
     task: str
@@ -80,6 +82,7 @@ class TrainConfig:
     seed: int
     dtype: str
     predicted_loss: float | None = None
+    decay: Decay = "none"
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
@@ -90,6 +93,8 @@ class TrainConfig:
             raise ValueError(f"lr must be finite and positive, got {self.lr}")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be at least 0 and below 1, got {self.momentum}")
+        if self.decay not in ("none", "linear"):
+            raise ValueError(f"decay must be none or linear, got {self.decay!r}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be at least 0 and below 2^63, got {self.seed}")
         if self.arch not in MODELS:
@@ -227,6 +232,10 @@ class Trainer:
         loss = thesis_loss(prediction, target)
         self.optimizer.zero_grad()
         loss.backward()
+        steps = self.config.epochs * self.steps_per_epoch
+        factor = decay_factor(self.config.decay, self.step_count, steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr * factor
         self.optimizer.step()
         with torch.no_grad():
             self._sums[0] += loss.double() * len(batch)

@@ -106,6 +106,9 @@ def test_lr_auto_is_predicted_and_recorded(tmp_path):
     assert config["predicted_loss"] == expected.loss
     given = train(*FAST, "--lr", "auto", "--momentum", 0.5, "--out", tmp_path / "b")["config"]
     assert given["momentum"] == 0.5
+    decayed = train(*FAST, "--lr", "auto", "--decay", "linear", "--out", tmp_path / "d")["config"]
+    assert (decayed["lr"], decayed["decay"]) == (expected.lr, "linear")
+    assert decayed["predicted_loss"] > expected.loss  # half the kernel time
     text = run("train", *FAST, "--lr", "auto", "--out", tmp_path / "c").stdout
     assert f"lr {expected.lr:.4g} (kernel time {expected.tau:.4g}), momentum {expected.momentum:.4g}" in text
     assert f"predicts a training loss of {expected.loss:.4g} at the end" in text

@@ -67,30 +67,31 @@ def test_thesis_loss():
     assert thesis_loss(prediction, target).item() == pytest.approx((1 + 4 + 1) / 6)
 
 
-def test_a_step_is_gradient_descent_in_the_order_of_the_epoch(digits):
+@pytest.mark.parametrize(("decay", "factors"), [("none", [1, 1, 1, 1, 1, 1]), ("linear", [6, 5, 4, 3, 2, 1])])
+def test_a_step_is_gradient_descent_in_the_order_of_the_epoch(digits, decay, factors):
     """Against plain torch: eager network in float64, gradients by autograd, heavy ball written out."""
-    config = dataclasses.replace(CONFIG, dtype="float64", epochs=1)
+    config = dataclasses.replace(CONFIG, dtype="float64", epochs=2, decay=decay)
     task = load_task("digits", pool=4, dtype=torch.float64)
     trainer = Trainer(config, task)
     generator = torch.Generator().manual_seed(config.seed)
     model = DeepNarrowMLP(4, 10, 5, scale=5.0, dtype=torch.float64)
     model.reset_parameters(generator)
     eager = model.to_sequential()
-    order = torch.randperm(1437, generator=generator)
+    batches = [b for _ in range(2) for b in torch.randperm(1437, generator=generator).split(500)]
     velocity = [torch.zeros_like(p) for p in eager.parameters()]
-    total = 0.0
-    for batch in order.split(500):
+    losses = []
+    for batch, factor in zip(batches, factors, strict=True):
         loss = 0.5 * (eager(task.x_train[batch]) - task.y_train[batch]).square().sum() / len(batch)
-        total += loss.item() * len(batch)
+        losses.append(loss.item() * len(batch))
         gradients = torch.autograd.grad(loss, list(eager.parameters()))
         with torch.no_grad():
             for p, v, g in zip(eager.parameters(), velocity, gradients, strict=True):
                 v.mul_(config.momentum).add_(g)
-                p.sub_(config.lr * v)
-    metrics = [trainer.step() for _ in range(3)]
-    assert metrics[:2] == [None, None]
-    assert metrics[2] is not None
-    assert metrics[2].train_loss == pytest.approx(total / 1437, rel=1e-12)
+                p.sub_(config.lr * factor / factors[0] * v)
+    metrics = [trainer.step() for _ in range(6)]
+    assert [metric is None for metric in metrics] == [True, True, False] * 2
+    for metric, total in zip((metrics[2], metrics[5]), (sum(losses[:3]), sum(losses[3:])), strict=True):
+        assert metric.train_loss == pytest.approx(total / 1437, rel=1e-12)
     torch.testing.assert_close(trainer.model(task.x_test), eager(task.x_test), rtol=1e-10, atol=1e-12)
 
 
@@ -151,11 +152,11 @@ def test_same_seed_same_numbers(digits, tmp_path):
     assert runs[0][0] != runs[2][0]
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize(("momentum", "decay"), [(0.0, "none"), (0.9, "none"), (0.9, "linear")])
 @pytest.mark.parametrize("stop", [0, 1, 2, 3, 4, 7, 9])
-def test_resume_is_bitwise(digits, tmp_path, momentum, stop):
+def test_resume_is_bitwise(digits, tmp_path, momentum, decay, stop):
     """Stopped after any step, inside an epoch or between two, saved, loaded into a new trainer."""
-    config = dataclasses.replace(CONFIG, momentum=momentum)
+    config = dataclasses.replace(CONFIG, momentum=momentum, decay=decay)
     whole = Trainer(config, digits)
     fit(whole, tmp_path / "whole", plot=False)
     first = Trainer(config, digits)
@@ -468,6 +469,7 @@ def test_plot_is_a_picture(digits, toy, tmp_path):
         ("lr", math.nan),
         ("lr", 0.0),
         ("lr", math.inf),
+        ("decay", "cosine"),
         ("momentum", 1.0),
         ("momentum", -0.1),
         ("momentum", math.nan),

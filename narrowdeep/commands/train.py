@@ -79,6 +79,11 @@ def _by_task(field: str) -> str:
 TaskChoice = Enum("TaskChoice", {name: name for name in TASKS}, type=str)  # type: ignore[misc] # names known at run time
 
 
+class Decay(str, Enum):
+    none = "none"
+    linear = "linear"
+
+
 class Init(str, Enum):
     ntk = "ntk"
     kaiming = "kaiming"
@@ -110,6 +115,12 @@ def train(
         float | None, typer.Option(help=f"Learning rate as kernel time a step, in place of --lr. {_by_task('tau')}")
     ] = None,
     momentum: Annotated[float | None, typer.Option(help=f"Of SGD. {_by_task('momentum')}")] = None,
+    decay: Annotated[
+        Decay | None,
+        typer.Option(
+            help="Of the learning rate over all epochs; linear: to 0, which averages noise out. [default: none]"
+        ),
+    ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of every random number drawn. [default: 0]")] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Of parameters and data. [default: float32]")] = None,
     device: DeviceOption = "cpu",
@@ -143,6 +154,7 @@ def train(
         "epochs": epochs,
         "batch_size": batch_size,
         "momentum": momentum,
+        "decay": decay and decay.value,
         "seed": seed,
         "dtype": dtype and dtype.value,
     }
@@ -246,6 +258,7 @@ def _predict(config: TrainConfig, task: Task, device: torch.device, momentum: fl
         steps=config.epochs * training.steps_per_epoch(config, task),
         batch_size=config.batch_size,
         momentum=momentum,
+        decay=config.decay,
         seed=config.seed,
     )
 

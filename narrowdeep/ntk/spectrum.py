@@ -168,7 +168,7 @@ def loss_curve(
     y: Tensor | ArrayLike,
     n_steps: int,
     *,
-    tau: float,
+    tau: float | list[float],
     momentum: float = 0.0,
     initial: Tensor | ArrayLike | None = None,
 ) -> Array:
@@ -181,26 +181,30 @@ def loss_curve(
         kernel: of the training set with itself, (N, N) or (N, N, out, out).
         y: targets, (N,) or (N, out).
         n_steps: not negative.
-        tau: kernel time of a step (see the top of this module).
+        tau: kernel time of a step (see the top of this module), or of each one.
         momentum: in [0, 1), in the convention of torch.optim.SGD.
         initial: outputs before the first step, in the shape of y; default 0, what narrow networks start from.
 
     Returns: (n_steps + 1,) float64: ``1/(2N) sum |f - y|^2`` before the first step and after each.
     """
     _check_momentum(momentum)
-    _check_positive("tau", tau)
     check_steps(n_steps)
+    taus = list(tau) if isinstance(tau, (list, tuple)) else [tau] * n_steps
+    if len(taus) != n_steps:
+        raise ValueError(f"tau must be a number, or one for each of the {n_steps} steps, got {len(taus)}")
+    for value in taus or [tau]:
+        _check_positive("tau", value)
     matrix, n = _square(kernel)
     eigenvalues, modes = scipy.linalg.eigh(matrix)
     check_semidefinite(matrix, float(eigenvalues[0]))
     residual = modes.T @ residuals(matrix, n, y, initial)
-    step = (tau / n) * eigenvalues[:, None]
+    rates = eigenvalues[:, None] / n
     velocity = np.zeros_like(residual)
     losses = np.empty(n_steps + 1)
     losses[0] = np.square(residual).sum()
     for i in range(n_steps):
         velocity = momentum * velocity + residual
-        residual = residual - step * velocity
+        residual = residual - taus[i] * rates * velocity
         losses[i + 1] = np.square(residual).sum()
     return losses / (2 * n)
 

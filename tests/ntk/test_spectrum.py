@@ -52,6 +52,16 @@ def test_loss_curve_from_another_start() -> None:
     assert whole[0] == pytest.approx(y.square().sum().item() / (2 * len(y)))
 
 
+def test_loss_curve_with_a_step_size_of_its_own_for_every_step() -> None:
+    """One mode by hand: r = 1, v = 1; r = 1 - 0.5 = 0.5; v = 0.5 * 1 + 0.5 = 1; r = 0.5 - 0.25 = 0.25."""
+    losses = loss_curve([[1.0]], [1.0], 2, tau=[0.5, 0.25], momentum=0.5)
+    np.testing.assert_allclose(losses, [0.5, 0.125, 0.03125])
+    with pytest.raises(ValueError, match="one for each of the 3 steps, got 2"):
+        loss_curve([[1.0]], [1.0], 3, tau=[0.5, 0.25])
+    with pytest.raises(ValueError, match="tau must be .*positive"):
+        loss_curve([[1.0]], [1.0], 2, tau=[0.5, 0.0])
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
 def test_the_largest_rate_is_where_descent_turns_unstable(momentum: float) -> None:
     phi, y = problem()
