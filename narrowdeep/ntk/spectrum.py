@@ -189,7 +189,7 @@ def loss_curve(
     """
     _check_momentum(momentum)
     check_steps(n_steps)
-    taus = list(tau) if isinstance(tau, (list, tuple)) else [tau] * n_steps
+    taus: list[Any] = list(tau) if isinstance(tau, (list, tuple)) else [tau] * n_steps
     if len(taus) != n_steps:
         raise ValueError(f"tau must be a number, or one for each of the {n_steps} steps, got {len(taus)}")
     for value in taus or [tau]:
