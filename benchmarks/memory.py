@@ -69,7 +69,7 @@ def measure(network: Network, depth: int) -> Iterator[memory.MemoryProfile]:
     x = torch.rand(network.samples, *network.input_shape)
     for budget in budgets(network, model):
         planned = memory.plan(model, batch_size=network.samples, input_shape=network.input_shape, budget=budget)
-        model.checkpoint = planned.segment
+        model.checkpoint = planned.checkpoint
         yield memory.profile(model, x, eager=False)
 
 

@@ -125,11 +125,17 @@ def _apply(
     scale: float,
     form: Form,
     segment: int,
+    snapshots: int | None,
 ) -> Tensor:
-    first_weight, first_bias, _, _, last_weight, last_bias = params.values()
+    first_weight, first_bias, hidden_weight, hidden_bias, last_weight, last_bias = params.values()
+    # Transformed or compiled, a chain saves every boundary: its one node is what they know.
+    plain = not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+    scheduled = snapshots is not None and snapshots * segment < hidden_weight.shape[0]
+    if chunks is None and scheduled and plain:
+        chunks = [(hidden_weight, hidden_bias)]
     if chunks is not None:
         ends = (first_weight, first_bias), (last_weight, last_bias)
-        return parts.chain(family, x, ends[0], chunks, ends[1], float(scale), form == "offset", segment)
+        return parts.chain(family, x, ends[0], chunks, ends[1], float(scale), form == "offset", segment, snapshots)
     function = _Chain if torch.compiler.is_compiling() else _TransformableChain
     out, _ = function.apply(family, x, *params.values(), float(scale), form == "offset", segment)
     return out
@@ -149,6 +155,18 @@ def check_settings(*, scale: float, form: str, segment: int) -> None:
         raise ValueError(f"segment must be at least 0, got {segment}")
     if segment >= 2**63:
         raise ValueError(f"segment must be below 2**63, got {segment}")
+
+
+def check_snapshots(snapshots: int | None, segment: int) -> None:
+    """Raise TypeError or ValueError naming the argument, the rule and the value."""
+    if snapshots is None:
+        return
+    if isinstance(snapshots, bool) or not isinstance(snapshots, int):
+        raise TypeError(f"snapshots must be an int or None, got {snapshots!r}")
+    if snapshots < 1:
+        raise ValueError(f"snapshots must be at least 1, got {snapshots}")
+    if segment < 1:
+        raise ValueError(f"segment must be at least 1 where snapshots are given, got {segment}")
 
 
 def check_tensors(x: Tensor, params: dict[str, Tensor]) -> None:
@@ -234,6 +252,7 @@ def mlp_chain(
     scale: float,
     form: Form = "offset",
     segment: int = 64,
+    snapshots: int | None = None,
 ) -> Tensor:
     """A deep narrow MLP, all ``L = hidden_weight.shape[0] + 2`` affine layers in one op (thesis section 3.1).
 
@@ -247,6 +266,9 @@ def mlp_chain(
         form: "offset": the parameters hold Delta = W - E and c, and n must be in + 1 + out. "plain": W and b.
         segment: layers between two saved states for the backward; 1 saves every state, 0 none (the backward then
             runs the forward again). Changes memory and time, never the result.
+        snapshots: states kept at most (in each chunk), at least 1, under a binomial schedule over the segments
+            (Griewank and Walther, ACM TOMS 26(1), 2000), differentiable by ``backward`` alone; compiled or in a
+            transform of torch.func, every boundary is kept. None: every boundary.
 
     Returns: (*, out), dtype and device of x.
 
@@ -264,6 +286,7 @@ def mlp_chain(
         "last_bias": last_bias,
     }
     check_settings(scale=scale, form=form, segment=segment)
+    check_snapshots(snapshots, segment)
     for weight, bias in pairs:
         params |= {"hidden_weight": weight, "hidden_bias": bias}
         check_tensors(x, params)
@@ -271,7 +294,7 @@ def mlp_chain(
     if x.dim() == 0 or x.shape[-1] != in_features:
         got = x.shape[-1] if x.dim() else "a scalar"
         raise ValueError(f"x must have {in_features} features in its last dimension, got {got}")
-    out = _apply("mlp", x.reshape(-1, in_features), params, chunks, scale, form, segment)
+    out = _apply("mlp", x.reshape(-1, in_features), params, chunks, scale, form, segment, snapshots)
     return out.reshape(*x.shape[:-1], out_features)
 
 
@@ -287,6 +310,7 @@ def conv_chain(
     scale: float,
     form: Form = "offset",
     segment: int = 64,
+    snapshots: int | None = None,
 ) -> Tensor:
     """A deep narrow CNN, all ``L = hidden_weight.shape[0] + 2`` convolutions in one op (thesis section 4).
 
@@ -303,6 +327,9 @@ def conv_chain(
         form: "offset": the parameters hold Delta = W - E and c, and n must be c + 1 + k. "plain": W and b.
         segment: layers between two saved states for the backward; 1 saves every state, 0 none (the backward then
             runs the forward again). Changes memory and time, never the result.
+        snapshots: states kept at most (in each chunk), at least 1, under a binomial schedule over the segments
+            (Griewank and Walther, ACM TOMS 26(1), 2000), differentiable by ``backward`` alone; compiled or in a
+            transform of torch.func, every boundary is kept. None: every boundary.
 
     Returns: (*, k), dtype and device of x.
 
@@ -320,6 +347,7 @@ def conv_chain(
         "last_bias": last_bias,
     }
     check_settings(scale=scale, form=form, segment=segment)
+    check_snapshots(snapshots, segment)
     for weight, bias in pairs:
         params |= {"hidden_weight": weight, "hidden_bias": bias}
         check_tensors(x, params)
@@ -333,5 +361,5 @@ def conv_chain(
         raise ValueError(f"x must have shape (*, {in_channels}, H, W), got {tuple(x.shape)}")
     if x.shape[-2] < 1 or x.shape[-1] < 1:
         raise ValueError(f"x must have images of at least 1x1 pixels, got {x.shape[-2]}x{x.shape[-1]}")
-    out = _apply("conv", x.reshape(-1, *x.shape[-3:]), params, chunks, scale, form, segment)
+    out = _apply("conv", x.reshape(-1, *x.shape[-3:]), params, chunks, scale, form, segment, snapshots)
     return out.reshape(*x.shape[:-3], out_channels)

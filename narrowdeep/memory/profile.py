@@ -10,13 +10,15 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from narrowdeep.memory.plan import MemoryPlan, format_bytes, plan
-from narrowdeep.modules import DeepNarrowCNN, DeepNarrowMLP
+
+if TYPE_CHECKING:
+    from narrowdeep.modules import DeepNarrowCNN, DeepNarrowMLP
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from narrowdeep.functional import Form, check_settings
+from narrowdeep.memory.plan import AUTO_SEGMENT, parse_bytes, plan
 
 Init = Literal["ntk", "kaiming"]
-Checkpoint = int | Literal["auto", "none"]
-
-AUTO_SEGMENT = 64
-"""Layers between saved states under ``checkpoint="auto"`` when not every state is saved."""
+Checkpoint = int | Literal["auto", "none"] | tuple[int, int]
 
 WIDE = 128
 """Width from which ``checkpoint="auto"`` may save every state. A state costs about 12 bytes of memory traffic a unit,
@@ -45,6 +43,10 @@ class DeepNarrowBase(nn.Module):
     hidden_bias: Any
     last_weight: nn.Parameter
     last_bias: nn.Parameter
+    budget: int | None = None
+    """Bytes that a training step may take under ``checkpoint="auto"``; None: no limit."""
+    _checkpoint: Checkpoint
+    _plan: tuple[Any, Any] | None = None
 
     def __init__(
         self,
@@ -60,6 +62,7 @@ class DeepNarrowBase(nn.Module):
         form: Form,
         checkpoint: Checkpoint,
         chunks: int,
+        budget: int | str | None,
         device: Any,
         dtype: torch.dtype | None,
     ) -> None:
@@ -86,6 +89,9 @@ class DeepNarrowBase(nn.Module):
             raise ValueError(f"scale must have scale**2 * depth within the range of {limits.dtype}, got {self.scale}")
         self.rho, self.beta, self.init, self.form = float(rho), float(beta), init, form
         self.checkpoint = checkpoint
+        self.budget = None if budget is None else parse_bytes(budget)
+        if budget is not None and checkpoint != "auto":
+            raise ValueError(f"budget needs checkpoint='auto', got checkpoint={checkpoint!r}")
         self.chunks = _check_count("chunks", chunks, 1)
         if chunks > max(1, depth - 2):
             raise ValueError(f"chunks must be at most the number of hidden layers, {depth - 2}, got {chunks}")
@@ -113,11 +119,18 @@ class DeepNarrowBase(nn.Module):
 
     @property
     def checkpoint(self) -> Checkpoint:
-        """What the backward keeps: "none" every hidden state, an int one state every so many layers, "auto" chooses."""
+        """What the backward keeps: "none" every hidden state, an int one state every so many layers, a pair (segment,
+        snapshots) at most so many states, one every ``segment`` layers or fewer; "auto" chooses, within ``budget``."""
         return self._checkpoint
 
     @checkpoint.setter
     def checkpoint(self, value: Checkpoint) -> None:
+        if isinstance(value, (tuple, list)):
+            if len(value) != 2:
+                raise ValueError(f"checkpoint must be a pair (segment, snapshots), got {value!r}")
+            value = (_check_count("checkpoint[0]", value[0], 1), _check_count("checkpoint[1]", value[1], 1))
+            self._checkpoint = value
+            return
         if isinstance(value, bool) or not isinstance(value, (int, str)):
             raise TypeError(f"checkpoint must be 'auto', 'none' or an int, got {value!r}")
         if isinstance(value, str) and value not in ("auto", "none"):
@@ -142,7 +155,36 @@ class DeepNarrowBase(nn.Module):
             return 0
         if self._checkpoint == "none":
             return 1
+        if isinstance(self._checkpoint, tuple):
+            return min(self._checkpoint[0], self.depth)
         return self._auto_segment(positions) if self._checkpoint == "auto" else min(self._checkpoint, self.depth)
+
+    def _checkpointing(self, x: Any, sample_dims: int) -> tuple[int, int | None]:
+        """(segment, snapshots) for a call on ``x``, whose last ``sample_dims`` dimensions are one sample.
+
+        Raises: BudgetError, before anything runs, where ``budget`` cannot be met.
+        """
+        if not isinstance(x, Tensor) or x.dim() < sample_dims or x.numel() == 0:
+            return self.segment(0), None  # the chain says what is wrong, or has nothing to do
+        positions = x.numel() // self._inputs
+        if not torch.is_grad_enabled():
+            return self.segment(positions), None
+        chosen = self._checkpoint
+        if self.budget is not None and chosen == "auto" and not torch.compiler.is_compiling():
+            chosen = self._planned(x, sample_dims)
+        if isinstance(chosen, tuple):
+            return min(chosen[0], self.depth), chosen[1]
+        return (1 if chosen == "none" else self.segment(positions) if chosen == "auto" else chosen), None
+
+    def _planned(self, x: Tensor, sample_dims: int) -> Any:
+        shape = tuple(x.shape[x.dim() - sample_dims :])
+        batch = x.numel() // math.prod(shape)
+        frozen = not any(p.requires_grad for p in self.parameters())
+        weight = self.first_weight
+        key = (batch, shape, self.budget, frozen, weight.dtype, weight.device, torch.get_num_threads())
+        if self._plan is None or self._plan[0] != key:  # one shape after another is rare, and a plan takes milliseconds
+            self._plan = key, plan(self, batch_size=batch, input_shape=shape, budget=self.budget).checkpoint
+        return self._plan[1]
 
     def _auto_segment(self, positions: int) -> int:
         # No rule on the batch size while compiling: it would be a guard, and forbid a dynamic batch.
@@ -258,5 +300,7 @@ class DeepNarrowBase(nn.Module):
         return (
             f"{self._inputs}, {self._outputs}, depth={self.depth}, width={self.width}, scale={self.scale:g}, "
             f"rho={self.rho:g}, beta={self.beta:g}, init={self.init!r}, form={self.form!r}, "
-            f"checkpoint={self.checkpoint!r}" + (f", chunks={self.chunks}" if self.chunks > 1 else "")
+            f"checkpoint={self.checkpoint!r}"
+            + (f", chunks={self.chunks}" if self.chunks > 1 else "")
+            + (f", budget={self.budget}" if self.budget is not None else "")
         )

@@ -26,12 +26,17 @@ class DeepNarrowMLP(DeepNarrowBase):
         init: "ntk" (thesis section 3.1; the output is exactly 0 at initialisation) or "kaiming" (He et al. 2015,
             plain form only: the baseline that does not train at depth).
         form: "offset" stores Delta = W - E and c, "plain" stores W and b.
-        checkpoint: "auto", "none", or layers between two saved states; changes memory and time, never results.
+        checkpoint: "auto", "none", layers between two saved states, or a pair (segment, snapshots): at most so many
+            states kept, under a binomial schedule over segments of so many layers. Changes memory and time, never
+            results.
         chunks: parameters that the hidden layers are divided into, and graph nodes: more than 1, and the gradients of
             all layers never exist at once where each is used as soon as it is complete (``narrowdeep.optim.FusedSGD``,
             or hooks). ``hidden_weight`` and ``hidden_bias`` are then lists. Results are the same up to rounding, but
             the same seed draws other numbers; gradients come from ``backward`` alone, not from torch.func. For wide
             layers: below a width of 128 or so the parts run layer by layer, many times slower than in one chunk.
+        budget: bytes that a training step may take, parameters and gradients included, without the optimizer's own
+            state and the interpreter: an int, or text such as "2GiB". With checkpoint="auto" each call is planned to
+            fit (``narrowdeep.memory.plan``), or raises BudgetError before anything runs. None: no limit.
         device, dtype: of the parameters; float32 or float64.
 
     Parameters (stacked): ``first_weight`` (n, in), ``first_bias`` (n,), ``hidden_weight`` (L-2, n, n),
@@ -59,6 +64,7 @@ class DeepNarrowMLP(DeepNarrowBase):
         form: Form = "offset",
         checkpoint: Checkpoint = "auto",
         chunks: int = 1,
+        budget: int | str | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -76,13 +82,14 @@ class DeepNarrowMLP(DeepNarrowBase):
             form=form,
             checkpoint=checkpoint,
             chunks=chunks,
+            budget=budget,
             device=device,
             dtype=dtype,
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        positions = x.numel() // self.in_features if isinstance(x, Tensor) else 0
-        return mlp_chain(x, *self.arguments(), scale=self.scale, form=self.form, segment=self.segment(positions))
+        segment, snapshots = self._checkpointing(x, 1)
+        return mlp_chain(x, *self.arguments(), scale=self.scale, form=self.form, segment=segment, snapshots=snapshots)
 
     def to_sequential(self) -> nn.Sequential:
         """The same network as eager layers: nn.Linear, nn.ReLU, ..., nn.Linear, with W = E + Delta.

@@ -1,0 +1,266 @@
+"""Chains that keep few states, under a binomial schedule: the same numbers, no more states than asked."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from narrowdeep import DeepNarrowCNN, DeepNarrowMLP, parts
+from narrowdeep.functional import conv_chain, mlp_chain
+from narrowdeep.memory import BudgetError, plan
+from narrowdeep.memory.schedule import fewest_advances, first_snapshots
+
+KINDS = ["mlp", "conv"]
+
+
+def _model(kind: str, **arguments: Any) -> DeepNarrowMLP | DeepNarrowCNN:
+    arguments = {"depth": 61, "scale": 5.0, "dtype": torch.float64, **arguments}
+    model = DeepNarrowMLP(3, 1, **arguments) if kind == "mlp" else DeepNarrowCNN(2, 1, **arguments)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    return model
+
+
+def _x(kind: str, batch: int = 5, dtype: torch.dtype = torch.float64) -> Tensor:
+    shape = (batch, 3) if kind == "mlp" else (batch, 2, 4, 3)
+    return torch.rand(shape, dtype=dtype, requires_grad=True)
+
+
+def _gradients(model: Any, x: Tensor, checkpoint: Any) -> list[Tensor]:
+    model.checkpoint = checkpoint
+    out = model(x)
+    weight = torch.linspace(0.5, 1.5, out.numel(), dtype=out.dtype).view_as(out)
+    return [out.detach(), *torch.autograd.grad((out * weight).sum(), [x, *model.parameters()])]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", ["offset", "plain"])
+@pytest.mark.parametrize(("depth", "batch"), [(2, 3), (3, 1), (61, 0), (61, 1), (131, 37)])
+@pytest.mark.parametrize("checkpoint", [(1, 1), (2, 3), (7, 2), (33, 1), (50, 9)])
+def test_outputs_and_gradients_are_those_of_one_op(
+    kind: str, form: Any, depth: int, batch: int, checkpoint: tuple[int, int]
+) -> None:
+    model, x = _model(kind, depth=depth, form=form), _x(kind, batch)
+    for a, b in zip(_gradients(model, x, checkpoint), _gradients(model, x, "none"), strict=True):
+        size = b.abs().max().item() if b.numel() else 0.0
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11 * size)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.sampled_from(KINDS), st.integers(3, 90), st.integers(1, 40), st.integers(1, 12))
+def test_any_schedule_gives_the_same(kind: str, depth: int, segment: int, snapshots: int) -> None:
+    torch.manual_seed(depth)
+    model, x = _model(kind, depth=depth), _x(kind)
+    for a, b in zip(_gradients(model, x, (segment, snapshots)), _gradients(model, x, 8), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11 * b.abs().max().item())
+
+
+@pytest.mark.parametrize("form", ["offset", "plain"])
+def test_float32_convolutions_are_the_same_to_the_bit(form: Any) -> None:
+    model, x = _model("conv", depth=300, form=form, dtype=torch.float32), _x("conv", 21, torch.float32)
+    first_weight, first_bias, hidden_weight, hidden_bias, last_weight, last_bias = model.arguments()
+    results = []
+    for snapshots in (None, 3):
+        out = parts.chain(
+            "conv",
+            x,
+            (first_weight, first_bias),
+            [(hidden_weight, hidden_bias)],
+            (last_weight, last_bias),
+            5.0,
+            form == "offset",
+            7,
+            snapshots,
+        )
+        results.append([out.detach(), *torch.autograd.grad(out.sum(), [x, *model.parameters()])])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+class _Counting:
+    """Raw ops that count the layers advanced and the states that are alive."""
+
+    def __init__(self, ops: Any) -> None:
+        self.ops, self.advanced, self.most = ops, 0, 0
+        self.alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
+
+    def advance(self, *args: Any) -> Any:
+        self.advanced += args[2].shape[0]
+        state, saved = self.ops.advance(*args)
+        self.alive.add(state)
+        self.most = max(self.most, len(self.alive))
+        return state, saved
+
+    def retreat(self, *args: Any) -> Any:
+        assert args[6].numel() == 0  # nothing is saved but what the schedule keeps
+        return self.ops.retreat(*args)
+
+
+@pytest.mark.parametrize(
+    ("length", "segment", "snapshots"), [(10, 3, 2), (40, 1, 1), (40, 2, 4), (17, 5, 3), (64, 1, 6)]
+)
+def test_as_few_layers_run_again_as_possible(
+    monkeypatch: pytest.MonkeyPatch, length: int, segment: int, snapshots: int
+) -> None:
+    ops, layer = parts._FAMILIES["conv"]
+    counting = _Counting(ops)
+    monkeypatch.setitem(parts._FAMILIES, "conv", (counting, layer))
+    model = _model("conv", depth=length * segment + 2, checkpoint=(segment, snapshots))
+    x = _x("conv")
+    loss = model(x).sum()
+    assert counting.advanced == length * segment
+    kept = len(first_snapshots(length, snapshots))
+    # One is the chain's own last state; state 1, kept as well, came from the first layer.
+    assert len(counting.alive) <= kept
+    loss.backward()
+    again = length - 1 - first_snapshots(length, snapshots)[-1]  # from the state stored last to the last segment
+    swept = fewest_advances(length, snapshots) - (length - 1)
+    assert counting.advanced == (length + again + swept) * segment
+    assert counting.most <= snapshots + 1
+    del loss
+    assert len(counting.alive) == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_graph_that_is_kept_gives_the_same_again(kind: str) -> None:
+    model, x = _model(kind, checkpoint=(4, 3)), _x(kind)
+    loss = model(x).square().sum()
+    grads = [torch.autograd.grad(loss, list(model.parameters()), retain_graph=True) for _ in range(3)]
+    for again in grads[1:]:
+        for a, b in zip(grads[0], again, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_frozen_parameters_and_inputs(kind: str) -> None:
+    model, x = _model(kind, checkpoint=(4, 3)), _x(kind)
+    wanted = _gradients(model, x, (4, 3))
+    model.requires_grad_(False)
+    torch.testing.assert_close(_gradients_of_x(model, x), wanted[1], rtol=1e-12, atol=1e-14)
+    model.hidden_bias.requires_grad_(True)
+    model(x.detach()).mul(torch.linspace(0.5, 1.5, 5, dtype=x.dtype)[:, None]).sum().backward()
+    torch.testing.assert_close(model.hidden_bias.grad, wanted[5], rtol=1e-12, atol=1e-14)
+    assert model.hidden_weight.grad is None
+    with torch.no_grad():
+        assert not model(x).requires_grad
+
+
+def _gradients_of_x(model: Any, x: Tensor) -> Tensor:
+    out = model(x)
+    weight = torch.linspace(0.5, 1.5, out.numel(), dtype=out.dtype).view_as(out)
+    return torch.autograd.grad((out * weight).sum(), x)[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_chunks_each_keep_few(kind: str) -> None:
+    one = _model(kind)
+    several = _model(kind, chunks=3, checkpoint=(3, 2))
+    several.load_layers(one.layers())
+    x = _x(kind)
+    wanted = torch.autograd.grad(one(x).sum(), [x, one.hidden_weight])
+    got = torch.autograd.grad(several(x).sum(), [x, *several.hidden_weight])
+    torch.testing.assert_close(got[0], wanted[0], rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(torch.cat(got[1:]), wanted[1], rtol=1e-9, atol=1e-11 * wanted[1].abs().max().item())
+
+
+def test_a_changed_parameter_is_an_error() -> None:
+    model, x = _model("conv", checkpoint=(4, 3)), _x("conv")
+    loss = model(x).sum()
+    with torch.no_grad():
+        model.hidden_weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_transforms_keep_every_boundary() -> None:
+    model, x = _model("conv", checkpoint=(4, 3)), _x("conv").detach()
+    params: dict[str, Tensor] = dict(model.named_parameters())
+
+    def loss(values: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, values, (x,)).sum()
+
+    grads = torch.func.grad(loss)(params)
+    model(x).sum().backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(grads[name], p.grad, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("chain", [mlp_chain, conv_chain])
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"snapshots": 0}, ValueError, "snapshots must be at least 1, got 0"),
+        ({"snapshots": 2.0}, TypeError, "snapshots must be an int or None, got 2.0"),
+        ({"snapshots": True}, TypeError, "snapshots must be an int or None, got True"),
+        ({"snapshots": 2, "segment": 0}, ValueError, "segment must be at least 1 where snapshots are given, got 0"),
+    ],
+)
+def test_nonsense_is_refused(chain: Any, arguments: dict, error: type[Exception], message: str) -> None:
+    kind = "mlp" if chain is mlp_chain else "conv"
+    model = _model(kind)
+    with pytest.raises(error, match=message):
+        chain(_x(kind), *model.arguments(), scale=5.0, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        ((4,), ValueError, r"checkpoint must be a pair \(segment, snapshots\), got \(4,\)"),
+        ((0, 3), ValueError, r"checkpoint\[0\] must be at least 1, got 0"),
+        ((4, 0), ValueError, r"checkpoint\[1\] must be at least 1, got 0"),
+        ((4, "3"), TypeError, r"checkpoint\[1\] must be an int, got '3'"),
+    ],
+)
+def test_nonsense_pairs_are_refused(value: Any, error: type[Exception], message: str) -> None:
+    model = _model("mlp")
+    with pytest.raises(error, match=message):
+        model.checkpoint = value
+    assert model.checkpoint == "auto"
+
+
+def test_a_budget_decides_what_is_kept_and_changes_nothing_else() -> None:
+    free = _model("conv", depth=2000)
+    x = torch.rand(64, 2, 8, 8, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(BudgetError) as caught:
+        plan(free, batch_size=64, input_shape=(2, 8, 8), budget=1)
+    least = caught.value.smallest
+    wanted = _gradients(free, x, "auto")
+    for budget in (least, f"{2 * least / 1e6:.3f}MB", 100 * least):
+        model = _model("conv", depth=2000, budget=budget)
+        model.load_state_dict(free.state_dict())
+        planned = plan(model, batch_size=64, input_shape=(2, 8, 8), budget=budget)
+        assert model._checkpointing(x, 3)[0] == planned.segment
+        assert (model._checkpointing(x, 3)[1] is None) == (planned.schedule is None)
+        for a, b in zip(_gradients(model, x, "auto"), wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-8 * b.abs().max().item())
+    assert planned.schedule is None  # with room enough
+
+
+def test_a_budget_that_cannot_be_met_is_an_error_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _model("mlp", budget="1kB")
+    monkeypatch.setattr("narrowdeep.modules.mlp.mlp_chain", None)  # calling it would be another error
+    with pytest.raises(BudgetError, match="budget must be at least"):
+        model(_x("mlp"))
+    model.budget = None
+    monkeypatch.undo()
+    assert model(_x("mlp")).shape == (5, 1)
+
+
+def test_budgets_are_checked_when_given() -> None:
+    with pytest.raises(ValueError, match="budget must be a number and one of the units"):
+        DeepNarrowMLP(2, 1, 10, budget="much")
+    with pytest.raises(ValueError, match="budget needs checkpoint='auto', got checkpoint='none'"):
+        DeepNarrowMLP(2, 1, 10, budget="1GB", checkpoint="none")
+
+
+def test_a_budget_asks_nothing_of_a_forward_alone() -> None:
+    model = _model("mlp", budget=1)
+    with torch.no_grad():
+        assert model(_x("mlp")).shape == (5, 1)
