@@ -1,20 +1,24 @@
 """Planned against measured memory: ``python -m benchmarks.memory`` prints both tables of docs/memory.md.
 
-Each network is measured at three depths under three budgets, from ample to the least that its step can do with.
+Each network is measured at three depths under three budgets, from ample to the least that segments of equal length can
+do with; and where binomial schedules run, with no more states than ``SNAPSHOTS``.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from narrowdeep import DeepNarrowCNN, DeepNarrowMLP, memory
-from narrowdeep.memory.plan import BudgetError, format_bytes
+from narrowdeep.memory.plan import format_bytes
 
 IMAGE = (7, 7)
 BATCHES = (128, 512, 2048, 8192)
+SEGMENT, SNAPSHOTS = 32, 3
 
 
 @dataclass(frozen=True)
@@ -46,21 +50,20 @@ NETWORKS = (
 
 
 def budgets(network: Network, model: DeepNarrowMLP | DeepNarrowCNN) -> tuple[int, int, int]:
-    """Bytes of a whole step: enough to save every state, the least that any checkpointing needs, and half-way between
-    that and what the plan makes of the first."""
+    """Bytes of a whole step: enough to save every state, the least that one state in so many layers needs, and half-way
+    between that and what the plan makes of the first."""
 
-    def total(budget: int | None) -> int:
+    def total(checkpoint: Any, budget: int | None = None) -> int:
+        model.checkpoint = checkpoint
         return memory.plan(
             model, batch_size=network.samples, input_shape=network.input_shape, budget=budget
         ).total
 
-    model.checkpoint = "none"
-    ample = total(None)
-    try:
-        least = total(1)
-    except BudgetError as error:
-        least = error.smallest
-    return ample, (total(ample) + least) // 2, least
+    ample = total("none")
+    layers = model.depth - 2
+    least = min(total(-(-layers // count)) for count in range(1, math.isqrt(layers) + 2) if layers > count)
+    least = min(least, *(total(segment) for segment in range(2, math.isqrt(layers) + 1)))
+    return ample, (total("auto", ample) + least) // 2, least
 
 
 def measure(network: Network, depth: int) -> Iterator[memory.MemoryProfile]:
@@ -70,6 +73,10 @@ def measure(network: Network, depth: int) -> Iterator[memory.MemoryProfile]:
     for budget in budgets(network, model):
         planned = memory.plan(model, batch_size=network.samples, input_shape=network.input_shape, budget=budget)
         model.checkpoint = planned.checkpoint
+        yield memory.profile(model, x, eager=False)
+    if network.image:
+        model.checkpoint = (SEGMENT, SNAPSHOTS)
+        model(x).sum().backward()  # torch's convolution sets itself up for the shapes of the first and the last layer
         yield memory.profile(model, x, eager=False)
 
 
@@ -94,11 +101,11 @@ def beyond_what_grows(samples: int, *, depth: int = 3000, segment: int = 64) -> 
 
 
 def main() -> None:
-    print("| network | depth | ample | half-way | least |\n| --- | --- | --- | --- | --- |")
+    print(f"| network | depth | ample | half-way | least | {SNAPSHOTS} states |\n| --- | --- | --- | --- | --- | --- |")
     for network in NETWORKS:
         for depth in network.depths:
             cells = [f"{format_bytes(p.plan.total)}, {p.measured / p.plan.total:.3f}" for p in measure(network, depth)]
-            print(f"| {network.name} | {depth:,} | {' | '.join(cells)} |", flush=True)
+            print(f"| {network.name} | {depth:,} | {' | '.join(cells)} |{'' if network.image else ' |'}", flush=True)
     print("\n| batch | planned | measured |\n| --- | --- | --- |")
     for samples in BATCHES:
         print(f"| {samples} | {' | '.join(map(format_bytes, beyond_what_grows(samples)))} |", flush=True)

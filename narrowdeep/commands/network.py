@@ -54,6 +54,7 @@ def make_network(
     checkpoint: str,
     dtype: Dtype,
     device: torch.device,
+    chunks: int = 1,
 ) -> tuple[DeepNarrowMLP | DeepNarrowCNN, tuple[int, ...]]:
     """The network, and the shape of one of its inputs.
 
@@ -64,6 +65,7 @@ def make_network(
         "checkpoint": parse_checkpoint(checkpoint),
         "dtype": dtype.torch,
         "device": device,
+        "chunks": chunks,
     }
     if arch == Arch.mlp:
         return DeepNarrowMLP(inputs, outputs, depth, **settings), (inputs,)

@@ -40,6 +40,8 @@ class Optimizer(str, Enum):
     sgd = "sgd"
     momentum = "momentum"
     adam = "adam"
+    fused_sgd = "fused-sgd"
+    fused_momentum = "fused-momentum"
 
 
 def plan(
@@ -54,6 +56,9 @@ def plan(
     batch_size: BatchOption = 128,
     budget: BudgetOption = None,
     optimizer: Annotated[Optimizer, typer.Option(help="What the update keeps: 0, 1 or 2 copies.")] = Optimizer.sgd,
+    chunks: Annotated[
+        int, typer.Option(help="Parameters that the hidden layers are divided into; the fused optimizers gain by it.")
+    ] = 1,
     json: JsonOption = False,
     seed: SeedOption = 0,
     device: DeviceOption = "cpu",
@@ -68,7 +73,7 @@ def plan(
             raise ValueError(f"device must be cpu, cuda or cuda:N, got {device!r}")
         with FakeTensorMode():
             model, shape = make_network(
-                arch, inputs, outputs, depth, image, kernel_size, form, checkpoint, dtype, torch.device(device)
+                arch, inputs, outputs, depth, image, kernel_size, form, checkpoint, dtype, torch.device(device), chunks
             )
             planned = memory.plan(
                 model, batch_size=batch_size, input_shape=shape, budget=budget, optimizer=optimizer.value

@@ -76,7 +76,7 @@ def profile(
             )
             planned = memory.plan(model, batch_size=batch_size, input_shape=shape, budget=budget)
         if budget is not None:
-            model.checkpoint = "none" if planned.segment == 1 else planned.segment
+            model.checkpoint = planned.checkpoint
         x = torch.randn(batch_size, *shape, dtype=dtype.torch, device=target)
         profiles.append(memory.profile(model, x, eager=eager))
         del model, x

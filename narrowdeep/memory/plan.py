@@ -6,7 +6,7 @@ import math
 import os
 import re
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,8 +21,9 @@ if TYPE_CHECKING:  # models plan by what is here, not the other way round
 AUTO_SEGMENT = 64
 """Layers between saved states under ``checkpoint="auto"`` when not every state is saved."""
 
-OPTIMIZER_TENSORS = {"sgd": 0, "momentum": 1, "adam": 2}
-"""Tensors of the parameters' size that an optimizer keeps."""
+OPTIMIZER_TENSORS = {"sgd": 0, "momentum": 1, "adam": 2, "fused-sgd": 0, "fused-momentum": 1}
+"""Tensors of the parameters' size that an optimizer keeps. The fused ones are ``narrowdeep.optim.FusedSGD``: the
+gradients of one chunk of layers exist at a time."""
 
 BACKWARD_COST = 2.0
 """What the backward of a layer costs when its input is at hand, in forwards of that layer: two products against one."""
@@ -210,7 +211,13 @@ class _Step:
             # A schedule's parts hand a state and its gradient on, in and out (narrowdeep/parts.py).
             scheduled = segment > 1 and snapshots < self.segments(segment)
             backward = 3 * self.parts * self.state if scheduled else 0
-            workspace = self._conv_engine(segment)
+            gradients = self.parameters
+            if scheduled:  # of one part's layers: each thread's but one, and the part's own, until they are copied
+                gradients = min(segment, self.layers) * self.width * (self.width * self.taps + 1)
+            workspace = self._conv_engine(segment, gradients) + scheduled * gradients * self.itemsize
+            if scheduled:  # the last layer, in torch, takes its inputs apart by taps; no gradient exists by then
+                last = (2 * self.taps + 2) * self.state - self.parameters * self.itemsize
+                workspace = max(workspace, last - backward)
         else:
             backward, workspace = self._mlp_engine(segment)
         return {"boundaries": boundaries, "backward state": backward, "workspace": workspace}
@@ -249,7 +256,7 @@ class _Step:
         fits = 2**24 // (self.width * self.positions * self.lanes * self.itemsize)
         return longest, min(max(32, min(256, fits)), longest)
 
-    def _conv_engine(self, segment: int) -> int:
+    def _conv_engine(self, segment: int, gradients: int) -> int:
         """Memory of ``TileBackward`` and ``conv_backward`` in csrc/conv/chain.h, whose names are used here."""
         workers = min(self.threads, _ceil(self.batch, self.lanes))
         row = self.positions * self.lanes
@@ -259,7 +266,7 @@ class _Step:
         sums = self.width * max(self.width, self.inputs) * self.taps * self.lanes
         tile_states = 2 * 4 * state + self.inputs * row
         a_worker = (held + 2) * state + self.outputs * row + sums + inner * self.parts * state + tile_states
-        return (workers * a_worker + (workers - 1) * self.parameters) * self.itemsize
+        return (workers * a_worker + (workers - 1) * gradients) * self.itemsize
 
     def sweeps(self, segment: int, snapshots: int) -> float:
         """Forward runs of the whole chain in one step, as ``schedule.resumed`` has it."""
@@ -297,16 +304,6 @@ def _uniform(layers: int) -> set[int]:
     return {max(2, min(length, layers)) for length in lengths}
 
 
-def _scheduled(step: _Step, available: int) -> Iterator[tuple[int, int]]:
-    """(segment, snapshots) with fewer snapshots than segments: for each segment as many as ``available`` bytes hold."""
-    segment = 2
-    while step.segments(segment) > 1:
-        parts = step.activations(segment, 1) | {"boundaries": 0}
-        fitting = (available - sum(parts.values())) // (step.parts * step.state)
-        yield segment, max(1, min(fitting, step.segments(segment) - 1))
-        segment *= 2
-
-
 def plan(
     model: DeepNarrowBase,
     *,
@@ -318,8 +315,10 @@ def plan(
     """The memory of one training step, and the checkpointing that fits ``budget`` at the least slow-down.
 
     Checkpointing trades memory for running the chain forward again: every state saved (nothing runs twice), or one
-    state in ``segment`` layers, a segment's own states being recomputed where they are used (everything runs twice),
-    or fewer boundaries than segments under a binomial schedule (Griewank and Walther, ACM TOMS 26(1), 2000).
+    state in ``segment`` layers, a segment's own states being recomputed where they are used (everything runs twice).
+    Fewer boundaries than segments, under a binomial schedule (Griewank and Walther, ACM TOMS 26(1), 2000), are planned
+    where the model asks for them (``checkpoint=(segment, snapshots)``) but not chosen: the engine divides long segments
+    of convolutions again, sample by sample, which takes less memory; and narrow MLPs run parts one layer at a time.
 
     Arguments:
         model: a DeepNarrowMLP or DeepNarrowCNN, which is only read.
@@ -327,7 +326,9 @@ def plan(
         input_shape: of one sample. (in,) for an MLP, which needs none; (C, H, W) for a CNN.
         budget: bytes of the whole step, parameters included: an int, or text such as "2GiB" or "500MB". None plans
             what the model's own ``checkpoint`` does.
-        optimizer: "sgd", "momentum" or "adam": what keeps 0, 1 or 2 tensors of the parameters' size.
+        optimizer: "sgd", "momentum" or "adam": what keeps 0, 1 or 2 tensors of the parameters' size; "fused-sgd" or
+            "fused-momentum": ``narrowdeep.optim.FusedSGD``, with which a model of several chunks never has all
+            gradients at once.
 
     Returns: a MemoryPlan; of those that fit, the fastest, and of equally fast ones the one whose segment is nearest
         to ``AUTO_SEGMENT`` layers. It counts tensors and the engine's own memory, not the interpreter and its
@@ -343,8 +344,7 @@ def plan(
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     fixed = {
         "parameters": size,
-        # The ops compute all gradients or none.
-        "gradients": size if any(p.requires_grad for p in model.parameters()) else 0,
+        "gradients": _gradients(model, fused=optimizer.startswith("fused")),
         "optimizer state": OPTIMIZER_TENSORS[optimizer] * size,
         "input and output": (step.inputs * step.positions + 2 * step.outputs) * step.batch * step.itemsize,
     }
@@ -358,15 +358,25 @@ def plan(
             snapshots = min(most, step.segments(segment))
         return _finish(step, fixed, segment, snapshots, None)
     candidates = [(1, 0), *((k, step.segments(k)) for k in _uniform(step.layers))]
-    if step.taps and not step.cuda and model.chunks == 1:
-        # Elsewhere the ops that a schedule is made of run one layer at a time (narrowdeep/ops/layered.py).
-        candidates += _scheduled(step, wanted - sum(fixed.values()))
     totals = {c: sum(fixed.values()) + sum(step.activations(*c).values()) for c in candidates}
     fitting = [c for c in candidates if totals[c] <= wanted]
     if not fitting:
         raise BudgetError(wanted, min(totals.values()))
     best = min(fitting, key=lambda c: (step.time(*c), abs(math.log2(c[0] / AUTO_SEGMENT))))
     return _finish(step, fixed, *best, wanted)
+
+
+def _gradients(model: DeepNarrowBase, *, fused: bool) -> int:
+    """Bytes of the gradients that exist at once. A graph node computes all gradients of its parameters or none."""
+
+    def size(params: Iterable[torch.Tensor]) -> int:
+        params = list(params)
+        return sum(p.numel() * p.element_size() for p in params) if any(p.requires_grad for p in params) else 0
+
+    if not fused or model.chunks == 1:
+        return size(model.parameters())
+    ends = [(getattr(model, f"{end}_weight"), getattr(model, f"{end}_bias")) for end in ("first", "last")]
+    return max(size(node) for node in (*ends, *zip(model.hidden_weight, model.hidden_bias, strict=True)))
 
 
 def _step(model: DeepNarrowBase, batch_size: int, input_shape: tuple[int, ...] | None) -> _Step:

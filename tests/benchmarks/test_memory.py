@@ -16,9 +16,10 @@ MEGABYTE = 1 << 20
 def _check(network: Network, depth: int, least: int) -> None:
     """Within 10%, or ``least`` bytes where that is more."""
     profiles = list(measure(network, depth))
-    for profiled, budget in zip(profiles, budgets(network, network.model(depth)), strict=True):
-        assert profiled.plan.total <= budget
+    for profiled in profiles:
         assert agrees(profiled, least), profiled
+    for profiled, budget in zip(profiles[:3], budgets(network, network.model(depth)), strict=True):
+        assert profiled.plan.total <= budget
     assert profiles[0].plan.total >= profiles[1].plan.total >= profiles[2].plan.total
 
 

@@ -125,6 +125,19 @@ def test_what_a_budget_does_not_change(monkeypatch: pytest.MonkeyPatch) -> None:
     assert plan(model, batch_size=256).parts["gradients"] == 0
 
 
+def test_gradients_of_chunks_that_are_used_at_once() -> None:
+    model = DeepNarrowMLP(2, 1, 102, chunks=8, dtype=torch.float64)  # 100 hidden layers: chunks of 12 and 13
+    layer = 8 * (4 * 4 + 4)
+    parts = plan(model, batch_size=5, optimizer="fused-momentum").parts
+    assert parts["gradients"] == 13 * layer
+    assert parts["optimizer state"] == parts["parameters"] == 100 * layer + 8 * (4 * 2 + 4 + 4 + 1)
+    assert plan(model, batch_size=5).parts["gradients"] == parts["parameters"]
+    whole = DeepNarrowMLP(2, 1, 102, dtype=torch.float64)
+    assert plan(whole, batch_size=5, optimizer="fused-sgd").parts["gradients"] == parts["parameters"]
+    model.requires_grad_(False)
+    assert plan(model, batch_size=5, optimizer="fused-sgd").parts["gradients"] == 0
+
+
 @pytest.mark.parametrize(("cache", "first_choice"), [(0, planning.AUTO_SEGMENT), (1 << 40, 1)])
 def test_every_state_is_saved_where_that_is_fastest(
     monkeypatch: pytest.MonkeyPatch, cache: int, first_choice: int
@@ -175,36 +188,23 @@ def test_more_memory_is_never_slower(depth: int, batch: int, a: int, b: int) -> 
     assert plans[1].slow_down <= plans[0].slow_down
 
 
-def _image_plan(model: DeepNarrowCNN, budget: int | None) -> MemoryPlan:
-    return plan(model, batch_size=400, input_shape=(1, 6, 6), budget=budget)
-
-
 @settings(max_examples=30)
-@given(st.integers(200, 5000), st.floats(0.0, 1.0))
-def test_a_schedule_where_uniform_segments_do_not_fit(depth: int, share: float) -> None:
-    model = DeepNarrowCNN(1, 1, depth)
-    with pytest.raises(BudgetError) as caught:
-        _image_plan(model, 1)
-    least = caught.value.smallest
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planning, "_scheduled", lambda *_: [])
-        with pytest.raises(BudgetError) as caught:
-            _image_plan(model, 1)
-    assert least < caught.value.smallest
-    planned = _image_plan(model, least + int(share * (caught.value.smallest - 1 - least)))
+@given(st.integers(3, 5000), st.integers(2, 100), st.integers(1, 50))
+def test_a_schedule_that_the_model_asks_for(depth: int, segment: int, snapshots: int) -> None:
+    model = DeepNarrowCNN(1, 1, depth, checkpoint=(segment, snapshots))
+    planned = plan(model, batch_size=400, input_shape=(1, 6, 6))
+    length = -(-(depth - 2) // min(segment, depth))
+    if snapshots >= length:
+        assert planned.schedule is None
+        return
+    assert planned.checkpoint == (segment, snapshots)
     assert planned.schedule is not None
-    assert planned.checkpoint == (planned.segment, planned.snapshots)
-    actions, length, snapshots = schedule.decode(planned.schedule)
-    assert (length, snapshots) == (-(-(depth - 2) // planned.segment), planned.snapshots)
+    actions, *found = schedule.decode(planned.schedule)
+    assert found == [length, snapshots]
     assert planned.parts["boundaries"] == snapshots * 2 * 3 * 36 * 400 * 4
     # Besides what the schedule advances: the last segment on the way to the output, and every segment once, reversed.
     advances = schedule.simulate(actions, length, snapshots).advances
     assert planned.forward_sweeps == pytest.approx((advances + 1 + length) / length)
-
-
-def test_no_schedule_is_offered_where_parts_run_one_layer_at_a_time() -> None:
-    model = DeepNarrowMLP(6, 3, 2000)
-    assert plan(model, batch_size=4000, budget=smallest_budget(model, 4000)).schedule is None
 
 
 def test_saving_every_state_is_slower_the_less_a_number_costs_to_compute() -> None:
@@ -242,7 +242,7 @@ def test_no_memory_is_needed_to_plan() -> None:
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"batch_size": 4, "input_shape": (4,)}, r"input_shape must be \(3,\), got \(4,\)"),
         ({"batch_size": 4, "input_shape": (3, 2, 2)}, r"input_shape must be \(3,\)"),
-        ({"batch_size": 4, "optimizer": "lion"}, "optimizer must be one of sgd, momentum, adam, got 'lion'"),
+        ({"batch_size": 4, "optimizer": "lion"}, "optimizer must be one of sgd, momentum, adam, fused-sgd, fused-momentum, got 'lion'"),
     ],
 )
 def test_bad_arguments(arguments: dict, message: str) -> None:
