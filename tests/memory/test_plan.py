@@ -242,7 +242,7 @@ def test_no_memory_is_needed_to_plan() -> None:
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"batch_size": 4, "input_shape": (4,)}, r"input_shape must be \(3,\), got \(4,\)"),
         ({"batch_size": 4, "input_shape": (3, 2, 2)}, r"input_shape must be \(3,\)"),
-        ({"batch_size": 4, "optimizer": "lion"}, "optimizer must be one of sgd, momentum, adam, fused-sgd, fused-momentum, got 'lion'"),
+        ({"batch_size": 4, "optimizer": "lion"}, "optimizer must be one of sgd, .*, got 'lion'"),
     ],
 )
 def test_bad_arguments(arguments: dict, message: str) -> None:
