@@ -31,7 +31,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from narrowdeep.ops import triton_chain, triton_common
-from narrowdeep.ops.conv import triton as conv
+from narrowdeep.ops.cnn import triton as conv
 from narrowdeep.ops.gram import triton as gram
 from narrowdeep.ops.mlp import triton as mlp
 from narrowdeep.ops.triton_common import Block

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from narrowdeep.ops.conv import reference as conv_reference
+from narrowdeep.ops.cnn import reference as conv_reference
 from narrowdeep.ops.gram import reference as gram_reference
 from narrowdeep.ops.mlp import reference as mlp_reference
 

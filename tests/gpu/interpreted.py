@@ -6,7 +6,7 @@ import json
 
 import torch
 
-from narrowdeep.ops.conv import triton as conv
+from narrowdeep.ops.cnn import triton as conv
 from narrowdeep.ops.gram import triton as gram
 from narrowdeep.ops.mlp import triton as mlp
 from tests.gpu.cases import Case, GramCase, Ops, check, check_gram
@@ -45,7 +45,7 @@ def main() -> None:
     for case in cases:
         try:
             if isinstance(case, GramCase):
-                check_gram(case, gram.conv_gram if case.case.image else gram.mlp_gram)
+                check_gram(case, gram.cnn_gram if case.case.image else gram.mlp_gram)
             else:
                 check(case, CONV if case.image else MLP)
             failure = None

@@ -11,8 +11,8 @@ from torch import Tensor
 
 import narrowdeep
 from narrowdeep.ops import triton_common
-from narrowdeep.ops.conv.op import ops as conv_ops
-from narrowdeep.ops.gram.op import conv_gram, mlp_gram
+from narrowdeep.ops.cnn.op import ops as conv_ops
+from narrowdeep.ops.gram.op import cnn_gram, mlp_gram
 from narrowdeep.ops.gram.reference import DIAGONAL, FULL, TRACE
 from narrowdeep.ops.mlp.op import ops as mlp_ops
 from tests.gpu.cases import Case, GramCase, Ops, check, check_gram
@@ -81,7 +81,7 @@ def test_conv(outputs: int, image: tuple[int, int], tap: int, dtype: torch.dtype
 @pytest.mark.parametrize("image", [(), (7, 5)])
 def test_tangent_kernel(image: tuple[int, ...], dtype: torch.dtype, others: int, reduce: int, device: str) -> None:
     case = Case(1, 2, 37, 17, True, dtype, 0, image=image)
-    check_gram(GramCase(case, others, reduce), through(conv_gram if image else mlp_gram, device))
+    check_gram(GramCase(case, others, reduce), through(cnn_gram if image else mlp_gram, device))
 
 
 @pytest.mark.parametrize("device", DEVICES)

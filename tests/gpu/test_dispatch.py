@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from narrowdeep.ops import layered, triton_chain, triton_dispatch
-from narrowdeep.ops.conv import triton as conv
+from narrowdeep.ops.cnn import triton as conv
 from narrowdeep.ops.mlp import triton as mlp
 from narrowdeep.ops.triton_common import Block, choose_block
 from tests.gpu.cases import Case, draw_inputs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from narrowdeep.ops.conv import layered as conv
+from narrowdeep.ops.cnn import layered as conv
 from narrowdeep.ops.mlp import layered as mlp
 from tests.gpu.cases import Case, Ops, check, draw, draw_inputs
 

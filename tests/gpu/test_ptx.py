@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from narrowdeep.ops import triton_chain
-from narrowdeep.ops.conv import triton as conv
+from narrowdeep.ops.cnn import triton as conv
 from narrowdeep.ops.gram import triton as gram
 from narrowdeep.ops.mlp import triton as mlp
 from narrowdeep.ops.triton_common import Block
@@ -108,7 +108,7 @@ def run_gram(case: GramCase, simulator: Simulator, **limits: Any) -> None:
     load()
     stand_ins: dict[str, Any] = {"launch": simulator.launch, "empty": simulator.empty}
     with mock.patch.multiple(triton_chain, **stand_ins | limits), mock.patch.multiple(gram, **stand_ins):
-        check_gram(case, gram.conv_gram if case.case.image else gram.mlp_gram)
+        check_gram(case, gram.cnn_gram if case.case.image else gram.mlp_gram)
     expected = {"filter_jacobians", "pair_sums"} if case.case.image else {"gram_sums"}
     assert expected <= set(simulator.launches)
 

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from narrowdeep.ops import triton_chain
-from narrowdeep.ops.conv import triton as conv
+from narrowdeep.ops.cnn import triton as conv
 from narrowdeep.ops.gram import reference
 from narrowdeep.ops.mlp import triton as mlp
 from narrowdeep.ops.triton_common import MULTIPROCESSORS, empty, launch
@@ -384,4 +384,4 @@ def gram(
 
 
 mlp_gram = partial(gram, MLP)
-conv_gram = partial(gram, CNN)
+cnn_gram = partial(gram, CNN)

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from narrowdeep.ops import triton_chain, triton_common
-from narrowdeep.ops.conv.layered import CONVOLUTION
+from narrowdeep.ops.cnn.layered import CONVOLUTION
 from narrowdeep.ops.triton_common import PREFETCH, Block, empty, launch
 
 
