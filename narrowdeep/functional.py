@@ -14,9 +14,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
+from torch.autograd import forward_ad
 
 from narrowdeep import parts
+from narrowdeep.ops.autograd import NODES
 from narrowdeep.ops.chain import ChainOps
 from narrowdeep.ops.conv.op import ops as _conv_ops
 from narrowdeep.ops.mlp.op import ops as _mlp_ops
@@ -24,121 +25,33 @@ from narrowdeep.ops.mlp.op import ops as _mlp_ops
 Form = Literal["offset", "plain"]
 
 _OPS: dict[str, ChainOps] = {"mlp": _mlp_ops, "conv": _conv_ops}
-_SECOND_ORDER = (
-    "narrowdeep differentiates its chains once: second derivatives (create_graph=True, torch.func.hessian, jvp of grad)"
-    " are not supported; use model.to_sequential() for them"
-)
-
-
-class _ChainBackward(torch.autograd.Function):
-    """The backward op as a node of its own, so that differentiating it again raises instead of returning zeros."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(family: str, *args: Any) -> tuple[Tensor, ...]:
-        return _OPS[family].backward(*args)
-
-    @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise NotImplementedError(_SECOND_ORDER)
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor) -> Any:
-        raise NotImplementedError(_SECOND_ORDER)
-
-
-class _ChainJvp(torch.autograd.Function):
-    """The jvp op as a node of its own, for the same reason."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(family: str, *args: Any) -> Tensor:
-        return _OPS[family].jvp(*args)
-
-    @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise NotImplementedError(_SECOND_ORDER)
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor) -> Any:
-        raise NotImplementedError(_SECOND_ORDER)
-
-
-class _Chain(torch.autograd.Function):
-    """forward(family, x, 6 parameters, scale, offset, segment) -> (out, saved). Dynamo traces this one."""
-
-    @staticmethod
-    def forward(family: str, *args: Any) -> tuple[Tensor, Tensor]:
-        return _OPS[family].forward(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        ctx.family, ctx.settings = inputs[0], inputs[8:]
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[1:8], output[1])
-        ctx.save_for_forward(*inputs[1:8])
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor | None, grad_saved: None) -> tuple[Tensor | None, ...]:
-        if grad_out is None:
-            return (None,) * 11
-        *inputs, saved = ctx.saved_tensors
-        need_input = ctx.needs_input_grad[1]
-        need_params = any(ctx.needs_input_grad[2:8])
-        args = (grad_out, *inputs, saved, *ctx.settings, need_input, need_params)
-        if torch.compiler.is_compiling():
-            grads = _OPS[ctx.family].backward(*args)
-        else:
-            grads = _ChainBackward.apply(ctx.family, *args)
-        needed = ctx.needs_input_grad[1:8]
-        return (None, *(g if n else None for g, n in zip(grads, needed, strict=True)), None, None, None)
-
-
-class _TransformableChain(_Chain):
-    """Adds what torch.func needs and Dynamo refuses."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def jvp(ctx: Any, _: None, *tangents: Any) -> tuple[Tensor, None]:
-        scale, offset, _segment = ctx.settings
-        inputs = ctx.saved_tensors[:7]
-        return _ChainJvp.apply(ctx.family, *inputs, *tangents[:7], scale, offset), None
 
 
 def _apply(
     family: str,
     x: Tensor,
-    params: dict[str, Tensor],
+    values: dict[str, Tensor],
     chunks: list[tuple[Tensor, Tensor]] | None,
     scale: float,
     form: Form,
     segment: int,
     snapshots: int | None,
 ) -> Tensor:
-    first_weight, first_bias, hidden_weight, hidden_bias, last_weight, last_bias = params.values()
-    # Transformed or compiled, a chain saves every boundary: its one node is what they know.
-    plain = not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
-    scheduled = snapshots is not None and snapshots * segment < hidden_weight.shape[0]
-    if chunks is None and scheduled and plain:
-        chunks = [(hidden_weight, hidden_bias)]
-    if chunks is not None:
-        ends = (first_weight, first_bias), (last_weight, last_bias)
-        return parts.chain(family, x, ends[0], chunks, ends[1], float(scale), form == "offset", segment, snapshots)
-    function = _Chain if torch.compiler.is_compiling() else _TransformableChain
-    out, _ = function.apply(family, x, *params.values(), float(scale), form == "offset", segment)
-    return out
+    first_weight, first_bias, hidden_weight, hidden_bias, last_weight, last_bias = values.values()
+    compiling, transformed = torch.compiler.is_compiling(), torch._C._are_functorch_transforms_active()
+    # Transformed, in forward mode or compiled, a chain is one node that saves every boundary.
+    if not (compiling or transformed or forward_ad._current_level >= 0):
+        scheduled = snapshots is not None and snapshots * segment < hidden_weight.shape[0]
+        if chunks is None and scheduled:
+            chunks = [(hidden_weight, hidden_bias)]
+        if chunks is not None:
+            ends = (first_weight, first_bias), (last_weight, last_bias)
+            return parts.chain(family, x, ends[0], chunks, ends[1], scale, form == "offset", segment, snapshots)
+    elif chunks is not None:
+        hidden_weight, hidden_bias = (torch.cat(part) for part in zip(*chunks, strict=True))
+    function = NODES[family].apply if transformed else _OPS[family].forward
+    params = (first_weight, first_bias, hidden_weight, hidden_bias, last_weight, last_bias)
+    return function(x, *params, scale, form == "offset", segment)[0]
 
 
 def check_settings(*, scale: float, form: str, segment: int) -> None:

@@ -2,8 +2,7 @@
 
 Both families take the same arguments: ``x``, the six stacked parameters, ``scale`` (C_L), ``offset`` (offset or plain
 form) and ``segment`` (layers between two saved states; 0 saves nothing, 1 saves every state). Both save states with
-the batch in the last dimension. Autograd is not registered here: ``narrowdeep.functional`` wraps these ops in one
-``autograd.Function``, which torch.func can transform and a registered formula cannot.
+the batch in the last dimension. Their derivatives are in ``narrowdeep.ops.autograd``.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from narrowdeep.ops import autograd
 from narrowdeep.ops.reference import advance_saved_shape
 
 _PARAMS = ("first_weight", "first_bias", "hidden_weight", "hidden_bias", "last_weight", "last_bias")
@@ -62,10 +62,13 @@ _SCHEMAS = {
 }
 
 
-def define(family: str, saved_shape: Callable[[Tensor, Tensor, Tensor, bool, int], tuple[int, ...]]) -> ChainOps:
-    """Define ``narrowdeep::{family}_forward`` and its likes (``ChainOps``) with their fakes and vmap rules.
+def define(
+    family: str, title: str, saved_shape: Callable[[Tensor, Tensor, Tensor, bool, int], tuple[int, ...]]
+) -> ChainOps:
+    """Define ``narrowdeep::{family}_forward`` and its likes (``ChainOps``): fakes, vmap rules, derivatives.
 
-    ``saved_shape(x, hidden_weight, last_weight, offset, segment)`` is the shape of the forward's second output.
+    ``title`` is what a graph calls the family. ``saved_shape(x, hidden_weight, last_weight, offset, segment)`` is the
+    shape of the forward's second output.
     """
     for name, schema in _SCHEMAS.items():
         library.define(f"{family}_{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
@@ -95,6 +98,7 @@ def define(family: str, saved_shape: Callable[[Tensor, Tensor, Tensor, bool, int
         return (x.new_empty(state.shape), *(p.new_empty(p.shape if need_params else 0) for p in (wh, bh)))
 
     _register_vmap(family, ops)
+    autograd.register_chain(library, family, title, ops)
     return ops
 
 

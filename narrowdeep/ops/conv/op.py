@@ -18,6 +18,6 @@ def _saved_shape(x: Tensor, hidden_weight: Tensor, last_weight: Tensor, offset: 
     return saved_shape(hidden_weight.shape[0] + 2, state, offset, segment)
 
 
-ops = chain.define("conv", _saved_shape)
+ops = chain.define("conv", "DeepNarrowCNN", _saved_shape)
 engine.load()
 triton_dispatch.register_chain(chain.library, "conv")

@@ -18,7 +18,7 @@ def _saved_shape(x: Tensor, hidden_weight: Tensor, last_weight: Tensor, offset: 
     return saved_shape(hidden_weight.shape[0] + 2, (last_weight.shape[1], x.shape[0]), offset, segment)
 
 
-ops = chain.define("mlp", _saved_shape)
+ops = chain.define("mlp", "DeepNarrowMLP", _saved_shape)
 engine.load()
 triton_dispatch.register_chain(chain.library, "mlp")
 chain.library.impl("mlp_advance", mlp_advance, "CPU")  # no kernels of the engine's yet
