@@ -8,7 +8,7 @@ the inputs go through ``Once``, a node that raises when a derivative reaches it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -59,11 +59,19 @@ def _dual(value: Any) -> bool:
     return isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None
 
 
-def differentiates(args: tuple[Any, ...]) -> bool:
-    """Whether a call with ``args`` is to be recorded, in reverse or in forward mode."""
-    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
-        return True
-    return forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled() and any(map(_dual, args))
+def _inside_transform() -> Any:
+    """Inside a transform of torch.func an Autograd kernel runs without the keys that the next transform needs."""
+    keys = torch._C.DispatchKey
+    included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    included = included.add(keys.FuncTorchDynamicLayerFrontMode)
+    for key in (
+        keys.FuncTorchDynamicLayerFrontMode,
+        keys.FuncTorchGradWrapper,
+        keys.FuncTorchBatched,
+        keys.FuncTorchVmapMode,
+    ):
+        excluded = excluded.remove(key)
+    return torch._C._ForceDispatchKeyGuard(included, excluded)
 
 
 def register(library: torch.library.Library, name: str, node: type[Function]) -> None:
@@ -71,8 +79,17 @@ def register(library: torch.library.Library, name: str, node: type[Function]) ->
     op = getattr(torch.ops.narrowdeep, name).default
 
     def kernel(keys: torch._C.DispatchKeySet, *args: Any) -> Any:
-        if differentiates(args):
+        transformed = torch._C._are_functorch_transforms_active()
+        if forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled() and any(map(_dual, args)):
+            if transformed:
+                raise NotImplementedError(
+                    f"narrowdeep::{name} has no torch.func.jvp, nor has a graph that was traced from it: take that of "
+                    "a model or of narrowdeep.functional's chains"
+                )
             return node.apply(*args)
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            with _inside_transform() if transformed else nullcontext():
+                return node.apply(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keys & torch._C._after_autograd_keyset, *args)
 
