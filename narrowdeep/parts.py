@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from narrowdeep.memory.schedule import Op, binomial, encode, resumed
 from narrowdeep.ops import layered
+from narrowdeep.ops.autograd import differentiated_once
 from narrowdeep.ops.chain import ChainOps
 from narrowdeep.ops.conv.layered import CONVOLUTION
 from narrowdeep.ops.conv.op import ops as conv_ops
@@ -52,7 +52,7 @@ class _First(torch.autograd.Function):
         return _skip(x, outputs), layered.left(state)
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once
     def backward(ctx: Any, grad_out: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
         (x, weight, bias), (family, scale, offset) = ctx.saved_tensors, ctx.settings
         layer = _FAMILIES[family][1]
@@ -90,7 +90,7 @@ class _Hidden(torch.autograd.Function):
         return _skip(x, skip.shape[1]), after
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once
     def backward(ctx: Any, grad_out: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
         need_params = any(ctx.needs_input_grad[4:6])
         retreat = _FAMILIES[ctx.family][0].retreat
@@ -206,7 +206,7 @@ class _Scheduled(torch.autograd.Function):
         return _skip(x, skip.shape[1]), walk.current
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once
     def backward(ctx: Any, grad_out: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
         walk = _Walk(ctx.family, tensors, ctx.settings)
@@ -241,7 +241,7 @@ class _Last(torch.autograd.Function):
         return layered.last_output(_FAMILIES[family][1], parts, h, weight, bias)
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         (x, state, weight, bias), (family, scale, offset) = ctx.saved_tensors, ctx.settings
         layer = _FAMILIES[family][1]

@@ -1,13 +1,15 @@
 """Derivatives of the raw ops, on their Autograd keys: reached with autograd on, an op differentiates or raises.
 
-A chain's derivative is one op, ``forward -> backward`` and ``forward -> jvp``, and each of these two is linear in what it
-is given beside the chain's inputs (``grad_out``, the tangents), where its derivative is the other one: three nodes that
-refer to each other. With respect to the inputs they would be second derivatives of the chain, which it does not have:
-the inputs go through ``Once``, a node that raises when a derivative reaches it.
+A chain's derivative is one op, ``forward -> backward`` and ``forward -> jvp``, and each of these two is linear in what
+it is given beside the chain's inputs (``grad_out``, the tangents), where its derivative is the other one: three nodes
+that refer to each other. With respect to the inputs they would be second derivatives of the chain, which it does not
+have: the inputs go through ``Once``, a node that raises when a derivative reaches it.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -53,6 +55,26 @@ class Once(Function):
 def once(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The inputs of a derivative of a chain."""
     return Once.apply(*inputs) if torch.is_grad_enabled() or forward_ad._current_level >= 0 else inputs
+
+
+def differentiated_once(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., Any]:
+    """For the backward of a node: what it returns raises when it is differentiated, with respect to anything.
+
+    ``torch.autograd.function.once_differentiable`` asks only whether the gradients require gradients themselves: of a
+    sum's gradient, which does not, it makes a constant.
+    """
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return found
+        tensors = [t for t in found if t is not None]
+        tied = iter(Once.apply(*tensors, *grads, *ctx.saved_tensors)[: len(tensors)])
+        return tuple(None if t is None else next(tied) for t in found)
+
+    return run
 
 
 def _dual(value: Any) -> bool:
@@ -223,8 +245,13 @@ def register_chain(library: torch.library.Library, family: str, title: str, ops:
                 raise NotImplementedError(SECOND_ORDER)
             return Jvp.apply(*once(ctx.saved_tensors), *tangents[_INPUTS : 2 * _INPUTS], *ctx.settings)
 
-    for op, node in (("forward", Chain), ("backward", Backward), ("jvp", Jvp)):
-        node.__name__ = node.__qualname__ = title if node is Chain else f"{title}{node.__name__}"
+    for op, node, name in (
+        ("forward", Chain, title),
+        ("backward", Backward, f"{title}Gradient"),
+        ("jvp", Jvp, f"{title}Tangent"),
+    ):
+        node.__name__ = name  # in profilers; the name of the grad_fn is that of a class that torch has made of it
+        node._backward_cls.__name__ = f"{name}Backward"  # type: ignore[attr-defined]
         register(library, f"{family}_{op}", node)
     for op in ("advance", "retreat"):
         register_without_derivative(library, f"{family}_{op}")

@@ -7,12 +7,14 @@ the batch in the last dimension. Their derivatives are in ``narrowdeep.ops.autog
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from narrowdeep.ops import autograd
 from narrowdeep.ops.reference import advance_saved_shape
@@ -98,8 +100,42 @@ def define(
         return (x.new_empty(state.shape), *(p.new_empty(p.shape if need_params else 0) for p in (wh, bh)))
 
     _register_vmap(family, ops)
+    _register_flops(family)
     autograd.register_chain(library, family, title, ops)
     return ops
+
+
+def _register_flops(family: str) -> None:
+    """What torch's flop counter says of a call: the products that eager layers take, once each, on shapes alone."""
+
+    def formula(name: str, function: Callable[..., int]) -> None:
+        register_flop_formula(getattr(torch.ops.narrowdeep, f"{family}_{name}"))(function)
+
+    def products(x: tuple[int, ...], *weights: tuple[int, ...]) -> int:
+        """One product of each weight with states at the positions of x, (B, in, *positions)."""
+        return 2 * math.prod(x) // x[1] * sum(math.prod(weight) for weight in weights)
+
+    def forward(x: Any, w1: Any, b1: Any, wh: Any, bh: Any, wl: Any, *rest: Any, **_: Any) -> int:
+        return products(x, w1, wh, wl)
+
+    def backward(grad_out: Any, x: Any, w1: Any, b1: Any, wh: Any, bh: Any, wl: Any, *rest: Any, **_: Any) -> int:
+        need_input, need_params = rest[-2:]
+        back = products(x, wh, wl, *([w1] if need_input else [])) if need_input or need_params else 0
+        return back + (products(x, w1, wh, wl) if need_params else 0)
+
+    def jvp(x: Any, w1: Any, b1: Any, wh: Any, bh: Any, wl: Any, bl: Any, *rest: Any, **_: Any) -> int:
+        x_t, w1_t, _b1_t, wh_t, _bh_t, wl_t, *_rest = rest
+        pushed = products(x, wh, wl, *([] if x_t is None else [w1]))
+        return pushed + products(x, *(t for t in (w1_t, wh_t, wl_t) if t is not None))
+
+    def advance(state: Any, x: Any, wh: Any, *rest: Any, **_: Any) -> int:
+        return products(x, wh)
+
+    def retreat(grad_state: Any, grad_out: Any, state: Any, x: Any, wh: Any, *rest: Any, **_: Any) -> int:
+        return products(x, wh) * (2 if rest[-1] else 1)
+
+    for function in (forward, backward, jvp, advance, retreat):
+        formula(function.__name__, function)
 
 
 def _fold(tensor: Tensor, dim: int | None, size: int, batch_dim: int) -> Tensor:

@@ -2,15 +2,19 @@
 
 The same results as ``reference.py``, with the memory of a fused chain: states are saved every ``segment`` layers and
 computed again in the backward, no autograd graph. One layer is a matrix product (cuBLAS on a GPU) and three or four
-elementwise operations. Symbols as in ``reference.py``. The Triton kernels enter and leave a chain here as well:
+elementwise operations, in the dtype of its operands whatever torch's global modes say (``exact``). Symbols as in
+``reference.py``. The Triton kernels enter and leave a chain here as well:
 ``first_state``, ``last_output``, ``last_gradient`` and their likes.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +22,51 @@ from torch import Tensor
 from narrowdeep.ops.reference import MOVE_PERIOD, advance_saved_shape, saved_shape, two_sum
 
 Params = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_BACKENDS: dict[str, Any] = {
+    "cpu": (torch.backends.mkldnn, torch.backends.mkldnn),
+    "cuda": (torch.backends.cuda, torch.backends.cudnn),
+}
+"""What holds ``matmul.fp32_precision`` and ``conv.fp32_precision`` of a device."""
+
+
+@contextmanager
+def _set(module: Any, name: str, value: Any, inherited: Any = None) -> Iterator[None]:
+    """A flag of torch's with another value; put back as ``inherited`` where it comes from its parent."""
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before if inherited is None else inherited)
+
+
+def exact(function: Callable[P, T]) -> Callable[P, T]:
+    """``function``, whose first tensor says on which device it runs, without autocast and reduced precision.
+
+    The precision of float32 products is a flag of the whole process: while a call runs it holds for other threads too.
+    """
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        device = next(a for a in args if isinstance(a, Tensor)).device.type
+        with ExitStack() as stack:
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+            for backend, op in zip(_BACKENDS.get(device, ()), ("matmul", "conv"), strict=False):
+                flags = getattr(backend, op)
+                if flags.fp32_precision not in ("none", "ieee"):
+                    follows = getattr(backend, "fp32_precision", None) == flags.fp32_precision
+                    stack.enter_context(_set(flags, "fp32_precision", "ieee", "none" if follows else None))
+            if device == "cuda":  # no algorithm is chosen by a timer, and every run gives the same bits
+                stack.enter_context(_set(torch.backends.cudnn, "benchmark", False))
+                stack.enter_context(_set(torch.backends.cudnn, "deterministic", True))
+            return function(*args, **kwargs)
+
+    return run
 
 
 @dataclass(frozen=True)
@@ -95,6 +144,7 @@ def _new_state(x: Tensor, width: int) -> Tensor:
     return x.new_empty(width, *x.shape[1:])
 
 
+@exact
 def first_state(layer: Layer, x: Tensor, params: Params, scale: float, offset: bool) -> Parts:
     """State 1; ``x`` is (in, *positions, B)."""
     weight, bias, *_, last_weight, _ = params
@@ -120,12 +170,14 @@ def pool(z: Tensor) -> Tensor:
     return (z.reshape(z.shape[0], positions, z.shape[-1]).sum(1) / positions).t().contiguous()
 
 
+@exact
 def last_output(layer: Layer, state: Parts, h: Tensor, last_weight: Tensor, last_bias: Tensor) -> Tensor:
     """The chain's output from its last state, whose value is ``h``."""
     z = layer.apply(last_weight, h, _new_state(h, last_weight.shape[0])).add_(_column(last_bias, h))
     return pool(z if state.base is None else z.add_(state.right(last_weight.shape[0])))
 
 
+@exact
 def last_gradient(layer: Layer, grad_out: Tensor, h: Tensor, last_weight: Tensor, offset: bool) -> tuple[Tensor, Parts]:
     """(r, parts): the gradient of the last layer's output, the same at every position, and of its input h.
 
@@ -151,6 +203,7 @@ def _root(r: Tensor, width: int) -> Tensor:
     return root
 
 
+@exact
 def first_gradients(
     layer: Layer,
     full: Tensor,
@@ -173,12 +226,14 @@ def first_gradients(
     return grad_x.movedim(-1, 0).contiguous()
 
 
+@exact
 def last_gradients(layer: Layer, r: Tensor, h: Tensor, grads: list[Tensor]) -> None:
     """Gradients of last_weight and last_bias into ``grads``."""
     layer.weight_grad(r, h, grads[4])
     _bias_grad(r, grads[5])
 
 
+@exact
 def first_tangent(
     layer: Layer,
     x: Tensor,
@@ -207,6 +262,7 @@ def first_tangent(
     return parts
 
 
+@exact
 def last_tangent(
     layer: Layer, tangent: Parts, full: Tensor, h: Tensor, params: Params, tangents: tuple[Tensor | None, ...]
 ) -> Tensor:
@@ -231,6 +287,7 @@ def _step(layer: Layer, state: Parts, weight: Tensor, bias: Tensor, h: Tensor, z
         state.move()
 
 
+@exact
 def forward(
     layer: Layer,
     x: Tensor,
@@ -264,6 +321,7 @@ def forward(
     return last_output(layer, state, h, last_weight, last_bias), saved
 
 
+@exact
 def backward(
     layer: Layer,
     grad_out: Tensor,
@@ -370,6 +428,46 @@ def left(parts: Parts) -> Tensor:
     return parts.a.unsqueeze(0).clone() if parts.base is None else torch.stack((parts.moved, parts.a))
 
 
+def _check_shapes(x: Tensor, wanted: dict[str, tuple[Tensor, tuple[int, ...]]]) -> None:
+    for name, (tensor, shape) in wanted.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+        if tensor.dtype != x.dtype or tensor.device != x.device:
+            raise ValueError(f"{name} must have the dtype and device of x, got {tensor.dtype} on {tensor.device}")
+
+
+def _check_part(
+    x: Tensor, hidden_weight: Tensor, hidden_bias: Tensor, outputs: int, offset: bool, first: int, segment: int
+) -> tuple[int, ...]:
+    """(parts, n, *positions, B) of a state; raises TypeError or ValueError for what ``reference.advance`` forbids."""
+    if x.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"x must be float32 or float64, got {x.dtype}")
+    if x.dim() not in (2, 4):
+        raise ValueError(f"x must have shape (B, in) or (B, in, H, W), got {tuple(x.shape)}")
+    if hidden_weight.dim() != x.dim() + 1:
+        raise ValueError(f"hidden_weight must have {x.dim() + 1} dimensions, got {hidden_weight.dim()}")
+    layers, width, *_ = hidden_weight.shape
+    size = hidden_weight.shape[-1]
+    if x.dim() == 4 and size % 2 == 0:
+        raise ValueError(f"hidden_weight must have filters of an odd size, got {size}")
+    for name, value, least in (("first", first, 1), ("segment", segment, 0), ("outputs", outputs, 1)):
+        if not least <= value <= 2**62:
+            raise ValueError(f"{name} must be at least {least} and at most 2**62, got {value}")
+    if min(layers, width, *x.shape[1:]) < 1:
+        raise ValueError(
+            f"hidden_weight and x must not be empty, got shapes {tuple(hidden_weight.shape)} and {tuple(x.shape)}"
+        )
+    if offset and width != x.shape[1] + 1 + outputs:
+        raise ValueError(
+            f"hidden_weight must have in + 1 + out = {x.shape[1] + 1 + outputs} rows in offset form, got {width}"
+        )
+    tap = (size, size) if x.dim() == 4 else ()
+    weight_shape, bias_shape = (layers, width, width, *tap), (layers, width)
+    _check_shapes(x, {"hidden_weight": (hidden_weight, weight_shape), "hidden_bias": (hidden_bias, bias_shape)})
+    return (2 if offset else 1, width, *x.shape[2:], x.shape[0])
+
+
+@exact
 def advance(
     layer: Layer,
     state: Tensor,
@@ -382,7 +480,9 @@ def advance(
     first: int,
     segment: int,
 ) -> tuple[Tensor, Tensor]:
-    """As ``reference.advance``."""
+    """As ``reference.advance``, after checks of every size."""
+    shape = _check_part(x, hidden_weight, hidden_bias, outputs, offset, first, segment)
+    _check_shapes(x, {"state": (state, shape)})
     layers = hidden_weight.shape[0]
     parts = entered(state, x.movedim(0, -1), outputs, scale, offset)
     saved = x.new_empty(advance_saved_shape(layers, tuple(parts.a.shape), offset, segment))
@@ -395,6 +495,7 @@ def advance(
     return left(parts), saved
 
 
+@exact
 def retreat(
     layer: Layer,
     grad_state: Tensor,
@@ -411,8 +512,13 @@ def retreat(
     segment: int,
     need_params: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``reference.retreat``, from ``saved``; with segment 0 the layers are advanced again first."""
+    """As ``reference.retreat`` from ``saved``, after checks of every size; segment 0 advances the layers again first."""
+    whole = _check_part(x, hidden_weight, hidden_bias, outputs, offset, first, segment)
     layers, before = hidden_weight.shape[0], first - 1
+    wanted = {"state": (state, whole), "grad_state": (grad_state, whole), "grad_out": (grad_out, (x.shape[0], outputs))}
+    if segment:
+        wanted["saved"] = (saved, advance_saved_shape(layers, whole[1:], offset, segment))
+    _check_shapes(x, wanted)
     if segment == 0:
         segment = max(2, math.isqrt(layers))
         saved = advance(layer, state, x, hidden_weight, hidden_bias, outputs, scale, offset, first, segment)[1]
@@ -443,6 +549,7 @@ def retreat(
     return left(gradient), grad_weight, grad_bias
 
 
+@exact
 def jvp(
     layer: Layer,
     x: Tensor,
