@@ -1,35 +1,37 @@
 """Differentiable deep narrow chains, as functions of their data and parameters.
 
-One graph node for all layers, or one a chunk, of every family and device (``narrowdeep.chain.autograd``). It works
-under ``backward``, ``torch.autograd.grad``, ``torch.func.{grad, vjp, jvp, jacrev, jacfwd, vmap}`` and
-``torch.compile(fullgraph=True)`` (of a model and its gradients; transforms of torch.func run outside of the compiled
-function). First derivatives only: a second one raises an error that says so.
+One graph node for all layers, or one a chunk, on every device (``narrowdeep.chain.span``). It works under ``backward``,
+``torch.autograd.grad``, ``torch.func.{grad, vjp, jvp, jacrev, jacfwd, linearize, vmap}``, ``make_fx`` and
+``torch.compile(fullgraph=True)``. First derivatives only: a second one raises an error that says so.
+
+Under autocast a chain takes x of any lower floating dtype, cast up to that of its parameters, in which it computes.
 """
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from narrowdeep.chain import autograd
+from narrowdeep.chain import span
 from narrowdeep.chain.params import Affine
 
 Form = Literal["offset", "plain"]
 
 
 def check_settings(*, scale: float, form: str, segment: int) -> None:
-    """Raise TypeError or ValueError naming the argument, the rule and the value."""
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+    """Raise TypeError or ValueError naming the argument, the rule and the value. Numbers may be numpy's."""
+    if isinstance(scale, bool) or not isinstance(scale, (int, float, Real)):
         raise TypeError(f"scale must be a number, got {scale!r}")
-    if not 0 < scale < math.inf:  # no call to math: torch.compile takes scale for a symbol
+    if not 0 < scale <= sys.float_info.max:  # no call to math: torch.compile takes scale for a symbol
         raise ValueError(f"scale must be finite and positive, got {scale}")
     if form not in ("offset", "plain"):
         raise ValueError(f"form must be 'offset' or 'plain', got {form!r}")
-    if isinstance(segment, bool) or not isinstance(segment, int):
+    if isinstance(segment, bool) or not isinstance(segment, (int, Integral)):
         raise TypeError(f"segment must be an int, got {segment!r}")
     if segment < 0:
         raise ValueError(f"segment must be at least 0, got {segment}")
@@ -41,7 +43,7 @@ def check_snapshots(snapshots: int | None, segment: int) -> None:
     """Raise TypeError or ValueError naming the argument, the rule and the value."""
     if snapshots is None:
         return
-    if isinstance(snapshots, bool) or not isinstance(snapshots, int):
+    if isinstance(snapshots, bool) or not isinstance(snapshots, (int, Integral)):
         raise TypeError(f"snapshots must be an int or None, got {snapshots!r}")
     if snapshots < 1:
         raise ValueError(f"snapshots must be at least 1, got {snapshots}")
@@ -49,19 +51,33 @@ def check_snapshots(snapshots: int | None, segment: int) -> None:
         raise ValueError(f"segment must be at least 1 where snapshots are given, got {segment}")
 
 
+def _check_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.is_nested or value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {'a nested one' if value.is_nested else value.layout}")
+
+
 def check_tensors(x: Tensor, params: dict[str, Tensor]) -> None:
-    """Dtypes and devices: floating point (float32 or float64), the same for x and every parameter."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+    """Dense tensors of one floating dtype (float32 or float64) on one device: x and every parameter."""
+    _check_tensor("x", x)
     if x.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"x must be torch.float32 or torch.float64, got {x.dtype}")
     for name, param in params.items():
-        if not isinstance(param, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(param).__name__}")
+        _check_tensor(name, param)
         if param.dtype != x.dtype:
             raise TypeError(f"x and {name} must have the same dtype, got {x.dtype} and {param.dtype}")
         if param.device != x.device:
             raise ValueError(f"x and {name} must be on the same device, got {x.device} and {param.device}")
+
+
+def _cast_up(x: Any, weight: Any) -> Any:
+    """Under autocast, x of a lower floating dtype in that of the parameters, as torch's own float32 ops take it."""
+    if not (isinstance(x, Tensor) and isinstance(weight, Tensor) and torch.amp.is_autocast_available(x.device.type)):
+        return x
+    if not (torch.is_autocast_enabled(x.device.type) and x.is_floating_point()) or x.is_nested:
+        return x
+    return x.to(weight.dtype) if torch.promote_types(x.dtype, weight.dtype) == weight.dtype else x
 
 
 def _pairs(hidden_weight: Any, hidden_bias: Any) -> list[Affine]:
@@ -137,7 +153,7 @@ def mlp_chain(
     """A deep narrow MLP, all ``L = hidden_weight.shape[0] + 2`` affine layers in one op (thesis section 3.1).
 
     Arguments:
-        x: (*, in), float32 or float64.
+        x: (*, in), float32 or float64; under autocast of any lower floating dtype as well.
         first_weight, first_bias: (n, in) and (n,).
         hidden_weight, hidden_bias: (L-2, n, n) and (L-2, n), L >= 2; or lists of chunks of consecutive layers, each a
             graph node of its own, so that their gradients never exist at once.
@@ -147,10 +163,10 @@ def mlp_chain(
         segment: layers between two saved states for the backward; 1 saves every state, 0 none (the backward then
             runs the forward again). Changes memory and time, never the result.
         snapshots: states kept at most (in each chunk), at least 1, under a binomial schedule over the segments
-            (Griewank and Walther, ACM TOMS 26(1), 2000); compiled or in a transform of torch.func, every boundary is
-            kept. None: every boundary.
+            (Griewank and Walther, ACM TOMS 26(1), 2000): the same results up to rounding. Compiled, in a transform of
+            torch.func or in forward mode every checkpoint is kept. None: every checkpoint.
 
-    Returns: (*, out), dtype and device of x.
+    Returns: (*, out), dtype and device of the parameters.
 
     Raises: TypeError for dtypes, ValueError for shapes, devices, scale, form and segment; NotImplementedError when
         differentiated twice.
@@ -166,6 +182,7 @@ def mlp_chain(
     }
     check_settings(scale=scale, form=form, segment=segment)
     check_snapshots(snapshots, segment)
+    x = _cast_up(x, first_weight)
     for weight, bias in pairs:
         params |= {"hidden_weight": weight, "hidden_bias": bias}
         check_tensors(x, params)
@@ -174,9 +191,9 @@ def mlp_chain(
         got = x.shape[-1] if x.dim() else "a scalar"
         raise ValueError(f"x must have {in_features} features in its last dimension, got {got}")
     ends = Affine(first_weight, first_bias), Affine(last_weight, last_bias)
-    settings = (float(scale), form == "offset", segment, snapshots)
-    out = autograd.chain("mlp", x.reshape(-1, in_features), ends[0], pairs, ends[1], *settings)
-    return out.reshape(*x.shape[:-1], out_features)
+    settings = (float(scale), form == "offset", int(segment), snapshots)
+    out = span.chain("mlp", x.reshape(-1, in_features), ends[0], pairs, ends[1], *settings)
+    return out if x.dim() == 2 else out.reshape(*x.shape[:-1], out_features)
 
 
 def conv_chain(
@@ -199,7 +216,7 @@ def conv_chain(
     output is the mean of the last layer over H and W.
 
     Arguments:
-        x: (*, c, H, W), float32 or float64; H and W at least 1.
+        x: (*, c, H, W), float32 or float64, under autocast of any lower floating dtype as well; H and W at least 1.
         first_weight, first_bias: (n, c, f, f) and (n,), f odd.
         hidden_weight, hidden_bias: (L-2, n, n, f, f) and (L-2, n), L >= 2; or lists of chunks of consecutive layers,
             each a graph node of its own, so that their gradients never exist at once.
@@ -209,10 +226,10 @@ def conv_chain(
         segment: layers between two saved states for the backward; 1 saves every state, 0 none (the backward then
             runs the forward again). Changes memory and time, never the result.
         snapshots: states kept at most (in each chunk), at least 1, under a binomial schedule over the segments
-            (Griewank and Walther, ACM TOMS 26(1), 2000); compiled or in a transform of torch.func, every boundary is
-            kept. None: every boundary.
+            (Griewank and Walther, ACM TOMS 26(1), 2000): the same results up to rounding. Compiled, in a transform of
+            torch.func or in forward mode every checkpoint is kept. None: every checkpoint.
 
-    Returns: (*, k), dtype and device of x.
+    Returns: (*, k), dtype and device of the parameters.
 
     Raises: TypeError for dtypes, ValueError for shapes, devices, scale, form and segment; NotImplementedError when
         differentiated twice.
@@ -228,6 +245,7 @@ def conv_chain(
     }
     check_settings(scale=scale, form=form, segment=segment)
     check_snapshots(snapshots, segment)
+    x = _cast_up(x, first_weight)
     for weight, bias in pairs:
         params |= {"hidden_weight": weight, "hidden_bias": bias}
         check_tensors(x, params)
@@ -242,6 +260,6 @@ def conv_chain(
     if x.shape[-2] < 1 or x.shape[-1] < 1:
         raise ValueError(f"x must have images of at least 1x1 pixels, got {x.shape[-2]}x{x.shape[-1]}")
     ends = Affine(first_weight, first_bias), Affine(last_weight, last_bias)
-    settings = (float(scale), form == "offset", segment, snapshots)
-    out = autograd.chain("cnn", x.reshape(-1, *x.shape[-3:]), ends[0], pairs, ends[1], *settings)
-    return out.reshape(*x.shape[:-3], out_channels)
+    settings = (float(scale), form == "offset", int(segment), snapshots)
+    out = span.chain("cnn", x.reshape(-1, *x.shape[-3:]), ends[0], pairs, ends[1], *settings)
+    return out if x.dim() == 4 else out.reshape(*x.shape[:-3], out_channels)

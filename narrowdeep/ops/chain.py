@@ -11,8 +11,8 @@ with both ends.
 
 =====================  ================================================================================================
 ``input``              x, (B, in, *positions), where the first layer is there; else a state
-``params``             six: first_weight (n, in, *tap), first_bias (n,), hidden_weight (m, n, n, *tap), hidden_bias (m, n),
-                       last_weight (out, n, *tap), last_bias (out,); None where an end is missing
+``params``             six: first_weight (n, in, *tap), first_bias (n,), hidden_weight (m, n, n, *tap),
+                       hidden_bias (m, n), last_weight (out, n, *tap), last_bias (out,); None where an end is missing
 ``output``             (B, out) where the last layer is there; else a state
 state                  (3, n, *positions, B) in offset form, (1, n, *positions, B) in plain form: see ``reference``
 ``grad``               the gradient of ``output``, in its shape
@@ -23,19 +23,21 @@ state                  (3, n, *positions, B) in offset form, (1, n, *positions, 
 ``segment``            layers between two checkpoints; 1 saves every state, 0 none
 =====================  ================================================================================================
 
-What is not needed comes back empty, shape (0,). Autograd is not registered here: ``narrowdeep.chain.autograd`` wraps
-these ops in one ``autograd.Function``, which torch.func can transform and a registered formula cannot.
+What is not needed comes back empty, shape (0,). Their derivatives are in ``narrowdeep.ops.autograd``.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
+from narrowdeep.ops import autograd
 from narrowdeep.ops.reference import saved_shape
 
 PARAMS = ("first_weight", "first_bias", "hidden_weight", "hidden_bias", "last_weight", "last_bias")
@@ -63,8 +65,11 @@ class ChainOps:
     jvp: Callable[..., Any]
 
 
-def define(family: str) -> ChainOps:
-    """Define ``narrowdeep::{family}_forward``, ``_backward`` and ``_jvp`` with their fakes and vmap rules."""
+def define(family: str, title: str) -> ChainOps:
+    """Define ``narrowdeep::{family}_forward``, ``_backward`` and ``_jvp``: fakes, vmap rules, derivatives.
+
+    ``title`` is what a graph calls the family.
+    """
     for name, schema in _SCHEMAS.items():
         library.define(f"{family}_{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     ops = ChainOps(**{name: getattr(torch.ops.narrowdeep, f"{family}_{name}").default for name in _SCHEMAS})
@@ -92,7 +97,36 @@ def define(family: str) -> ChainOps:
         return new_output(input, w1, wh, wl, rest[9])
 
     _register_vmap(family, ops)
+    _register_flops(family)
+    autograd.register_chain(library, family, title, ops)
     return ops
+
+
+def _register_flops(family: str) -> None:
+    """What torch's flop counter says of a call: the products that eager layers take, once each, on shapes alone."""
+
+    def formula(name: str, function: Callable[..., int]) -> None:
+        register_flop_formula(getattr(torch.ops.narrowdeep, f"{family}_{name}"))(function)
+
+    def products(input: Any, first: Any, *weights: Any) -> int:
+        """One product of each weight that is there with states of the positions and the batch of ``input``."""
+        size = math.prod(input) // (input[1] if first is not None else input[0] * input[1])
+        return 2 * size * sum(math.prod(weight) for weight in weights if weight is not None)
+
+    def forward(input: Any, w1: Any, b1: Any, wh: Any, bh: Any, wl: Any, *rest: Any, **_: Any) -> int:
+        return products(input, w1, w1, wh, wl)
+
+    def backward(grad: Any, input: Any, w1: Any, b1: Any, wh: Any, bh: Any, wl: Any, *rest: Any, **_: Any) -> int:
+        need_input, need_params = rest[-2:]
+        back = products(input, w1, wh, wl, w1 if need_input else None) if need_input or need_params else 0
+        return back + (products(input, w1, w1, wh, wl) if need_params else 0)
+
+    def jvp(input: Any, w1: Any, b1: Any, wh: Any, bh: Any, wl: Any, bl: Any, *rest: Any, **_: Any) -> int:
+        input_t, w1_t, _b1_t, wh_t, _bh_t, wl_t, *_rest = rest
+        return products(input, w1, wh, wl, None if input_t is None else w1, w1_t, wh_t, wl_t)
+
+    for function in (forward, backward, jvp):
+        formula(function.__name__, function)
 
 
 def _fold(tensor: Tensor, dim: int | None, size: int, batch_dim: int) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from narrowdeep.ops import chain, engine, triton_dispatch
 
-ops = chain.define("cnn")
+ops = chain.define("cnn", "DeepNarrowCNN")
 engine.load()
 triton_dispatch.register_chain(chain.library, "cnn")
 

@@ -2,7 +2,7 @@
 
 ``x1`` is (N1, in) or (N1, C, H, W) and ``x2`` alike; the six parameters are stacked as in the modules. The CPU engine
 (``csrc/``) and the Triton kernels implement them; ``reference.py`` says what they compute, and what ``trainable`` and
-``reduce`` mean. They have no derivative.
+``reduce`` mean. They have no derivative: their results raise when they are differentiated.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from narrowdeep.ops import chain, engine, triton_dispatch
+from narrowdeep.ops import autograd, chain, engine, triton_dispatch
 from narrowdeep.ops.gram import reference
 
 SCHEMA = (
@@ -35,6 +35,7 @@ def _define(name: str, family: reference.Family) -> Callable[..., Tensor]:
             shape += (outputs,) if reduce == reference.DIAGONAL else (outputs, outputs)
         return x1.new_empty(shape, dtype=torch.float64)
 
+    autograd.register_without_derivative(chain.library, name)
     triton_dispatch.register(chain.library, name, "narrowdeep.ops.gram.triton", partial(reference.gram, family))
     return getattr(torch.ops.narrowdeep, name).default
 

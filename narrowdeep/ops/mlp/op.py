@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from narrowdeep.ops import chain, engine, triton_dispatch
 
-ops = chain.define("mlp")
+ops = chain.define("mlp", "DeepNarrowMLP")
 engine.load()
 triton_dispatch.register_chain(chain.library, "mlp")
 

@@ -13,76 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import FunctionCtx, once_differentiable
 
 from narrowdeep.chain.family import FAMILIES
 from narrowdeep.chain.params import Affine, ChainParams, ChainSettings
 from narrowdeep.chain.schedule import Action, Op, binomial, resumed
+from narrowdeep.ops.autograd import NODES, differentiated_once
 from narrowdeep.ops.chain import PARAMS
-
-_SECOND_ORDER = (
-    "narrowdeep differentiates its chains once: second derivatives (create_graph=True, torch.func.hessian, jvp of grad)"
-    " are not supported; use model.to_sequential() for them"
-)
-
-
-class _Once(torch.autograd.Function):
-    """An op that differentiates a span, as a node of its own: differentiating it again raises, it returns no zeros."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(op: Any, *args: Any) -> Any:
-        return op(*args)
-
-    @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise NotImplementedError(_SECOND_ORDER)
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor) -> Any:
-        raise NotImplementedError(_SECOND_ORDER)
-
-
-class _Span(torch.autograd.Function):
-    """forward(family, input, 6 params, scale, offset, outputs, start, segment) -> (output, saved). Dynamo traces it."""
-
-    @staticmethod
-    def forward(family: str, *args: Any) -> tuple[Tensor, Tensor]:
-        return FAMILIES[family].ops.forward(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        ctx.family, ctx.settings = inputs[0], inputs[8:]
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[1:8], output[1])
-        ctx.save_for_forward(*inputs[1:8])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        if grad is None:
-            return (None,) * 13
-        needed = ctx.needs_input_grad[1:8]
-        args = (grad, *ctx.saved_tensors, *ctx.settings, needed[0], any(needed[1:]))
-        op = FAMILIES[ctx.family].ops.backward
-        grads = op(*args) if torch.compiler.is_compiling() else _Once.apply(op, *args)
-        return (None, *(g if n else None for g, n in zip(grads, needed, strict=True)), *(None,) * 5)
-
-
-class _TransformableSpan(_Span):
-    """Adds what torch.func needs and Dynamo refuses."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def jvp(ctx: Any, _: None, *tangents: Any) -> tuple[Tensor, None]:
-        args = (*ctx.saved_tensors[:7], *tangents[:7], *ctx.settings[:-1])
-        return _Once.apply(FAMILIES[ctx.family].ops.jvp, *args), None
 
 
 class _Walk:
@@ -186,7 +122,7 @@ class _ScheduledSpan(torch.autograd.Function):
         return _Walk(family, tensors[0], ChainParams.of(tensors[1:]), settings, *schedule)
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
         walk = _ScheduledSpan._walk(ctx, tensors)
@@ -203,20 +139,19 @@ class _ScheduledSpan(torch.autograd.Function):
 def span(
     family: str, input: Tensor, params: ChainParams, settings: ChainSettings, segment: int, snapshots: int | None = None
 ) -> Tensor:
-    """Output of a span: f(x), or a state. Differentiable once, under every transform.
+    """Output of a span: f(x), or a state.
 
-    ``snapshots``: states kept at most, beside the first. Compiled or transformed, every checkpoint is kept.
+    ``snapshots``: states kept at most, beside the first; compiled, transformed or in forward mode every checkpoint is.
     """
-    compiling = torch.compiler.is_compiling()
-    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     tensors = (input, *params.flat())
-    args = (*settings, segment)
-    if not transformed and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
-        return FAMILIES[family].ops.forward(*tensors, *settings, 0)[0]
-    if snapshots is not None and snapshots * segment < params.layers and not compiling and not transformed:
-        return _ScheduledSpan.apply(family, *tensors, *args, snapshots)
-    function = _Span if compiling else _TransformableSpan
-    return function.apply(family, *tensors, *args)[0]
+    compiling, transformed = torch.compiler.is_compiling(), torch._C._are_functorch_transforms_active()
+    if not (compiling or transformed or forward_ad._current_level >= 0):
+        if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
+            segment = 0
+        elif snapshots is not None and snapshots * segment < params.layers:
+                return _ScheduledSpan.apply(family, *tensors, *settings, segment, snapshots)
+    function = NODES[family].apply if transformed and not compiling else FAMILIES[family].ops.forward
+    return function(*tensors, *settings, segment)[0]
 
 
 def chain(
