@@ -17,7 +17,7 @@ from narrowdeep.ntk import empirical_ntk
 from narrowdeep.optim import FusedSGD
 from narrowdeep.training import load_model, save_model
 
-KINDS = ["mlp", "conv"]
+KINDS = ["mlp", "cnn"]
 
 
 def _model(kind: str, chunks: int, **settings: Any) -> DeepNarrowMLP | DeepNarrowCNN:

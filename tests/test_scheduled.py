@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from typing import Any
 
@@ -11,12 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from narrowdeep import DeepNarrowCNN, DeepNarrowMLP, parts
+from narrowdeep import DeepNarrowCNN, DeepNarrowMLP
+from narrowdeep.chain import span
+from narrowdeep.chain.family import FAMILIES
+from narrowdeep.chain.params import Affine
 from narrowdeep.functional import conv_chain, mlp_chain
 from narrowdeep.memory import BudgetError, plan
 from narrowdeep.chain.schedule import fewest_advances, first_snapshots
 
-KINDS = ["mlp", "conv"]
+KINDS = ["mlp", "cnn"]
 
 
 def _model(kind: str, **arguments: Any) -> DeepNarrowMLP | DeepNarrowCNN:
@@ -64,16 +68,16 @@ def test_any_schedule_gives_the_same(kind: str, depth: int, segment: int, snapsh
 
 @pytest.mark.parametrize("form", ["offset", "plain"])
 def test_float32_convolutions_are_the_same_to_the_bit(form: Any) -> None:
-    model, x = _model("conv", depth=300, form=form, dtype=torch.float32), _x("conv", 21, torch.float32)
+    model, x = _model("cnn", depth=300, form=form, dtype=torch.float32), _x("cnn", 21, torch.float32)
     first_weight, first_bias, hidden_weight, hidden_bias, last_weight, last_bias = model.arguments()
     results = []
     for snapshots in (None, 3):
-        out = parts.chain(
-            "conv",
+        out = span.chain(
+            "cnn",
             x,
-            (first_weight, first_bias),
-            [(hidden_weight, hidden_bias)],
-            (last_weight, last_bias),
+            Affine(first_weight, first_bias),
+            [Affine(hidden_weight, hidden_bias)],
+            Affine(last_weight, last_bias),
             5.0,
             form == "offset",
             7,
@@ -85,22 +89,23 @@ def test_float32_convolutions_are_the_same_to_the_bit(form: Any) -> None:
 
 
 class _Counting:
-    """Raw ops that count the layers advanced and the states that are alive."""
+    """Raw ops that count the hidden layers run forward and the states that are alive."""
 
     def __init__(self, ops: Any) -> None:
         self.ops, self.advanced, self.most = ops, 0, 0
         self.alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
 
-    def advance(self, *args: Any) -> Any:
-        self.advanced += args[2].shape[0]
-        state, saved = self.ops.advance(*args)
-        self.alive.add(state)
+    def forward(self, *args: Any) -> Any:
+        self.advanced += args[3].shape[0]
+        state, saved = self.ops.forward(*args)
+        if args[5] is None:
+            self.alive.add(state)
         self.most = max(self.most, len(self.alive))
         return state, saved
 
-    def retreat(self, *args: Any) -> Any:
-        assert args[6].numel() == 0  # nothing is saved but what the schedule keeps
-        return self.ops.retreat(*args)
+    def backward(self, *args: Any) -> Any:
+        assert args[8].numel() == 0  # nothing is saved but what the schedule keeps
+        return self.ops.backward(*args)
 
 
 @pytest.mark.parametrize(
@@ -109,16 +114,14 @@ class _Counting:
 def test_as_few_layers_run_again_as_possible(
     monkeypatch: pytest.MonkeyPatch, length: int, segment: int, snapshots: int
 ) -> None:
-    ops, layer = parts._FAMILIES["conv"]
-    counting = _Counting(ops)
-    monkeypatch.setitem(parts._FAMILIES, "conv", (counting, layer))
-    model = _model("conv", depth=length * segment + 2, checkpoint=(segment, snapshots))
-    x = _x("conv")
+    counting = _Counting(FAMILIES["cnn"].ops)
+    monkeypatch.setitem(FAMILIES, "cnn", dataclasses.replace(FAMILIES["cnn"], ops=counting))  # type: ignore[arg-type]
+    model = _model("cnn", depth=length * segment + 2, checkpoint=(segment, snapshots))
+    x = _x("cnn")
     loss = model(x).sum()
     assert counting.advanced == length * segment
     kept = len(first_snapshots(length, snapshots))
-    # One is the chain's own last state; state 1, kept as well, came from the first layer.
-    assert len(counting.alive) <= kept
+    assert len(counting.alive) <= kept - 1  # x is kept as well
     loss.backward()
     again = length - 1 - first_snapshots(length, snapshots)[-1]  # from the state stored last to the last segment
     swept = fewest_advances(length, snapshots) - (length - 1)
@@ -171,7 +174,7 @@ def test_chunks_each_keep_few(kind: str) -> None:
 
 
 def test_a_changed_parameter_is_an_error() -> None:
-    model, x = _model("conv", checkpoint=(4, 3)), _x("conv")
+    model, x = _model("cnn", checkpoint=(4, 3)), _x("cnn")
     loss = model(x).sum()
     with torch.no_grad():
         model.hidden_weight.mul_(2)
@@ -180,7 +183,7 @@ def test_a_changed_parameter_is_an_error() -> None:
 
 
 def test_transforms_keep_every_boundary() -> None:
-    model, x = _model("conv", checkpoint=(4, 3)), _x("conv").detach()
+    model, x = _model("cnn", checkpoint=(4, 3)), _x("cnn").detach()
     params: dict[str, Tensor] = dict(model.named_parameters())
 
     def loss(values: dict[str, Tensor]) -> Tensor:
@@ -203,7 +206,7 @@ def test_transforms_keep_every_boundary() -> None:
     ],
 )
 def test_nonsense_is_refused(chain: Any, arguments: dict, error: type[Exception], message: str) -> None:
-    kind = "mlp" if chain is mlp_chain else "conv"
+    kind = "mlp" if chain is mlp_chain else "cnn"
     model = _model(kind)
     with pytest.raises(error, match=message):
         chain(_x(kind), *model.arguments(), scale=5.0, **arguments)
@@ -226,7 +229,7 @@ def test_nonsense_pairs_are_refused(value: Any, error: type[Exception], message:
 
 
 def test_a_budget_decides_what_is_kept_and_changes_nothing_else() -> None:
-    free = _model("conv", depth=2000)
+    free = _model("cnn", depth=2000)
     x = torch.rand(64, 2, 8, 8, dtype=torch.float64, requires_grad=True)
     with pytest.raises(BudgetError) as caught:
         plan(free, batch_size=64, input_shape=(2, 8, 8), budget=1)
@@ -234,7 +237,7 @@ def test_a_budget_decides_what_is_kept_and_changes_nothing_else() -> None:
     wanted = _gradients(free, x, "auto")
     segments = set()
     for budget in (least, f"{1.3 * least / 1e6:.3f}MB", 100 * least):
-        model = _model("conv", depth=2000, budget=budget)
+        model = _model("cnn", depth=2000, budget=budget)
         model.load_state_dict(free.state_dict())
         planned = plan(model, batch_size=64, input_shape=(2, 8, 8), budget=budget)
         assert model._checkpointing(x, 3) == (planned.segment, None)

@@ -138,7 +138,7 @@ def test_one_layer_at_a_time(dtype: torch.dtype, case: Case, offset: bool) -> No
 @every_build
 def test_engine(isa: str, dtype: torch.dtype, case: Case, offset: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NARROWDEEP_ISA", isa)
-    _check(case.family.ops, case, dtype, offset, exact=case.family.name == "conv")  # the MLP's run layer by layer yet
+    _check(case.family.ops, case, dtype, offset, exact=case.family.name == "cnn")  # the MLP's run layer by layer yet
 
 
 @forms
@@ -158,7 +158,7 @@ def test_states_are_those_that_the_chain_in_one_op_saves(
             assert_close(got, want, 1e-12)
 
 
-@pytest.mark.parametrize("case", [Case(2, 2, 40, 20), Case(1, 2, 40, 20, 3, (3, 4))], ids=["mlp", "conv"])
+@pytest.mark.parametrize("case", [Case(2, 2, 40, 20), Case(1, 2, 40, 20, 3, (3, 4))], ids=["mlp", "cnn"])
 @pytest.mark.parametrize("segment", [0, 1, 8])
 def test_opcheck(case: Case, segment: int) -> None:
     ends = _ends(case, torch.float64, True)
@@ -172,7 +172,7 @@ def test_opcheck(case: Case, segment: int) -> None:
         torch.library.opcheck(case.family.ops.retreat, args, test_utils=tests)
 
 
-@pytest.mark.parametrize("case", [Case(2, 2, 40, 0), Case(1, 2, 40, 0, 3, (3, 4))], ids=["mlp", "conv"])
+@pytest.mark.parametrize("case", [Case(2, 2, 40, 0), Case(1, 2, 40, 0, 3, (3, 4))], ids=["mlp", "cnn"])
 def test_no_samples(case: Case) -> None:
     result = _in_parts(case.family.ops, case, _ends(case, torch.float32, True), True, (10, 28), 4)
     assert result.state.shape == (2, case.width, *case.image, 0)
