@@ -76,7 +76,7 @@ def test_modes_follow_the_umask(tmp_path, umask, mode):
 def test_an_error_leaves_the_old_file(tmp_path):
     write(tmp_path / "file", b"old")
     with pytest.raises(TypeError, match="int"), replacing(tmp_path / "file") as file:
-        file.writelines([b"new", 1])  # type: ignore[list-item]
+        file.writelines([b"new", 1])
     assert (tmp_path / "file").read_bytes() == b"old"
     assert names(tmp_path) == ["file"]
 
@@ -356,5 +356,6 @@ def test_a_lock_file_with_anything_in_it(tmp_path, content):
 
 
 def test_a_folder_that_cannot_be_locked(tmp_path):
-    with pytest.raises(OSError, match=f"^{tmp_path / 'none'} cannot be written: No such file"), folder_lock(tmp_path / "none"):
+    folder = tmp_path / "none"
+    with pytest.raises(OSError, match=f"^{folder} cannot be written: No such file"), folder_lock(folder):
         pass
