@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -154,7 +155,7 @@ def ntk(
                     f"the {name} must be finite, got {values[~np.isfinite(values)][0]}: the inputs (the largest is "
                     f"{x.abs().max().item():g}), scale, rho or beta are too large for {str(kind)[6:]}"
                 )
-        with files.errors_named(out), files.replacing(out) as file:
+        with files.replacing(out) as file:
             np.savez_compressed(file, **arrays)
         if picture is not None and angle is not None:
             plot_kernels(angle, depths, kernels[..., 0, 0], limit, picture)
@@ -210,12 +211,12 @@ def _check_out(out: Path, picture: Path | None) -> None:
     for path in (out, picture):
         if path is None:
             continue
-        if path.is_dir():
-            raise ValueError(f"out must be a file, got the folder {path}")
         try:
+            if path.is_dir():
+                raise ValueError(f"out must be a file, got the folder {path}")
             files.require_writable(path)
         except OSError as error:
-            reason = str(error).removeprefix(f"{path} cannot be written: ")
+            reason = os.strerror(error.errno) if error.errno else str(error)
             raise ValueError(f"out must be a file that can be written, got {path}: {reason}") from None
 
 
@@ -238,5 +239,5 @@ def plot_kernels(
     axes.set_xticks([0, math.pi / 4, math.pi / 2], ["0", r"$\pi/4$", r"$\pi/2$"])
     axes.grid(alpha=0.3)
     axes.legend()
-    with files.errors_named(path), files.replacing(path) as file:
+    with files.replacing(path) as file:
         figure.savefig(file, dpi=150, format="png")

@@ -27,7 +27,7 @@ class LineProgress(Progress):
 
     def _talk(self, stopped: threading.Event) -> None:
         while not stopped.wait(SECONDS):
-            for task in self.tasks:
+            for task in [t for t in self.tasks if not t.finished] or self.tasks[-1:]:
                 count = "" if task.total is None else f" {task.completed:,.0f} of {task.total:,.0f},"
                 left = "" if task.time_remaining is None else f", about {task.time_remaining:.0f} s left"
                 text = f"{task.description}:{count} {task.elapsed or 0:.0f} s{left}"
