@@ -85,8 +85,12 @@ class TrainConfig:
         """The same run for another number of epochs: what was predicted for the end of the old number is dropped."""
         if epochs == self.epochs:
             return self
-        predicted = self.lr_predicted or self.predicted_loss is not None  # files from before lr_predicted have the loss
-        return dataclasses.replace(self, epochs=epochs, predicted_loss=None, lr_predicted=predicted)
+        return dataclasses.replace(self, epochs=epochs, predicted_loss=None, lr_predicted=self.lr_was_predicted)
+
+    @property
+    def lr_was_predicted(self) -> bool:
+        """``lr_predicted``, also of runs saved before it was recorded."""
+        return self.lr_predicted or self.predicted_loss is not None
 
 
 @dataclass(frozen=True)
