@@ -31,8 +31,14 @@ def _checkpoint(value: Checkpoint) -> Checkpoint:
     return value
 
 
+def _depth(value: int) -> int:
+    if value < 2:
+        raise ValueError("must be at least 2")
+    return _below(value)
+
+
 Arch = Annotated[Literal["mlp", "cnn"], Rule("must be one of mlp, cnn")]
-Depth = Annotated[Integer, Field(ge=2), Rule("must be at least 2"), AfterValidator(_below)]
+Depth = Annotated[Integer, Rule("must be an int"), AfterValidator(_depth)]
 AnyInit = Annotated[Init, Rule("must be 'ntk' or 'kaiming'")]
 AnyForm = Annotated[Form, Rule("must be 'offset' or 'plain'")]
 AnyCheckpoint = Annotated[

@@ -87,7 +87,7 @@ class ModelSettings:
         return 6 if self.chunks == 1 else 4 + 2 * self.chunks
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of each parameter, in the order of ``model.parameters()``; of any depth in no time."""
+        """Name -> shape of each parameter, of any depth in no time; in one chunk, in the order of the model's own."""
         n = self.in_features + 1 + self.out_features
         tap = () if self.arch == "mlp" else (self.kernel_size or 3,) * 2
         borders = [(self.depth - 2) * i // self.chunks for i in range(self.chunks + 1)]
@@ -109,6 +109,8 @@ class _Header(Protocol):
 
     def model_settings(self) -> ModelSettings: ...
 
+    def dtypes(self) -> Sequence[torch.dtype]: ...
+
 
 @dataclass(frozen=True)
 class RunPosition:
@@ -125,6 +127,9 @@ class RunPosition:
     def model_settings(self) -> ModelSettings:
         return ModelSettings.of_run(self.config, self.in_features, self.out_features)
 
+    def dtypes(self) -> Sequence[torch.dtype]:
+        return (DTYPES[self.config.dtype],)
+
 
 @dataclass(frozen=True)
 class _ModelHeader:
@@ -132,6 +137,9 @@ class _ModelHeader:
 
     def model_settings(self) -> ModelSettings:
         return self.model
+
+    def dtypes(self) -> Sequence[torch.dtype]:
+        return tuple(DTYPES.values())
 
 
 @dataclass(frozen=True)
@@ -174,8 +182,9 @@ def save_model(model: nn.Module, path: str | Path) -> None:
         if type(tensor) is not Tensor or tensor.is_meta:
             kind = "one without data" if type(tensor) is Tensor else type(tensor).__name__
             raise TypeError(f"the parameters of the model must be plain tensors in memory, got {kind} for {name}")
+    found_shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     try:
-        _check_tensors({name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}, _model_shapes(settings))
+        _check_tensors(found_shapes, _shapes(_ModelHeader(settings)))
     except ValueError as error:
         raise ValueError(f"model must have the parameters that its settings mean: {error}") from None
     write_tensors(path, tensors, {"model": asdict(settings)})
@@ -189,7 +198,7 @@ def load_model(path: str | Path, *, device: torch.device | str = "cpu") -> DeepN
 
     schemas: tuple[type[_Header], ...] = (_ModelHeader, RunPosition)
     header, tensors = read_tensors(
-        path, schemas, lambda header, count: _model_shapes(header.model_settings(), count), prefix="model."
+        path, schemas, lambda header, count: _shapes(header, count), prefix="model."
     )
     settings = header.model_settings()
     arguments = asdict(settings)
@@ -218,7 +227,7 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def run_shapes(position: RunPosition, _: int) -> Shapes:
     """What the state of a run holds: parameters, a momentum for each once there is one, random state and sums."""
-    model = _model_shapes(position.model_settings(), dtypes=(DTYPES[position.config.dtype],))
+    model = _shapes(position)
     begun = position.epoch + position.step_in_epoch > 0
     momentum = model.values() if begun and position.config.momentum > 0 else ()
     return {
@@ -229,13 +238,12 @@ def run_shapes(position: RunPosition, _: int) -> Shapes:
     }
 
 
-def _model_shapes(
-    settings: ModelSettings, count: int | None = None, *, dtypes: Sequence[torch.dtype] = tuple(DTYPES.values())
-) -> Shapes:
+def _shapes(header: _Header, count: int | None = None) -> Shapes:
     """The tensors of a model of which a file holds ``count``; compared first, because chunks may be said to be many."""
+    settings = header.model_settings()
     if count is not None and count != settings.count():
         raise ValueError(f"it must hold {settings.count()} parameters as its settings say, got {count}")
-    return {f"model.{name}": (shape, dtypes) for name, shape in settings.shapes().items()}
+    return {f"model.{name}": (shape, header.dtypes()) for name, shape in settings.shapes().items()}
 
 
 def _unwrapped(model: Any) -> DeepNarrowMLP | DeepNarrowCNN:

@@ -35,6 +35,11 @@ def thesis_loss(prediction: Tensor, target: Tensor) -> Tensor:
     return (prediction - target).square().sum() / (2 * prediction.shape[0])
 
 
+def _check_task(config: TrainConfig, task: Task) -> None:
+    if task.name != config.task:
+        raise ValueError(f"task must be {config.task!r} as the configuration says, got {task.name!r}")
+
+
 class Trainer:
     """One run: model, optimizer, random state and position, advanced a step at a time.
 
@@ -44,8 +49,7 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, task: Task, *, device: torch.device | str = "cpu") -> None:
-        if task.name != config.task:
-            raise ValueError(f"task must be {config.task!r} as the configuration says, got {task.name!r}")
+        _check_task(config, task)
         self.config = config
         self.device = torch.device(device)
         task = inputs_for(config.arch, task)
@@ -197,8 +201,9 @@ class Trainer:
             raise ValueError(f"task must have {sizes} features as the run in {path}, got {found}")
         if epochs is not None:
             config = config.for_epochs(epochs)
-        trainer = cls(config, task, device=device)
+        _check_task(config, task)
         with damage_named(path):
+            trainer = cls(config, task, device=device)
             if position.step_in_epoch >= trainer.steps_per_epoch:
                 raise ValueError(
                     f"step_in_epoch must be below the {trainer.steps_per_epoch} steps of an epoch, got "
