@@ -86,7 +86,7 @@ def predict_step_size(
     for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
             raise TypeError(f"{name} must be an int, got {shown(value)}")
-        if not 1 <= value < 2**63:
+        if not 1 <= int(value) < 2**63:
             raise ValueError(f"{name} must be at least 1 and below 2**63, got {shown(value)}")
     if momentum is not None and not 0 <= momentum < 1:
         raise ValueError(f"momentum must be at least 0 and below 1, got {shown(momentum)}")

@@ -37,7 +37,7 @@ def _depth(value: int) -> int:
     return _below(value)
 
 
-Arch = Annotated[Literal["mlp", "cnn"], Rule("must be one of mlp, cnn")]
+Arch = Annotated[str, Field(pattern="^(mlp|cnn)$"), Rule("must be one of mlp, cnn")]
 Depth = Annotated[Integer, Rule("must be an int"), AfterValidator(_depth)]
 AnyInit = Annotated[Init, Rule("must be 'ntk' or 'kaiming'")]
 AnyForm = Annotated[Form, Rule("must be 'offset' or 'plain'")]
