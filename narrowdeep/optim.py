@@ -2,19 +2,65 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import numbers
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
+from itertools import chain
+from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+
+from narrowdeep.checks import shown
 
 _STEPPED: set[int] = set()
 """The ids of parameters that a FusedSGD steps. Its hooks hold those parameters, so no id is taken by another tensor.
 
 Not an attribute of the parameter: a model that is being trained can be pickled and copied.
 """
+
+
+def _refuse_clipping(name: str) -> None:
+    """Let one of torch's functions that clip gradients refuse parameters of a FusedSGD, which have none to clip.
+
+    There is nothing else to see it by: such a function finds ``grad`` None, as after ``zero_grad``, and does nothing.
+    """
+    clip = getattr(nn.utils.clip_grad, name)
+
+    @functools.wraps(clip)
+    def refusing(parameters: Tensor | Iterable[Tensor], *args: Any, **kwargs: Any) -> Any:
+        parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        if any(id(p) in _STEPPED for p in parameters):
+            raise RuntimeError(
+                f"{name} cannot clip parameters that FusedSGD steps inside backward: their gradients are gone before "
+                "all of them are known (take torch.optim.SGD to clip)"
+            )
+        return clip(parameters, *args, **kwargs)
+
+    for module in (nn.utils.clip_grad, nn.utils):
+        setattr(module, name, refusing)
+
+
+@functools.cache
+def _refuse_all_clipping() -> None:
+    """Once a process, when it makes its first FusedSGD."""
+    for name in ("clip_grad_norm_", "clip_grad_value_"):
+        _refuse_clipping(name)
+
+
+def _check(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{name} must be finite and not negative, got {shown(value)}")
+    return number
 
 
 def _release(hooks: list[tuple[Tensor, Any]]) -> None:
@@ -30,9 +76,12 @@ class FusedSGD(torch.optim.Optimizer):
     The same arithmetic as ``torch.optim.SGD``: ``buffer = momentum * buffer + gradient`` (the first buffer is the
     gradient), ``parameter -= lr * buffer``; without momentum ``parameter -= lr * gradient``. Every ``loss.backward()``
     is a step, so ``step`` and ``zero_grad`` have nothing left to do: a training loop needs no change and learning-rate
-    schedulers work. What needs all gradients at once does not: accumulation over several backwards, clipping by the
-    norm of all gradients, closures that call backward more than once. ``torch.autograd.grad`` and ``torch.func`` leave
-    parameters alone. As with any optimizer, nothing steps once it is gone.
+    schedulers work. What needs all gradients at once, or changes them after the backward, does not: accumulation over
+    several backwards, closures that call backward more than once; and these raise a RuntimeError when they are used:
+    clipping (``torch.nn.utils.clip_grad_norm_`` and ``clip_grad_value_``, which Lightning and Accelerate call),
+    ``GradScaler.step``, and a backward in one of several processes of torch.distributed, whose gradients
+    DistributedDataParallel would average after the step. ``torch.autograd.grad`` and ``torch.func`` leave parameters
+    alone. As with any optimizer, nothing steps once it is gone.
 
     The gradients that exist at one time are those of the parameters the backward is working on: the saving is as fine
     as the parameters are.
@@ -41,19 +90,24 @@ class FusedSGD(torch.optim.Optimizer):
         params: a module (all its parameters that require gradients now), or what any ``torch.optim`` optimizer takes.
         lr: learning rate, finite and not negative.
         momentum: finite and not negative; 0 keeps no buffer.
+        local: True steps on this process's own gradients also where torch.distributed has several processes. For
+            parameters that no other process has, such as those of a pipeline stage.
 
     Raises: TypeError or ValueError naming the argument, the rule and the value; ValueError when a parameter
         does not require gradients, or already steps inside backward under another FusedSGD (``remove`` that one first).
     """
 
     def __init__(
-        self, params: nn.Module | Iterable[Tensor] | Iterable[dict[str, Any]], lr: float, momentum: float = 0.0
+        self,
+        params: nn.Module | Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float,
+        momentum: float = 0.0,
+        *,
+        local: bool = False,
     ) -> None:
-        for name, value in (("lr", lr), ("momentum", momentum)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name} must be a number, got {value!r}")
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} must be finite and not negative, got {value}")
+        lr, momentum = _check("lr", lr), _check("momentum", momentum)
+        _refuse_all_clipping()
+        self.local = local
         if isinstance(params, nn.Module):
             params = [p for p in params.parameters() if p.requires_grad]
         self._hooks: list[tuple[Tensor, Any]] = []
@@ -95,6 +149,12 @@ class FusedSGD(torch.optim.Optimizer):
         gradient, group = param.grad, self.param_groups[index]
         if gradient is None:
             return
+        if not self.local and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise RuntimeError(
+                f"FusedSGD cannot step in one of {dist.get_world_size()} processes: their gradients are averaged after "
+                "its steps, and the parameters would drift apart (take torch.optim.SGD, or local=True for parameters "
+                "that no other process has)"
+            )
         if group["momentum"]:
             state = self.state[param]
             buffer = state.get("momentum_buffer")
@@ -105,6 +165,30 @@ class FusedSGD(torch.optim.Optimizer):
             gradient = buffer
         param.add_(gradient, alpha=-group["lr"])
         param.grad = None
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in ``torch.optim.Optimizer``.
+
+        Raises: ValueError, before anything is changed, for a buffer of another shape than its parameter.
+        """
+        ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        params = chain.from_iterable(group["params"] for group in self.param_groups)
+        for key, param in zip(ids, params, strict=False):  # how many there must be, torch says
+            buffer = state_dict["state"].get(key, {}).get("momentum_buffer")
+            if buffer is not None and buffer.shape != param.shape:
+                raise ValueError(
+                    f"momentum_buffer {key} must have the shape {tuple(param.shape)} of its parameter, got "
+                    f"{tuple(buffer.shape)}"
+                )
+        super().load_state_dict(state_dict)
+
+    @property
+    def _step_supports_amp_scaling(self) -> NoReturn:
+        """What GradScaler asks an optimizer before a step: the first that it and this optimizer see of each other."""
+        raise RuntimeError(
+            "GradScaler cannot be used with FusedSGD, which has stepped inside backward with the scaled gradients: "
+            "take torch.optim.SGD, or no GradScaler (float32 and float64 networks need none)"
+        )
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Nothing: ``backward`` has updated the parameters. A closure is called once and its value returned."""

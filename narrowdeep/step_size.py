@@ -15,11 +15,13 @@ batches of B:
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
+from narrowdeep.checks import shown
 from narrowdeep.data import Task
 from narrowdeep.modules import DeepNarrowCNN, DeepNarrowMLP
 from narrowdeep.ntk import empirical_ntk, heavy_ball, loss_curve, max_learning_rate
@@ -77,8 +79,17 @@ def predict_step_size(
         decay: of the step size over the run; it decides ``loss`` alone.
         samples: at most so many training samples are looked at, drawn from ``seed``.
 
-    Raises: ValueError when the model has another initialisation, or a scale whose square leaves float64.
+    Raises: TypeError or ValueError naming the argument; ValueError when the model has another initialisation, or a
+        scale whose square leaves float64.
     """
+    counts: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "samples": samples}
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise TypeError(f"{name} must be an int, got {shown(value)}")
+        if not 1 <= int(value) < 2**63:
+            raise ValueError(f"{name} must be at least 1 and below 2**63, got {shown(value)}")
+    if momentum is not None and not 0 <= momentum < 1:
+        raise ValueError(f"momentum must be at least 0 and below 1, got {shown(momentum)}")
     if model.init != "ntk":
         raise ValueError(f"init must be 'ntk' to predict the step size from the kernel, got {model.init!r}")
     if not 1e-100 < model.scale < 1e100:

@@ -402,22 +402,3 @@ def test_kill_loses_no_more_than_the_last_checkpoint(tmp_path):
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
     _assert_same_as_never_stopped(tmp_path / "run", tmp_path / "whole")
-
-
-def test_readme_examples_run() -> None:
-    """The examples of the README, word for word; the first one is a training loop."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    example = next(block for block in blocks if "DeepNarrowMLP" in block)
-    assert len([line for line in example.splitlines() if line.strip()]) <= 8
-    x, y = torch.rand(200, 2), torch.rand(200, 1)
-    names: dict[str, object] = {"x": x, "y": y, "batches": [(x, y)] * 20}
-    exec(example, names)
-    model = names["model"]
-    assert isinstance(model, torch.nn.Module)
-    assert (model(x) - y).square().mean() < 0.9 * y.square().mean()  # it has learned
-    for block in blocks:
-        if block is not example:
-            exec(block, names)
-    kernel = names["kernel"]
-    assert isinstance(kernel, torch.Tensor)
-    assert kernel.shape == (200, 200)

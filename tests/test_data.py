@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import gzip
 import math
+import os
+import pickle
 import shutil
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +145,139 @@ def test_mnist_damaged(small_mnist, content):
     (small_mnist / "MNIST/raw/train-images-idx3-ubyte").write_bytes(content)
     with pytest.raises(ValueError, match="damaged"):
         load_task("mnist", data=small_mnist)
+
+
+NAMES = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+
+
+def assert_same_task(left, right):
+    for name in ("x_train", "y_train", "x_test", "y_test"):
+        assert torch.equal(getattr(left, name), getattr(right, name))
+
+
+@pytest.mark.parametrize("dotted", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_mnist_under_the_names_it_goes_by(small_mnist, dotted, packed):
+    expected, raw = load_task("mnist", data=small_mnist), small_mnist / "MNIST" / "raw"
+    for name in NAMES:
+        content = (raw / name).read_bytes()
+        (raw / name).unlink()
+        new = name.replace("-idx", ".idx") if dotted else name
+        (raw / (f"{new}.gz" if packed else new)).write_bytes(gzip.compress(content) if packed else content)
+    assert_same_task(load_task("mnist", data=small_mnist), expected)
+
+
+def test_mnist_needs_no_torchvision(small_mnist, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
+    assert len(load_task("mnist", data=small_mnist).x_train) == 12
+    (small_mnist / "MNIST" / "raw" / NAMES[0]).unlink()
+    with pytest.raises(ValueError, match="download needs torchvision"):
+        load_task("mnist", data=small_mnist, download=True)
+
+
+def test_what_lies_in_mnist_processed_is_not_read(small_mnist):
+    """An old format of torchvision, whose tensors took the place of the files; pickles, which may run code."""
+    expected, processed = load_task("mnist", data=small_mnist), small_mnist / "MNIST" / "processed"
+    processed.mkdir()
+    other = torch.zeros(3, 28, 28, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64)
+    for content in (None, pickle.dumps({"code": 1})):
+        for name in ("training.pt", "test.pt"):
+            if content is None:
+                torch.save(other, processed / name)
+            else:
+                (processed / name).write_bytes(content)
+        assert_same_task(load_task("mnist", data=small_mnist), expected)
+
+
+def test_mnist_downloads_what_is_missing(small_mnist, monkeypatch):
+    utils = pytest.importorskip("torchvision.datasets.utils")
+    expected, raw = load_task("mnist", data=small_mnist), small_mnist / "MNIST" / "raw"
+    asked = []
+
+    def download(url: str, root: str, filename: str, md5: str) -> None:
+        asked.append(filename)
+        if len(asked) == 1:
+            raise OSError("the first mirror is down")
+        (Path(root) / filename).write_bytes(gzip.compress(content))
+
+    content = (raw / NAMES[2]).read_bytes()
+    (raw / NAMES[2]).unlink()
+    monkeypatch.setattr(utils, "download_url", download)
+    assert_same_task(load_task("mnist", data=small_mnist, download=True), expected)
+    assert asked == [f"{NAMES[2]}.gz"] * 2
+
+
+@pytest.mark.parametrize(("label", "part"), [(10, "train"), (255, "t10k")])
+@pytest.mark.parametrize("task", ["mnist", "mnist01"])
+def test_mnist_labels_that_are_no_digits(small_mnist, task, label, part):
+    path = small_mnist / "MNIST" / "raw" / f"{part}-labels-idx1-ubyte"
+    content = bytearray(path.read_bytes())
+    content[8 + 3] = label
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"data must hold labels from 0 to 9, got {label} for image 3 .{part}. in "):
+        load_task(task, data=small_mnist)
+
+
+@pytest.mark.parametrize("part", ["train", "t10k"])
+@pytest.mark.parametrize("label", [0, 1])
+def test_mnist01_needs_zeros_and_ones(small_mnist, label, part):
+    path = small_mnist / "MNIST" / "raw" / f"{part}-labels-idx1-ubyte"
+    content = path.read_bytes()
+    path.write_bytes(content[:8] + bytes(7 if value == label else value for value in content[8:]))
+    with pytest.raises(ValueError, match=f"data must hold images of 0 and of 1 for 'mnist01', got no {label} .{part}."):
+        load_task("mnist01", data=small_mnist)
+    load_task("mnist", data=small_mnist)
+
+
+def idx(*sizes: int, dims: int = 3, kind: int = 8) -> bytes:
+    return struct.pack(f">HBB{len(sizes)}I", 0, kind, dims, *sizes)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (idx(12, 28, 28, kind=13) + bytes(12 * 784), "header is not that of an IDX file of bytes in 3 dimensions"),
+        (idx(12, 784, dims=2) + bytes(12 * 784), "header is not that of"),
+        (idx(2**32 - 1, 2**32 - 1, 2**32 - 1), "its header says .4294967295, .* more than it holds"),
+        (idx(12, 28, 28) + bytes(12 * 784 - 1), "it has 9407 bytes"),
+        (idx(12, 28, 28) + bytes(12 * 784 + 1), "it has more bytes"),
+        (b"PK\x03\x04" + bytes(100), "header is not that of"),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_mnist_damage_is_named(small_mnist, content, reason, packed):
+    path = small_mnist / "MNIST" / "raw" / NAMES[0]
+    path.unlink()
+    path = path.with_name(f"{path.name}.gz") if packed else path
+    path.write_bytes(gzip.compress(content) if packed else content)
+    with pytest.raises(ValueError, match=f"got the damaged {path}: .*{reason}"):
+        load_task("mnist", data=small_mnist)
+
+
+def test_mnist_files_that_are_no_files(small_mnist):
+    path = small_mnist / "MNIST" / "raw" / NAMES[1]
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match=f"got the damaged {path}: it is no regular file"):
+        load_task("mnist", data=small_mnist)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(ValueError, match=f"got the damaged {path}: it is no regular file"):
+        load_task("mnist", data=small_mnist)
+    path.rmdir()
+    path = path.with_name(f"{path.name}.gz")
+    path.write_bytes(gzip.compress(bytes(100))[:-9])
+    with pytest.raises(ValueError, match=f"got the damaged {path}: "):
+        load_task("mnist", data=small_mnist)
+
+
+@pytest.mark.parametrize("value", [2.0, "2", True, None])
+def test_counts_must_be_ints(value):
+    for argument in ("pool", "samples"):
+        with pytest.raises(TypeError, match=f"{argument} must be an int, got {value!r}"):
+            load_task("digits", **{argument: value})
+    assert load_task("digits", pool=np.int64(4)).in_features == 4
 
 
 def test_mnist_with_fewer_labels_than_images(small_mnist):

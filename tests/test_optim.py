@@ -7,10 +7,13 @@ import gc
 import io
 import pickle
 import weakref
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from narrowdeep import DeepNarrowMLP
@@ -173,6 +176,7 @@ def test_optimizer_and_parameters_are_freed() -> None:
         ({"lr": float("nan")}, ValueError, "lr must be finite and not negative, got nan"),
         ({"lr": "fast"}, TypeError, "lr must be a number, got 'fast'"),
         ({"lr": 0.1, "momentum": -0.5}, ValueError, "momentum must be finite and not negative, got -0.5"),
+        ({"lr": 10**400}, ValueError, r"lr must be finite and not negative, got 10000.*\(401 characters\)"),
         ({"lr": 0.1, "momentum": True}, TypeError, "momentum must be a number, got True"),
     ],
 )
@@ -216,3 +220,110 @@ def test_frozen_parameters_in_a_list_are_refused() -> None:
     with pytest.raises(ValueError, match=r"params must require gradients, got a parameter of shape \(2,\)"):
         FusedSGD([p, frozen], 0.1)
     FusedSGD([p], 0.1).remove()  # nothing was left behind
+
+
+def test_numpys_numbers() -> None:
+    p = nn.Parameter(torch.ones(()))
+    optimizer = FusedSGD([p], np.float32(0.25), np.int64(0))
+    (2.0 * p).backward()
+    assert p.item() == 0.5
+    optimizer.remove()
+
+
+@pytest.mark.parametrize("shape", [(1,), (5,), (5, 1), (1, 5, 5), (0,)])
+def test_a_buffer_of_another_shape_is_refused_before_anything_is_changed(shape: tuple[int, ...]) -> None:
+    model = _eager(1)
+    optimizer = FusedSGD(model, 0.1, 0.5)
+    model(torch.randn(3, 5)).sum().backward()
+    state = copy.deepcopy(optimizer.state_dict())
+    before = copy.deepcopy(state)
+    state["state"][0]["momentum_buffer"] = torch.zeros(shape)
+    state["param_groups"][0]["lr"] = 7.0
+    with pytest.raises(ValueError, match=r"momentum_buffer 0 must have the shape \(5, 5\) of its parameter, got \("):
+        optimizer.load_state_dict(state)
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    assert all(
+        torch.equal(after["state"][i]["momentum_buffer"], before["state"][i]["momentum_buffer"]) for i in (0, 1)
+    )
+
+
+@pytest.mark.parametrize("clip", ["clip_grad_norm_", "clip_grad_value_"])
+@pytest.mark.parametrize("module", [nn.utils, nn.utils.clip_grad])
+def test_clipping_is_refused_by_name(module: Any, clip: str) -> None:
+    """As Lightning and Accelerate call it: looked up in torch when it is used."""
+    model = _eager(1)
+    optimizer = FusedSGD(model, 0.1)
+    model(torch.randn(3, 5)).sum().backward()
+    for parameters in (model.parameters(), list(model.parameters()), model[0].bias):
+        with pytest.raises(RuntimeError, match=f"{clip} cannot clip parameters that FusedSGD steps"):
+            getattr(module, clip)(parameters, 1.0)
+    optimizer.remove()
+    model[0].weight.grad = torch.full((5, 5), 2.0)
+    model[0].bias.grad = torch.zeros(5)
+    norm = getattr(module, clip)(model.parameters(), 1.0)  # and other parameters as ever: the norm is 10
+    if clip == "clip_grad_norm_":
+        assert norm.item() == 10.0
+        torch.testing.assert_close(model[0].weight.grad, torch.full((5, 5), 0.2))
+    else:
+        assert torch.equal(model[0].weight.grad, torch.ones(5, 5))
+
+
+@pytest.mark.parametrize("unscale", [False, True])
+def test_gradscaler_is_refused_by_name(unscale: bool) -> None:
+    p = nn.Parameter(torch.ones(()))
+    optimizer = FusedSGD([p], 0.25)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(2.0 * p).backward()
+    if unscale:
+        scaler.unscale_(optimizer)
+    with pytest.raises(RuntimeError, match="GradScaler cannot be used with FusedSGD"):
+        scaler.step(optimizer)
+
+
+def test_a_gradscaler_that_does_nothing() -> None:
+    p = nn.Parameter(torch.ones(()))
+    optimizer = FusedSGD([p], 0.25)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    scaler.scale(2.0 * p).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert p.item() == 0.5
+
+
+def _rank(rank: int, processes: int, folder: str) -> None:
+    """Parameters 1; process r has the gradient r + 1 of each."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=processes)
+    results: list[Any] = []
+    try:
+        model = nn.Linear(2, 1, bias=False)
+        nn.init.ones_(model.weight)
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        optimizer = FusedSGD(model, 0.25)
+        try:
+            wrapped((rank + 1) * torch.ones(1, 2)).sum().backward()
+            results.append("no error")
+        except RuntimeError as error:
+            results.append(str(error))
+        results.append(model.weight.tolist())
+        optimizer.remove()
+        kept = FusedSGD([own := nn.Parameter(torch.ones(()))], 0.25, local=True)
+        ((rank + 1) * own).backward()
+        results.append((own.item(), kept.local))
+        torch.save(results, f"{folder}/{rank}")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
+@pytest.mark.parametrize("processes", [1, 2])
+def test_several_processes(tmp_path: Path, processes: int) -> None:
+    torch.multiprocessing.spawn(_rank, (processes, str(tmp_path)), nprocs=processes)
+    for rank in range(processes):
+        error, weight, (own, _) = torch.load(tmp_path / str(rank))
+        if processes == 1:
+            assert (error, weight) == ("no error", [[0.75, 0.75]])
+        else:
+            assert "FusedSGD cannot step in one of 2 processes" in error
+            assert weight == [[1.0, 1.0]]
+        assert own == 1 - 0.25 * (rank + 1)

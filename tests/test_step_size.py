@@ -114,3 +114,20 @@ def test_needs_the_thesis_initialisation(digits):
     model = DeepNarrowMLP(16, 10, 10, init="kaiming", form="plain", dtype=torch.float64)
     with pytest.raises(ValueError, match="init must be 'ntk'.*got 'kaiming'"):
         predict_step_size(model, digits, steps=9, batch_size=50)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"steps": 0}, ValueError, r"steps must be at least 1 and below 2\*\*63, got 0"),
+        ({"steps": 10**400}, ValueError, r"steps must be at least 1 and below 2\*\*63, got 1000.*401 characters"),
+        ({"batch_size": 2.5}, TypeError, "batch_size must be an int, got 2.5"),
+        ({"samples": "12"}, TypeError, "samples must be an int, got '12'"),
+        ({"momentum": 1.0}, ValueError, "momentum must be at least 0 and below 1, got 1.0"),
+        ({"momentum": float("nan")}, ValueError, "momentum must be at least 0 and below 1, got nan"),
+    ],
+)
+def test_bad_arguments(digits, arguments, error, message):
+    model = DeepNarrowMLP(16, 10, 10, dtype=torch.float64)
+    with pytest.raises(error, match=message):
+        predict_step_size(model, digits, **{"steps": 9, "batch_size": 50, **arguments})

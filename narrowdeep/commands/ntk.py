@@ -2,35 +2,36 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from narrowdeep import training
+from narrowdeep import files, training
+from narrowdeep.commands.arrays import read_array
 from narrowdeep.commands.network import Arch, Form
 from narrowdeep.commands.options import (
     DeviceOption,
     Dtype,
     JsonOption,
     SeedOption,
+    has_matplotlib,
+    memory_errors,
     one_line_errors,
     print_json,
     resolve_device,
 )
+from narrowdeep.commands.progress import progress
 from narrowdeep.modules import DeepNarrowCNN, DeepNarrowMLP
 from narrowdeep.ntk import empirical_ntk, limit_ntk_cnn, limit_ntk_mlp
+
+Network = DeepNarrowMLP | DeepNarrowCNN
 
 
 def ntk(
@@ -71,16 +72,11 @@ def ntk(
     file then holds none.
     """
     fresh = {"scale": scale, "rho": rho, "beta": beta, "form": form and form.value}
-    networks: list[list[DeepNarrowMLP | DeepNarrowCNN]]
+    saved: Network | None = None
     with one_line_errors():
         target = resolve_device(device)
-        if plot and inputs is None and importlib.util.find_spec("matplotlib") is None:
-            raise ValueError("the plot needs matplotlib: install narrowdeep[plots], or pass --no-plot")
-        if out.suffix != ".npz":
-            raise ValueError(f"out must end in .npz, got {out}")
-        if not out.parent.is_dir():
-            raise FileNotFoundError(f"out must be in a folder that exists, got {out}")
-        _check_writable(out)
+        picture = out.with_suffix(".png") if plot and inputs is None and has_matplotlib("the plot") else None
+        _check_out(out, picture)
         if points is not None and inputs is not None:
             raise ValueError(f"points must be left out with --inputs, got {points}")
         if model is not None:
@@ -91,7 +87,6 @@ def ntk(
                     raise ValueError(f"{name.replace('_', '-')} is the saved model's own: leave it out with --model")
             saved = training.load_model(model, device=target)
             cnn = isinstance(saved, DeepNarrowCNN)
-            networks = [[saved]]
             kind = saved.first_weight.dtype
             if dtype is not None and dtype.torch != kind:
                 raise ValueError(f"dtype must be the saved model's, {str(kind)[6:]}, or left out, got {dtype.value}")
@@ -103,64 +98,70 @@ def ntk(
         if cnn and inputs is None:
             raise ValueError("inputs must be given for a CNN: a .npy file (N, C, H, W)")
         shape = "(N, C, H, W)" if cnn else "(N, in)"
-        points_x, x0, angle = _inputs(inputs, shape, 100 if points is None else points, kind, target)
-        in_features = points_x.shape[1]
-        if model is None:
-            chosen: dict[str, Any] = {name: value for name, value in fresh.items() if value is not None}
-            torch.manual_seed(seed)
-            outputs = 1 if out_features is None else out_features
-            if cnn and kernel_size is not None:
-                chosen["kernel_size"] = kernel_size
-            network_class = DeepNarrowCNN if cnn else DeepNarrowMLP
-            networks = [
-                [
-                    network_class(in_features, outputs, d, **chosen, device=target, dtype=kind)
-                    for _ in range(10 if draws is None else draws)
-                ]
-                for d in ([100] if depth is None else depth)
-            ]
-        else:
+        x, x0, angle = _inputs(inputs, shape, 100 if points is None else points, kind, target)
+        in_features = x.shape[1]
+        if saved is not None:
             wanted = saved.in_channels if isinstance(saved, DeepNarrowCNN) else saved.in_features
             if wanted != in_features:
                 hint = "" if inputs else ": give --inputs"
                 raise ValueError(f"model must have {in_features} {'channels' if cnn else 'inputs'}, got {wanted}{hint}")
+            depths, count, first = [saved.depth], 1, saved
+        else:
+            chosen: dict[str, Any] = {name: value for name, value in fresh.items() if value is not None}
+            if cnn and kernel_size is not None:
+                chosen["kernel_size"] = kernel_size
+            sizes = in_features, 1 if out_features is None else out_features
+            network_class = DeepNarrowCNN if cnn else DeepNarrowMLP
+            depths, count = [100] if depth is None else depth, 10 if draws is None else draws
+            # Every depth is checked before the first kernel is computed.
+            first, *_ = [network_class(*sizes, d, **chosen, device="meta", dtype=kind) for d in depths]
+        rows = x if x0 is None else x0
+        outputs = first.out_channels if isinstance(first, DeepNarrowCNN) else first.out_features
+        kernels = np.empty((len(depths), count, len(rows), len(x), outputs, outputs))
+        torch.manual_seed(seed)
     start = time.perf_counter()
-    kernels = _kernels(networks, points_x if x0 is None else x0, None if x0 is None else points_x, quiet=json)
+    with progress() as bar:
+        line = bar.add_task("kernels", total=len(depths) * count)
+        for i, d in enumerate(depths):
+            for j in range(count):
+                bar.update(line, description=f"kernels, depth {d:,}")
+                with one_line_errors():
+                    network = saved or network_class(*sizes, d, **chosen, device=target, dtype=kind)
+                with memory_errors():
+                    kernels[i, j] = empirical_ntk(network, rows, None if x0 is None else x).cpu().numpy()
+                bar.advance(line)
     seconds = time.perf_counter() - start
-    first = networks[0][0]
-    rows = points_x if x0 is None else x0
-    depths = [group[0].depth for group in networks]
     if x0 is not None:
         kernels = kernels[:, :, 0]
-    arrays: dict[str, Any] = {"depth": depths, "kernel": kernels, "x": points_x.cpu().numpy()}
+    arrays: dict[str, Any] = {"depth": depths, "kernel": kernels, "x": x.cpu().numpy()}
     if x0 is not None:
         arrays.update(x0=x0[0].cpu().numpy(), angle=angle)
-    limit, errors = None, None
+    limit: np.ndarray | None = None
+    errors: list[float | None] | None = None
     if first.init == "ntk":  # the limit is that of this initialisation
-        settings: dict[str, Any] = {"rho": first.rho, "beta": first.beta}
-        if isinstance(first, DeepNarrowCNN):
-            settings.update(kernel_size=first.kernel_size, out_channels=first.out_channels)
-            limit = limit_ntk_cnn(points_x.double(), **settings).cpu().numpy()
-        else:
-            settings["out_features"] = first.out_features
-            limit = limit_ntk_mlp(rows.double(), points_x.double(), **settings).cpu().numpy()
+        limit = _limit(first, rows.double(), x.double())
         if x0 is not None:
             limit = limit[0]
         arrays["limit"] = limit
         # The limit is a multiple of the identity: compare every output with itself.
-        diagonal = kernels.diagonal(axis1=-2, axis2=-1)
-        distance = np.abs(diagonal - limit[..., None]).reshape(len(depths), -1)
-        errors = [float(e) for e in distance.max(axis=1) / limit.max()]
-    picture = None
+        with np.errstate(all="ignore"):
+            diagonal = kernels.diagonal(axis1=-2, axis2=-1)
+            distance = np.abs(diagonal - limit[..., None]).reshape(len(depths), -1).max(axis=1) / limit.max()
+        errors = [float(e) if np.isfinite(e) else None for e in distance]  # a limit of 0 everywhere has no distance
     with one_line_errors():
-        with _replacing(out) as temporary, temporary.open("wb") as file:
+        for name, values in (("kernel", kernels), ("limit", limit)):
+            if values is not None and not np.isfinite(values).all():
+                raise ValueError(
+                    f"the {name} must be finite, got {values[~np.isfinite(values)][0]}: the inputs (the largest is "
+                    f"{x.abs().max().item():g}), scale, rho or beta are too large for {str(kind)[6:]}"
+                )
+        with files.replacing(out) as file:
             np.savez_compressed(file, **arrays)
-        if plot and angle is not None:
-            picture = out.with_suffix(".png")
+        if picture is not None and angle is not None:
             plot_kernels(angle, depths, kernels[..., 0, 0], limit, picture)
     summary = {
         "depth": depths,
-        "draws": len(networks[0]),
+        "draws": count,
         "largest_relative_distance_to_limit": errors,
         "seconds": seconds,
         "file": str(out),
@@ -172,10 +173,20 @@ def ntk(
     if errors is None:
         typer.echo(f"no limit: it is that of the NTK initialisation, and the model's is {first.init}")
     for d, error in zip(depths, errors or [], strict=errors is not None):
-        typer.echo(f"depth {d}: largest distance to the limit {error:.2%} of the limit's largest value")
+        if error is not None:
+            typer.echo(f"depth {d}: largest distance to the limit {error:.2%} of the limit's largest value")
     typer.echo(f"kernels: {out} ({seconds:.2f} s)")
     if picture is not None:
         typer.echo(f"plot: {picture}")
+
+
+def _limit(network: Network, x1: Tensor, x2: Tensor) -> np.ndarray:
+    """(N1, N2), float64, of networks like this one."""
+    settings: dict[str, Any] = {"rho": network.rho, "beta": network.beta}
+    if isinstance(network, DeepNarrowCNN):
+        settings.update(kernel_size=network.kernel_size, out_channels=network.out_channels)
+        return limit_ntk_cnn(x2, **settings).cpu().numpy()
+    return limit_ntk_mlp(x1, x2, out_features=network.out_features, **settings).cpu().numpy()
 
 
 def _inputs(
@@ -187,56 +198,26 @@ def _inputs(
         x = torch.tensor(np.stack((np.cos(angle), np.sin(angle)), 1), dtype=dtype, device=device)
         x0 = torch.full((1, 2), 1 / math.sqrt(2), dtype=dtype, device=device)
         return x, x0, angle
-    try:
-        array = np.load(file, allow_pickle=False)
-    except (ValueError, EOFError):
-        raise ValueError(f"inputs must be a .npy file of numbers, got {file}") from None
-    if not isinstance(array, np.ndarray) or array.ndim != shape.count(",") + 1 or array.size == 0:
-        raise ValueError(f"inputs must hold one array {shape}, not empty, got {getattr(array, 'shape', 'an archive')}")
-    if array.dtype.kind not in "fiu" or not np.isfinite(array).all():
-        raise ValueError("inputs must hold finite numbers")
-    return torch.tensor(array, dtype=dtype, device=device), None, None
+    array = read_array("inputs", file, shape, np.float64 if dtype == torch.float64 else np.float32)
+    return torch.from_numpy(array).to(device), None, None
 
 
-def _kernels(
-    networks: Sequence[Sequence[DeepNarrowMLP | DeepNarrowCNN]], x1: Tensor, x2: Tensor | None, *, quiet: bool
-) -> np.ndarray:
-    """(depths, draws, N1, N2, out, out)"""
-    columns = (TextColumn("depth {task.fields[depth]}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    groups = []
-    with Progress(*columns, console=Console(stderr=True), disable=quiet) as bar:
-        line = bar.add_task("", total=sum(map(len, networks)), depth=networks[0][0].depth)
-        for group in networks:
-            bar.update(line, depth=group[0].depth)
-            kernels = []
-            for network in group:
-                kernels.append(empirical_ntk(network, x1, x2).cpu())
-                bar.advance(line)
-            groups.append(torch.stack(kernels))
-    return torch.stack(groups).numpy()
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside path that takes its place at the end, or is removed on an error."""
-    temporary = Path(f"{path}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _check_writable(out: Path) -> None:
-    """Raises: ValueError when out cannot be written, found out by writing beside it."""
-    if out.is_dir():
-        raise ValueError(f"out must be a file, got the folder {out}")
-    temporary = Path(f"{out}.tmp")
-    try:
-        temporary.touch()
-        temporary.unlink()
-    except OSError as error:
-        raise ValueError(f"out must be a file that can be written, got {out}: {error.strerror}") from None
+def _check_out(out: Path, picture: Path | None) -> None:
+    """Raises: ValueError when a file cannot be written, found out by writing beside it; FileNotFoundError."""
+    if out.suffix != ".npz":
+        raise ValueError(f"out must end in .npz, got {out}")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"out must be in a folder that exists, got {out}")
+    for path in (out, picture):
+        if path is None:
+            continue
+        try:
+            if path.is_dir():
+                raise ValueError(f"out must be a file, got the folder {path}")
+            files.require_writable(path)
+        except OSError as error:
+            reason = os.strerror(error.errno) if error.errno else str(error)
+            raise ValueError(f"out must be a file that can be written, got {path}: {reason}") from None
 
 
 def plot_kernels(
@@ -258,5 +239,5 @@ def plot_kernels(
     axes.set_xticks([0, math.pi / 4, math.pi / 2], ["0", r"$\pi/4$", r"$\pi/2$"])
     axes.grid(alpha=0.3)
     axes.legend()
-    with _replacing(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
+    with files.replacing(path) as file:
+        figure.savefig(file, dpi=150, format="png")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -10,6 +12,8 @@ from typing import Annotated, Any, NoReturn
 
 import torch
 import typer
+
+from narrowdeep.__main__ import shorten
 
 
 class Dtype(str, Enum):
@@ -27,22 +31,47 @@ DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Of parameters and data.")]
 
 
+_NO_ROOM = re.compile(r"alloc|out of memory|overflow", re.IGNORECASE)
+"""In the words of torch, which has no type for a tensor that is too large."""
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """What a user can mend (a bad value, a missing or damaged file) ends the command with one line and status 2.
+    """What a user can mend (a bad value, a missing or damaged file, a size that does not fit this machine) ends the
+    command with one line and status 2.
 
     Put around reading arguments and building things, not around the computation: a bug there keeps its traceback.
     """
     try:
-        yield
-    except (ValueError, TypeError, OSError) as error:
+        with memory_errors():
+            yield
+    except (ValueError, TypeError, OSError, OverflowError) as error:
         fail(str(error))
 
 
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """A lack of memory alone ends the command with one line: for the computation."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _NO_ROOM.search(str(error)):
+            raise
+        fail(f"this needs more memory than there is: {error}")
+
+
 def fail(message: str, status: int = 2) -> NoReturn:
-    """End the command with ``error: message`` on standard error."""
-    typer.echo(f"error: {message}", err=True)
+    """End the command with ``error: message``, one line, on standard error."""
+    typer.echo(f"error: {shorten(message, 1000)}", err=True)
     raise typer.Exit(status)
+
+
+def has_matplotlib(what: str) -> bool:
+    """Whether ``what`` ("the plot") can be drawn; a line on standard error says how where it cannot."""
+    if importlib.util.find_spec("matplotlib") is not None:
+        return True
+    typer.echo(f"{what} is left out: it needs matplotlib (pip install matplotlib)", err=True)
+    return False
 
 
 def resolve_device(name: str) -> torch.device:

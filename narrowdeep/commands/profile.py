@@ -8,8 +8,9 @@ from typing import Annotated
 
 import torch
 import typer
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from narrowdeep import memory
+from narrowdeep import files, memory
 from narrowdeep.commands.network import (
     Arch,
     ArchOption,
@@ -30,10 +31,12 @@ from narrowdeep.commands.options import (
     DtypeOption,
     JsonOption,
     SeedOption,
+    memory_errors,
     one_line_errors,
     print_json,
     resolve_device,
 )
+from narrowdeep.commands.progress import progress
 from narrowdeep.memory.profile import plot, table
 
 
@@ -63,23 +66,30 @@ def profile(
 
     --json prints {"profiles": [...]}, one entry a depth.
     """
-    profiles = []
+    depths = depth or [100, 300, 1000]
+    settings = (image, kernel_size, form, checkpoint, dtype)
     with one_line_errors():
         target = resolve_device(device)
-        if figure is not None and importlib.util.find_spec("matplotlib") is None:
-            raise ValueError("the plot needs matplotlib: install narrowdeep[plots], or leave --plot out")
-    for layers in depth or [100, 300, 1000]:
-        torch.manual_seed(seed)
-        with one_line_errors():
-            model, shape = make_network(
-                arch, inputs, outputs, layers, image, kernel_size, form, checkpoint, dtype, target
-            )
-            planned = memory.plan(model, batch_size=batch_size, input_shape=shape, budget=budget)
-        if budget is not None:
-            model.checkpoint = planned.checkpoint
-        x = torch.randn(batch_size, *shape, dtype=dtype.torch, device=target)
-        profiles.append(memory.profile(model, x, eager=eager))
-        del model, x
+        if figure is not None:
+            _check_figure(figure)
+        for layers in depths:  # all are checked before the first is measured
+            with FakeTensorMode():
+                model, shape = make_network(arch, inputs, outputs, layers, *settings, target)
+                memory.plan(model, batch_size=batch_size, input_shape=shape, budget=budget)
+    profiles = []
+    with progress() as bar, memory_errors():
+        line = bar.add_task("profiles", total=len(depths))
+        for layers in depths:
+            bar.update(line, description=f"depth {layers:,}")
+            torch.manual_seed(seed)
+            model, shape = make_network(arch, inputs, outputs, layers, *settings, target)
+            if budget is not None:
+                planned = memory.plan(model, batch_size=batch_size, input_shape=shape, budget=budget)
+                model.checkpoint = planned.checkpoint
+            x = torch.randn(batch_size, *shape, dtype=dtype.torch, device=target)
+            profiles.append(memory.profile(model, x, eager=eager))
+            del model, x
+            bar.advance(line)
     if figure is not None:
         with one_line_errors():
             plot(profiles, figure)
@@ -87,3 +97,15 @@ def profile(
         print_json({"profiles": [p.to_dict() for p in profiles]})
     else:
         typer.echo(table(profiles))
+
+
+def _check_figure(path: Path) -> None:
+    """Raises: ValueError, OSError where no picture can be written; the measurement takes longer than to find out."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("the plot needs matplotlib: pip install matplotlib, or leave --plot out")
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix and path.suffix[1:] not in known:
+        raise ValueError(f"plot must end in one of {', '.join('.' + k for k in sorted(known))}, got {path}")
+    files.require_writable(path)

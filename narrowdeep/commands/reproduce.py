@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from narrowdeep import files
 from narrowdeep.commands.options import (
     DeviceOption,
     Dtype,
     DtypeOption,
     JsonOption,
     SeedOption,
+    fail,
+    has_matplotlib,
+    memory_errors,
     one_line_errors,
     print_json,
     resolve_device,
 )
+from narrowdeep.commands.progress import progress
+from narrowdeep.data import load_task
 from narrowdeep.experiments import EXPERIMENTS
 from narrowdeep.experiments import reproduce as run
 from narrowdeep.experiments.page import write_page
@@ -42,10 +45,14 @@ def reproduce(
     """Reproduce a figure, table or theorem of the thesis: a picture, a JSON file and a verdict computed from the data.
 
     Writes NAME.png, NAME.json and index.html, a page of all results, into --out. A run that was stopped goes on where
-    it was; the same seed gives the same numbers at the same number of threads. --json prints {"NAME": {"reproduced":
+    it was; the same seed gives the same numbers at the same number of threads. Without a name: what
+    there is to reproduce. --json prints {"NAME": {"reproduced":
     ..., "text": ..., "seconds": ...}, ...}.
     """
     if name is None:
+        if json:
+            print_json({e.name: {"title": e.title, "source": e.source} for e in EXPERIMENTS.values()})
+            return
         for experiment in EXPERIMENTS.values():
             typer.echo(f"{experiment.name:<10} {experiment.title} ({experiment.source})")
         return
@@ -53,28 +60,33 @@ def reproduce(
         if name != "all" and name not in EXPERIMENTS:
             raise ValueError(f"name must be all or one of {', '.join(EXPERIMENTS)}, got {name!r}")
         target = resolve_device(device)
-        if importlib.util.find_spec("matplotlib") is None:
-            raise ValueError("the figures need matplotlib: install narrowdeep[plots]")
         chosen = list(EXPERIMENTS.values()) if name == "all" else [EXPERIMENTS[name]]
         for experiment in chosen:
             if experiment.needs_mnist and data is None:
                 raise ValueError(f"data must be the folder that holds MNIST/raw for {experiment.name}: pass --data")
+        if any(experiment.needs_mnist for experiment in chosen):
+            load_task("mnist", data=data)  # what is wrong with the files is said now, not after the other experiments
         out.mkdir(parents=True, exist_ok=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        files.require_writable(out / "index.html")
+        plot = has_matplotlib("the picture")
     summary = {}
     for experiment in chosen:
-        with Progress(*columns, console=Console(stderr=True), transient=True, disable=json) as progress:
-            record = run(
-                experiment,
-                out,
-                full=full,
-                seed=seed,
-                dtype=dtype.torch,
-                device=target,
-                data=data,
-                progress=progress,
-            )
-        page = write_page(out, list(EXPERIMENTS))
+        with progress() as bar, memory_errors():
+            try:
+                record = run(
+                    experiment,
+                    out,
+                    full=full,
+                    seed=seed,
+                    dtype=dtype.torch,
+                    device=target,
+                    data=data,
+                    progress=bar,
+                    plot=plot,
+                )
+                page = write_page(out, list(EXPERIMENTS))
+            except OSError as error:  # a full disk
+                fail(str(error), status=1)
         verdict = record["verdict"]
         summary[experiment.name] = verdict | {"seconds": record["seconds"]}
         if not json:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import math
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -16,13 +16,15 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from narrowdeep import training
+from narrowdeep import files, training
 from narrowdeep.commands.network import Arch, Form, parse_checkpoint
 from narrowdeep.commands.options import (
     DeviceOption,
     Dtype,
     JsonOption,
     fail,
+    has_matplotlib,
+    memory_errors,
     one_line_errors,
     print_json,
     resolve_device,
@@ -130,15 +132,16 @@ def train(
     download: Annotated[bool, typer.Option("--download", help="Download MNIST into --data if missing.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder of the run. [default: runs/TASK]")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, with its settings.")] = False,
-    save_every: Annotated[float, typer.Option(min=0, help="Seconds between two checkpoints.")] = 30.0,
+    save_every: Annotated[float, typer.Option(min=0, help="Seconds between two saves of the run.")] = 30.0,
     plot: Annotated[bool, typer.Option(help="Draw curves.png at the end; needs matplotlib.")] = True,
     json: JsonOption = False,
 ) -> None:
     """Train a network with SGD on 1/(2N) sum ||f - y||^2.
 
-    The run's folder holds checkpoint.safetensors, metrics.jsonl and curves.png. Ctrl-C finishes the step in progress
-    and keeps every step done; --resume then goes on with the same numbers, bit for bit at a given number of threads and
-    instruction set, as a run never stopped. Of the settings, only --epochs can change on the way.
+    The run's folder holds checkpoint.safetensors (its whole state), metrics.jsonl and curves.png, and takes one run at
+    a time. Ctrl-C finishes the step in progress and keeps every step done; --resume then goes on with the same numbers,
+    bit for bit at a given number of threads and instruction set, as a run never stopped. Of the settings, only --epochs
+    can change on the way.
     """
     given: dict[str, Any] = {
         "task": task and task.value,
@@ -165,16 +168,27 @@ def train(
         target = resolve_device(device)
         if lr is not None and tau is not None:
             raise ValueError(f"lr and tau set the same thing: give one, got lr = {lr} and tau = {tau}")
-        if plot and importlib.util.find_spec("matplotlib") is None:
-            raise ValueError("the plot needs matplotlib: install narrowdeep[plots], or pass --no-plot")
+        plot = plot and has_matplotlib("the plot")
         folder = out or Path("runs") / asked.get("task", "digits")
-        make = _resume if resume else _start
-        trainer = make(asked, tau, folder, target, data, download, quiet=json)
-        training.require_writable(folder)
-    finished = _fit(trainer, folder, save_every=save_every, plot=plot, quiet=json)
-    _report(trainer, folder, finished=finished, plot=plot, json=json)
+    with ExitStack() as stack:
+        with one_line_errors():
+            if folder.is_dir():  # before its state is read; a new folder is made when all else is right
+                stack.enter_context(files.folder_lock(folder))
+            make = _resume if resume else _start
+            trainer = make(asked, tau, folder, target, data, download, quiet=json)
+            training.require_writable(folder)
+            stack.enter_context(files.folder_lock(folder))
+            if not resume:
+                _require_no_run(folder)  # which may have begun in the meantime
+        finished = _fit(trainer, folder, save_every=save_every, plot=plot, quiet=json)
+        _report(trainer, folder, finished=finished, plot=plot, json=json)
     if not finished:
         raise typer.Exit(130)
+
+
+def _require_no_run(folder: Path) -> None:
+    if training.holds_run(folder):
+        raise ValueError(f"out must not hold a run already (go on with --resume, or take another folder), got {folder}")
 
 
 def _learning_rate(text: str) -> float | Literal["auto"]:
@@ -196,8 +210,7 @@ def _start(
     *,
     quiet: bool,
 ) -> Trainer:
-    if training.holds_run(folder):
-        raise ValueError(f"out must not hold a run already (go on with --resume, or take another folder), got {folder}")
+    _require_no_run(folder)
     name = asked.get("task", "digits")
     arch = asked.get("arch", "mlp")
     table = CNN_DEFAULTS if arch == "cnn" else DEFAULTS
@@ -234,7 +247,9 @@ def _start(
     if settings["lr"] != "auto":
         return Trainer(TrainConfig(**settings), task, device=device)
     predicted = _predict(TrainConfig(**{**settings, "lr": 1.0}), task, device, asked.get("momentum"))
-    settings.update(lr=predicted.lr, momentum=predicted.momentum, predicted_loss=predicted.loss)
+    settings.update(
+        lr=predicted.lr, momentum=predicted.momentum, predicted_loss=predicted.loss, lr_predicted=True
+    )
     config = TrainConfig(**settings)
     if not quiet:
         typer.echo(
@@ -287,7 +302,7 @@ def _resume(
     config = training.read_config(path)
     if tau is not None:
         asked["lr"] = _step(dataclasses.asdict(config), tau)
-    if asked.get("lr") == "auto" and config.predicted_loss is not None:
+    if asked.get("lr") == "auto" and config.lr_was_predicted:
         del asked["lr"]  # what the run's start predicted
     for name, value in asked.items():
         if name != "epochs" and value != getattr(config, name):
@@ -313,7 +328,13 @@ def _fit(trainer: Trainer, folder: Path, *, save_every: float, plot: bool, quiet
     total = trainer.config.epochs * trainer.steps_per_epoch
     samples_per_step = trainer.task.x_train.shape[0] / trainer.steps_per_epoch
     first, start, shown = trainer.step_count, time.monotonic(), 0.0
-    with Progress(*columns, console=Console(stderr=True), disable=quiet) as bar:
+    console = Console(stderr=True)
+
+    def say(metrics: training.EpochMetrics) -> None:
+        typer.echo(f"epoch {metrics.epoch} of {trainer.config.epochs}: {_numbers(metrics)}", err=True)
+
+    on_epoch = None if quiet or console.is_terminal else say
+    with Progress(*columns, console=console, disable=quiet) as bar:
         epoch = min(trainer.epoch + 1, trainer.config.epochs)
         line = bar.add_task("", total=total, completed=min(first, total), epoch=epoch, loss="", rate=0.0)
 
@@ -329,10 +350,22 @@ def _fit(trainer: Trainer, folder: Path, *, save_every: float, plot: bool, quiet
             bar.update(line, completed=trainer.step_count, epoch=epoch, rate=rate, loss=loss)
 
         try:
-            return training.fit(trainer, folder, save_every=save_every, plot=plot, on_step=None if quiet else show)
+            with memory_errors():
+                on_step = None if quiet else show
+                return training.fit(
+                    trainer, folder, save_every=save_every, plot=plot, on_step=on_step, on_epoch=on_epoch
+                )
         except (training.DivergedError, OSError) as error:
             bar.stop()
             fail(str(error), status=1)
+
+
+def _numbers(metrics: training.EpochMetrics) -> str:
+    accuracy = "" if metrics.test_accuracy is None else f", accuracy {metrics.test_accuracy:.2%}"
+    return (
+        f"train loss {metrics.train_loss:.4g}, test loss {metrics.test_loss:.4g}{accuracy}; "
+        f"{metrics.samples_per_second:.0f} samples/s"
+    )
 
 
 def _report(trainer: Trainer, folder: Path, *, finished: bool, plot: bool, json: bool) -> None:
@@ -360,11 +393,7 @@ def _report(trainer: Trainer, folder: Path, *, finished: bool, plot: bool, json:
             f"{trainer.step_count} steps are kept. Go on with: narrowdeep train --out {folder} --resume"
         )
     if last is not None:
-        accuracy = "" if last.test_accuracy is None else f", accuracy {last.test_accuracy:.2%}"
-        typer.echo(
-            f"epoch {last.epoch}: train loss {last.train_loss:.4g}, test loss {last.test_loss:.4g}{accuracy}; "
-            f"{last.samples_per_second:.0f} samples/s, peak memory {peak / 2**20:.0f} MiB"
-        )
+        typer.echo(f"epoch {last.epoch}: {_numbers(last)}, peak memory {peak / 2**20:.0f} MiB")
     typer.echo(f"checkpoint: {folder / training.CHECKPOINT}")
     if curves is not None:
         typer.echo(f"plot: {curves}")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import platform
 import re
 import textwrap
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,6 +19,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 from rich.progress import Progress
+
+from narrowdeep import files
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,18 +57,26 @@ class Store:
     def piece(self, name: str, compute: Callable[[], Any]) -> Any:
         """The piece called ``name``: plain JSON data, read where it was finished before, else computed and kept."""
         path = self.folder / f"{name}-{self._hash}.json"
-        try:
-            found = json.loads(path.read_text())
-            self.seconds += found["seconds"]
-            return found["value"]
-        except (OSError, ValueError, KeyError, TypeError):
-            pass  # not there, or damaged by something else: computed again
+        with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+            if path.is_file():
+                found = json.loads(path.read_text(encoding="utf-8"))
+                seconds, value = float(found["seconds"]), found["value"]
+                if found["crc32"] == _checksum(seconds, value):
+                    self.seconds += seconds
+                    return value
+        # It is not there, or damaged by something else.
         start = time.perf_counter()
         value = compute()
-        found = {"seconds": time.perf_counter() - start, "value": value}
-        write_text(path, json.dumps(found))
-        self.seconds += found["seconds"]
+        seconds = time.perf_counter() - start
+        found = {"seconds": seconds, "value": value, "crc32": _checksum(seconds, value)}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        files.write(path, json.dumps(found))
+        self.seconds += seconds
         return json.loads(json.dumps(value))  # the same numbers and types as when it is read
+
+
+def _checksum(seconds: float, value: Any) -> int:
+    return zlib.crc32(json.dumps([seconds, value]).encode())
 
 
 @dataclass(frozen=True)
@@ -126,14 +137,6 @@ class Experiment:
     needs_mnist: bool = False
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all, whenever the process is killed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
 def reproduce(
     experiment: Experiment,
     out: Path,
@@ -144,8 +147,11 @@ def reproduce(
     device: torch.device | str = "cpu",
     data: Path | None = None,
     progress: Progress | None = None,
+    plot: bool = True,
 ) -> dict[str, Any]:
     """Run an experiment, or what is left of it, and write ``out/NAME.json`` and ``out/NAME.png``.
+
+    Without ``plot``, which needs matplotlib, there is no picture: one of an earlier run is removed.
 
     Returns: the record that the JSON file holds: settings, seed, versions, seconds, verdict and result.
 
@@ -164,6 +170,7 @@ def reproduce(
         "threads": torch.get_num_threads(),
     }
     store = Store(out / "pieces" / experiment.name, decisive)
+    out.mkdir(parents=True, exist_ok=True)
     result = experiment.run(settings, Context(seed, store, dtype, device, data, progress))
     record = decisive | {
         "title": experiment.title,
@@ -175,8 +182,12 @@ def reproduce(
         "verdict": dataclasses.asdict(experiment.verdict(settings, result)),
         "result": result,
     }
-    save_figure(experiment.draw(settings, result), experiment.caption, out / f"{experiment.name}.png")
-    write_text(out / f"{experiment.name}.json", json.dumps(record, indent=1))
+    picture = out / f"{experiment.name}.png"
+    if plot:
+        save_figure(experiment.draw(settings, result), experiment.caption, picture)
+    else:
+        picture.unlink(missing_ok=True)
+    files.write(out / f"{experiment.name}.json", json.dumps(record, indent=1))
     return record
 
 
@@ -185,9 +196,8 @@ def save_figure(figure: Figure, caption: str, path: Path) -> None:
     columns = int(figure.get_size_inches()[0] * 15)
     figure.supxlabel("\n".join(textwrap.wrap(caption, columns)), fontsize=8.5, x=0.02, ha="left")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.png")
-    figure.savefig(temporary, dpi=110)
-    os.replace(temporary, path)
+    with files.replacing(path) as file:
+        figure.savefig(file, dpi=110, format="png")
 
 
 def slope(x: Sequence[float], y: Sequence[float]) -> float:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment
+from pydantic import BaseModel, ValidationError
 
-from narrowdeep.experiments.base import write_text
+from narrowdeep import files
 
 _TEMPLATE = """<!doctype html>
 <html lang="en">
@@ -40,7 +41,8 @@ the numbers of its run.</p>
 {% for r in records %}
 <h2 id="{{ r.experiment }}">{{ r.title }}</h2>
 <p class="small">{{ r.source }}</p>
-<img src="data:image/png;base64,{{ r.picture }}" alt="{{ r.caption }}">
+{% if r.picture %}<img src="data:image/png;base64,{{ r.picture }}" alt="{{ r.caption }}">{% else %}
+<p class="small">No picture: it needs matplotlib.</p>{% endif %}
 <p><strong class="{{ 'yes' if r.verdict.reproduced else 'no' }}">
 {{ 'Reproduced' if r.verdict.reproduced else 'Not reproduced' }}.</strong> {{ r.verdict.text }}</p>
 <p class="small">narrowdeep reproduce {{ r.experiment }}{{ ' --full' if r.full }} --seed {{ r.seed }}
@@ -54,13 +56,46 @@ torch {{ r.versions.torch }})<br>
 
 
 def write_page(out: Path, names: Sequence[str]) -> Path:
-    """Write ``out/index.html`` from the records and pictures that are there, in the order of ``names``."""
+    """Write ``out/index.html`` from the records and pictures that are there, in the order of ``names``.
+
+    What is no record that this module can show, because something else damaged it, is left out.
+    """
     records: list[dict[str, Any]] = []
     for name in names:
-        record, picture = out / f"{name}.json", out / f"{name}.png"
-        if record.exists() and picture.exists():
-            encoded = base64.b64encode(picture.read_bytes()).decode()
-            records.append(json.loads(record.read_text()) | {"picture": encoded})
+        path, picture = out / f"{name}.json", out / f"{name}.png"
+        if not path.is_file():
+            continue
+        with suppress(OSError, ValidationError):
+            record = _Record.model_validate_json(path.read_bytes()).model_dump()
+            encoded = base64.b64encode(picture.read_bytes()).decode() if picture.is_file() else None
+            records.append(record | {"picture": encoded})
     page = out / "index.html"
-    write_text(page, Environment(autoescape=True).from_string(_TEMPLATE).render(records=records))
+    files.write(page, Environment(autoescape=True).from_string(_TEMPLATE).render(records=records))
     return page
+
+
+class _Verdict(BaseModel):
+    reproduced: bool
+    text: str
+
+
+class _Versions(BaseModel):
+    torch: str
+
+
+class _Record(BaseModel):
+    """What the page shows of a record."""
+
+    experiment: str
+    title: str
+    source: str
+    caption: str
+    full: bool
+    seed: int
+    dtype: str
+    device: str
+    threads: int
+    seconds: float
+    versions: _Versions
+    verdict: _Verdict
+    settings: dict[str, Any]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from narrowdeep import files
 from narrowdeep.memory.plan import MemoryPlan, format_bytes, plan
 
 if TYPE_CHECKING:
@@ -221,4 +222,5 @@ def plot(profiles: Sequence[MemoryProfile], path: str | Path) -> None:
     axes.set_ylabel("peak memory of a training step (MiB)")
     axes.grid(which="both", alpha=0.2)
     axes.legend()
-    figure.savefig(path)
+    with files.replacing(path) as file:
+        figure.savefig(file, format=Path(path).suffix[1:] or "png")

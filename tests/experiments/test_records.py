@@ -82,7 +82,8 @@ def test_cnn_within_budgets() -> None:
 
 def test_command_prints_one_line_of_json() -> None:
     listed = CliRunner().invoke(app, ["record"])
-    assert [line.split()[0] for line in listed.stdout.splitlines()] == list(RECORDS)
+    assert json.loads(listed.stdout) == {name: record.title for name, record in RECORDS.items()}
+    assert CliRunner().invoke(app, ["record", "--json"]).stdout == listed.stdout
     wrong = CliRunner().invoke(app, ["record", "mlp-2m"])
     assert wrong.exit_code == 2
     assert wrong.stderr.startswith("error: name must be all or one of")
