@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from narrowdeep.chain import schedule
+from narrowdeep.checks import LARGEST, check_count, is_integer, shown
 from narrowdeep.ops import engine, triton_dispatch
 
 if TYPE_CHECKING:  # models plan by what is here, not the other way round
@@ -59,19 +60,21 @@ def parse_bytes(value: int | str, name: str = "budget") -> int:
 
     Raises: TypeError for other types; ValueError for other text and for what is below 1 byte or not finite.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, str)):
+    if not isinstance(value, str) and not is_integer(value):
         raise TypeError(f'{name} must be bytes as an int, or text such as "2GiB" or "500MB", got {value!r}')
     if isinstance(value, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:e\+?\d+)?)\s*([a-z]*)\s*", value.lower())
-        if match is None or match[2] not in _UNITS_BY_LOWER or not math.isfinite(float(match[1])):
+        if match is None or match[2] not in _UNITS_BY_LOWER or len(value) > 60 or not math.isfinite(float(match[1])):
             units = ", ".join(unit for unit in _UNITS if unit)
             raise ValueError(f"{name} must be a number and one of the units {units}, or bytes, got {value!r}")
         number = int(match[1]) if match[1].isdigit() else float(match[1])
         parsed = int(number * _UNITS_BY_LOWER[match[2]])
     else:
-        parsed = value
+        parsed = int(value)
     if parsed < 1:
-        raise ValueError(f"{name} must be at least 1 byte, got {value!r}")
+        raise ValueError(f"{name} must be at least 1 byte, got {shown(value)}")
+    if parsed > LARGEST:
+        raise ValueError(f"{name} must be at most {LARGEST} bytes, got {shown(value)}")
     return parsed
 
 
@@ -325,7 +328,7 @@ def plan(
         batch_size: samples a step, at least 1.
         input_shape: of one sample. (in,) for an MLP, which needs none; (C, H, W) for a CNN.
         budget: bytes of the whole step, parameters included: an int, or text such as "2GiB" or "500MB". None plans
-            what the model's own ``checkpoint`` does.
+            what the model's own ``checkpoint`` and ``budget`` do.
         optimizer: "sgd", "momentum" or "adam": what keeps 0, 1 or 2 tensors of the parameters' size; "fused-sgd" or
             "fused-momentum": ``narrowdeep.optim.FusedSGD``, with which a model of several chunks never has all
             gradients at once.
@@ -340,7 +343,7 @@ def plan(
     step = _step(model, batch_size, input_shape)
     if optimizer not in OPTIMIZER_TENSORS:
         raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZER_TENSORS)}, got {optimizer!r}")
-    wanted = None if budget is None else parse_bytes(budget)
+    wanted = model.budget if budget is None else parse_bytes(budget)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     fixed = {
         "parameters": size,
@@ -382,10 +385,7 @@ def _gradients(model: DeepNarrowBase, *, fused: bool) -> int:
 def _step(model: DeepNarrowBase, batch_size: int, input_shape: tuple[int, ...] | None) -> _Step:
     if not isinstance(model, torch.nn.Module) or not hasattr(model, "identity_part"):
         raise TypeError(f"model must be a DeepNarrowMLP or a DeepNarrowCNN, got {type(model).__name__}")
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int):
-        raise TypeError(f"batch_size must be an int, got {batch_size!r}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    batch_size = check_count("batch_size", batch_size, 1)
     weight, last_weight = model.first_weight, model.last_weight
     inputs, image = weight.shape[1], weight.dim() == 4
     shape = (inputs,) if input_shape is None and not image else input_shape
@@ -394,9 +394,10 @@ def _step(model: DeepNarrowBase, batch_size: int, input_shape: tuple[int, ...] |
         not isinstance(shape, (tuple, list))
         or len(shape) != (3 if image else 1)
         or shape[0] != inputs
-        or any(isinstance(d, bool) or not isinstance(d, int) or d < 1 for d in shape)
+        or any(not is_integer(d) or not 1 <= d <= LARGEST for d in shape)
     ):
         raise ValueError(f"input_shape must be {expected}, got {input_shape}")
+    shape = tuple(map(int, shape))
     itemsize = weight.element_size()
     vector = _vector_bytes()
     return _Step(
@@ -409,7 +410,7 @@ def _step(model: DeepNarrowBase, batch_size: int, input_shape: tuple[int, ...] |
         parameters=sum(p.numel() for p in model.parameters()),
         batch=batch_size,
         parts=2 if model.form == "offset" else 1,
-        shape=tuple(shape),
+        shape=shape,
         dtype=weight.dtype,
         cuda=weight.is_cuda,
         threads=torch.get_num_threads(),

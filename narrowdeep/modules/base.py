@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from narrowdeep.functional import Form, check_settings
+from narrowdeep.checks import LARGEST, check_count, check_number, is_integer, shown
+from narrowdeep.functional import Form, check_tensors
 from narrowdeep.memory.plan import AUTO_SEGMENT, parse_bytes, plan
+from narrowdeep.modules import hidden, state
 
 Init = Literal["ntk", "kaiming"]
 Checkpoint = int | Literal["auto", "none"] | tuple[int, int]
@@ -23,12 +26,11 @@ to run it again `width` multiply-adds: on two cores with AVX-512 the two were eq
 PARAMETER_NAMES = ("first_weight", "first_bias", "hidden_weight", "hidden_bias", "last_weight", "last_bias")
 
 
-def _check_count(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-    return value
+DTYPES = (torch.float32, torch.float64)
+
+
+def _drop_gradient(param: Tensor) -> None:
+    param.grad = None
 
 
 class DeepNarrowBase(nn.Module):
@@ -37,15 +39,16 @@ class DeepNarrowBase(nn.Module):
     ``_tap`` is the shape that follows (rows, columns) in a weight: () for a linear layer, (f, f) for a convolution.
     """
 
+    _family: str
+    """Of the ops."""
     first_weight: nn.Parameter
     first_bias: nn.Parameter
     hidden_weight: Any  # nn.Parameter, or an nn.ParameterList of the chunks
     hidden_bias: Any
     last_weight: nn.Parameter
     last_bias: nn.Parameter
-    budget: int | None = None
-    """Bytes that a training step may take under ``checkpoint="auto"``; None: no limit."""
-    _checkpoint: Checkpoint
+    _budget: int | None = None
+    _checkpoint: Checkpoint = "auto"
     _plan: tuple[Any, Any] | None = None
 
     def __init__(
@@ -67,55 +70,60 @@ class DeepNarrowBase(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        self.depth = _check_count("depth", depth, 2)
+        self.depth = check_count("depth", depth, 2)
         self._inputs, self._outputs, self._tap = inputs, outputs, tap
         self.width = inputs + 1 + outputs
-        self.scale = float(depth) if scale is None else scale
-        check_settings(scale=self.scale, form=form, segment=0)
-        self.scale = float(self.scale)
-        for name, value in (("rho", rho), ("beta", beta)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name} must be a number, got {value!r}")
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} must be finite and not negative, got {value}")
+        self.scale = check_number("scale", self.depth if scale is None else scale, positive=True)
+        self.rho, self.beta = check_number("rho", rho), check_number("beta", beta)
+        if form not in ("offset", "plain"):
+            raise ValueError(f"form must be 'offset' or 'plain', got {form!r}")
         if init not in ("ntk", "kaiming"):
             raise ValueError(f"init must be 'ntk' or 'kaiming', got {init!r}")
         if init == "kaiming" and form == "offset":
             raise ValueError("init='kaiming' needs form='plain': the offset form stores W - E, got form='offset'")
-        if dtype not in (None, torch.float32, torch.float64):
-            raise TypeError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
+        self.init, self.form = init, form
+        if (dtype or torch.get_default_dtype()) not in DTYPES:
+            default = "" if dtype else " (torch.get_default_dtype())"
+            got = dtype or torch.get_default_dtype()
+            raise TypeError(f"dtype must be torch.float32 or torch.float64, got {got}{default}")
         limits = torch.finfo(dtype or torch.get_default_dtype())
-        if not limits.tiny <= self.scale * self.scale * depth <= limits.max:
+        if not limits.tiny <= self.scale * self.scale * self.depth <= limits.max:
             raise ValueError(f"scale must have scale**2 * depth within the range of {limits.dtype}, got {self.scale}")
-        self.rho, self.beta, self.init, self.form = float(rho), float(beta), init, form
+        for name, value, deviation in (("rho", self.rho, self.rho), ("beta", self.beta, self.scale * self.beta)):
+            if deviation > limits.max / 100:  # no draw is 100 standard deviations away
+                raise ValueError(f"{name} must give random weights within the range of {limits.dtype}, got {value}")
         self.checkpoint = checkpoint
-        self.budget = None if budget is None else parse_bytes(budget)
         if budget is not None and checkpoint != "auto":
             raise ValueError(f"budget needs checkpoint='auto', got checkpoint={checkpoint!r}")
-        self.chunks = _check_count("chunks", chunks, 1)
-        if chunks > max(1, depth - 2):
-            raise ValueError(f"chunks must be at most the number of hidden layers, {depth - 2}, got {chunks}")
+        self.budget = budget
+        self.chunks = check_count("chunks", chunks, 1)
+        if self.chunks > max(1, self.depth - 2):
+            raise ValueError(f"chunks must be at most the number of hidden layers, {self.depth - 2}, got {chunks}")
         n = self.width
+        layers = self.depth - 2
         shapes = {
             "first_weight": (n, inputs, *tap),
             "first_bias": (n,),
-            "hidden_weight": (depth - 2, n, n, *tap),
-            "hidden_bias": (depth - 2, n),
+            "hidden_weight": (layers, n, n, *tap),
+            "hidden_bias": (layers, n),
             "last_weight": (outputs, n, *tap),
             "last_bias": (outputs,),
         }
-        for name, (layers, *shape) in shapes.items():
-            if chunks == 1 or "hidden" not in name:
-                self.register_parameter(name, nn.Parameter(torch.empty(layers, *shape, device=device, dtype=dtype)))
+        if layers * n * n * math.prod(tap) * limits.bits // 8 > LARGEST:
+            raise ValueError(f"depth must leave the weights addressable, got {depth} layers of width {n}")
+        for name, shape in shapes.items():
+            if self.chunks == 1 or "hidden" not in name:
+                self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
                 continue
-            borders = [layers * i // chunks for i in range(chunks + 1)]
             self.add_module(
                 name,
                 nn.ParameterList(
-                    torch.empty(end - begin, *shape, device=device, dtype=dtype) for begin, end in pairwise(borders)
+                    torch.empty(end - begin, *shape[1:], device=device, dtype=dtype)
+                    for begin, end in pairwise(state.borders(layers, self.chunks))
                 ),
             )
         self.reset_parameters()
+        self._leave_empty_gradients_out()
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -124,20 +132,39 @@ class DeepNarrowBase(nn.Module):
         return self._checkpoint
 
     @checkpoint.setter
-    def checkpoint(self, value: Checkpoint) -> None:
+    def checkpoint(self, value: Any) -> None:
+        chosen: Checkpoint
         if isinstance(value, (tuple, list)):
             if len(value) != 2:
                 raise ValueError(f"checkpoint must be a pair (segment, snapshots), got {value!r}")
-            value = (_check_count("checkpoint[0]", value[0], 1), _check_count("checkpoint[1]", value[1], 1))
-            self._checkpoint = value
-            return
-        if isinstance(value, bool) or not isinstance(value, (int, str)):
+            chosen = (check_count("checkpoint[0]", value[0], 1), check_count("checkpoint[1]", value[1], 1))
+        elif is_integer(value):
+            if value < 1:
+                raise ValueError(f"checkpoint must be at least 1 layer a segment, got {shown(int(value))}")
+            chosen = check_count("checkpoint", value, 1)
+        elif not isinstance(value, str):
             raise TypeError(f"checkpoint must be 'auto', 'none' or an int, got {value!r}")
-        if isinstance(value, str) and value not in ("auto", "none"):
+        elif value == "auto" or value == "none":
+            chosen = value  # type: ignore[assignment]
+        else:
             raise ValueError(f"checkpoint must be 'auto', 'none' or an int, got {value!r}")
-        if isinstance(value, int) and value < 1:
-            raise ValueError(f"checkpoint must be at least 1 layer a segment, got {value}")
-        self._checkpoint = value
+        if self._budget is not None and chosen != "auto":
+            raise ValueError(
+                f"checkpoint must be 'auto' while budget is {self._budget}, got {value!r}: set budget to None first"
+            )
+        self._checkpoint = chosen
+
+    @property
+    def budget(self) -> int | None:
+        """Bytes that a training step may take under ``checkpoint="auto"``; None: no limit. May be set to text."""
+        return self._budget
+
+    @budget.setter
+    def budget(self, value: int | str | None) -> None:
+        parsed = None if value is None else parse_bytes(value)
+        if parsed is not None and self._checkpoint != "auto":
+            raise ValueError(f"budget needs checkpoint='auto', got checkpoint={self._checkpoint!r}")
+        self._budget = parsed
 
     @property
     def ntk_lr(self) -> float:
@@ -170,20 +197,21 @@ class DeepNarrowBase(nn.Module):
         if not torch.is_grad_enabled():
             return self.segment(positions), None
         chosen = self._checkpoint
-        if self.budget is not None and chosen == "auto" and not torch.compiler.is_compiling():
+        if self._budget is not None and x.shape[-sample_dims] == self._inputs:
             chosen = self._planned(x, sample_dims)
         if isinstance(chosen, tuple):
             return min(chosen[0], self.depth), chosen[1]
         return (1 if chosen == "none" else self.segment(positions) if chosen == "auto" else chosen), None
 
+    @torch.compiler.disable(reason="a budget is planned for the batch at hand: compile with the plan's checkpoint")
     def _planned(self, x: Tensor, sample_dims: int) -> Any:
         shape = tuple(x.shape[x.dim() - sample_dims :])
         batch = x.numel() // math.prod(shape)
-        frozen = not any(p.requires_grad for p in self.parameters())
+        frozen = not any(p.requires_grad for p in self._own())
         weight = self.first_weight
-        key = (batch, shape, self.budget, frozen, weight.dtype, weight.device, torch.get_num_threads())
+        key = (batch, shape, self._budget, frozen, weight.dtype, weight.device, torch.get_num_threads())
         if self._plan is None or self._plan[0] != key:  # one shape after another is rare, and a plan takes milliseconds
-            self._plan = key, plan(self, batch_size=batch, input_shape=shape, budget=self.budget).checkpoint
+            self._plan = key, plan(self, batch_size=batch, input_shape=shape).checkpoint
         return self._plan[1]
 
     def _auto_segment(self, positions: int) -> int:
@@ -191,23 +219,65 @@ class DeepNarrowBase(nn.Module):
         if self.width < WIDE or torch.compiler.is_compiling():
             return AUTO_SEGMENT
         states = (self.depth - 1) * self.width * positions
-        return 1 if states <= 2 * sum(p.numel() for p in self.parameters()) else AUTO_SEGMENT
+        return 1 if states <= 2 * sum(p.numel() for p in self._own()) else AUTO_SEGMENT
 
     def in_chunks(self, name: str) -> list[Tensor]:
         """A parameter of ``PARAMETER_NAMES`` as the chunks that it is stored in; most are one."""
         value = getattr(self, name)
         return list(value) if isinstance(value, nn.ParameterList) else [value]
 
+    def _own(self) -> list[Tensor]:
+        """The six parameters, chunk by chunk, without what a subclass adds."""
+        return [part for name in PARAMETER_NAMES for part in self.in_chunks(name)]
+
     def arguments(self) -> tuple[Any, ...]:
-        """The six parameters as narrowdeep.functional takes them: tensors, or lists of chunks."""
+        """The six parameters as narrowdeep.functional takes them: tensors, or lists of chunks.
+
+        Raises: NotImplementedError where torch.nn.utils norms or prunes one that is not the weight it is taken for;
+            TypeError where a cast has left another dtype than float32 or float64.
+        """
+        state.refuse_changes(self, PARAMETER_NAMES, self.form, images=bool(self._tap))
         parts = [getattr(self, name) for name in PARAMETER_NAMES]
+        if parts[0].dtype not in DTYPES:
+            raise TypeError(
+                f"the model must be of torch.float32 or torch.float64, got {parts[0].dtype}: cast it back by float(); "
+                "in half precision the increments of these layers are lost"
+            )
         return tuple(list(part) if isinstance(part, nn.ParameterList) else part for part in parts)
 
     def stacked(self) -> tuple[Tensor, ...]:
-        """The six parameters in the order of the ops; copies of those that are stored in several chunks."""
+        """The six parameters in the order of the ops; copies of those that are stored in several chunks.
+
+        Raises: NotImplementedError as ``arguments``.
+        """
+        state.refuse_changes(self, PARAMETER_NAMES, self.form, images=bool(self._tap))
         with torch.enable_grad():  # a copy requires gradients where a chunk does
             parts = [self.in_chunks(name) for name in PARAMETER_NAMES]
             return tuple(torch.cat(part) if len(part) > 1 else part[0] for part in parts)
+
+    def param_groups(self, *, weight_decay: float = 0.0, **options: Any) -> list[dict[str, Any]]:
+        """Groups for an optimizer of torch that decay the weights and not the biases.
+
+        The usual rule, to decay what has two dimensions or more, decays ``hidden_bias`` here, which is stacked
+        (L-2, n). In offset form the parameters hold W - E, so decay draws W to the identity part E of its
+        initialisation, and not to 0.
+
+        Arguments:
+            weight_decay: of the weights, finite and not negative.
+            options: for both groups, such as ``lr``.
+
+        Returns: two groups, of the parameters that require gradients now; one where the others are all frozen.
+
+        Raises: TypeError or ValueError naming the argument, the rule and the value.
+        """
+        decay = {"weight": check_number("weight_decay", weight_decay), "bias": 0.0}
+        groups = []
+        for kind, value in decay.items():
+            params = [p for name in PARAMETER_NAMES if name.endswith(kind) for p in self.in_chunks(name)]
+            params = [p for p in params if p.requires_grad]
+            if params:
+                groups.append({**options, "params": params, "weight_decay": value})
+        return groups
 
     def identity_part(self) -> dict[str, Tensor]:
         """E and the base biases: what the offset form leaves out of each parameter (thesis sections 3.1 and 4.0.1).
@@ -240,7 +310,10 @@ class DeepNarrowBase(nn.Module):
         init="ntk": thesis section 3.1 (MLP) or 4.0.1 (CNN): u ~ N(0, rho^2 / d_in) per entry of the middle unit's
         weights (N(0, rho^2) for filters), v ~ N(0, (C_L beta)^2) for its bias, everything else the identity part.
         init="kaiming": He et al. 2015, uniform in +-sqrt(6 / fan_in), biases 0.
+
+        Raises: RuntimeError where a parameter is parametrized or pruned.
         """
+        self._require_parameters("reset_parameters")
         if self.init == "kaiming":
             for name in PARAMETER_NAMES:
                 for param in self.in_chunks(name):
@@ -251,7 +324,7 @@ class DeepNarrowBase(nn.Module):
                         bound = math.sqrt(6.0 / fan_in)
                         param.uniform_(-bound, bound, generator=generator)
             return
-        for param in self.parameters():
+        for param in self._own():
             param.zero_()
         middle = self._inputs
         std_u = self.rho if self._tap else self.rho / math.sqrt(self._inputs)
@@ -267,12 +340,26 @@ class DeepNarrowBase(nn.Module):
                 for param in self.in_chunks(name):
                     param.add_(part)
 
+    def _require_parameters(self, what: str) -> None:
+        """Raise RuntimeError where writing to a parameter would write to a value computed from others."""
+        for name, kind in state.changes(self, PARAMETER_NAMES):
+            raise RuntimeError(f"{what} needs parameters that hold values of their own, got {name} with {kind}")
+
     @torch.no_grad()
-    def layers(self) -> list[tuple[Tensor, Tensor]]:
-        """(W, b) of each of the L affine layers, with the identity part added back in offset form."""
-        values = {name: value.detach() for name, value in zip(PARAMETER_NAMES, self.stacked(), strict=True)}
-        if self.form == "offset":
-            values = {name: values[name] + part for name, part in self.identity_part().items()}
+    def layers(self, *, dtype: torch.dtype | None = None) -> list[tuple[Tensor, Tensor]]:
+        """(W, b) of each of the L affine layers, copies, with the identity part added back in offset form.
+
+        Arguments:
+            dtype: of what is returned, default the model's. In float32, W = E + Delta has lost whatever of Delta is
+                below half an ulp of E; torch.float64 keeps all of a float32 model.
+        """
+        wanted = self.first_weight.dtype if dtype is None else dtype
+        values = {}
+        parts = self.identity_part() if self.form == "offset" else {}
+        for name, value in zip(PARAMETER_NAMES, self.stacked(), strict=True):
+            values[name] = value.detach().to(wanted, copy=True)
+            if parts:
+                values[name] += parts[name].to(wanted)
         hidden = zip(values["hidden_weight"], values["hidden_bias"], strict=True)
         return [
             (values["first_weight"], values["first_bias"]),
@@ -280,21 +367,139 @@ class DeepNarrowBase(nn.Module):
             (values["last_weight"], values["last_bias"]),
         ]
 
+    @classmethod
+    def _from_layers(cls, layers: Sequence[tuple[Tensor, Tensor]], *sizes: int, **settings: Any) -> Any:
+        """A model of these layers, on their device, that draws no random numbers for what is overwritten."""
+        settings["dtype"] = layers[0][0].dtype if settings["dtype"] is None else settings["dtype"]
+        made: Any = cls(*sizes, **settings, device="meta")
+        model = made.to_empty(device=layers[0][0].device)
+        model.load_layers(layers)
+        return model
+
     @torch.no_grad()
-    def load_layers(self, layers: list[tuple[Tensor, Tensor]]) -> None:
-        """The way back from ``layers()``: subtracts the identity part in offset form."""
-        (first_w, first_b), *hidden, (last_w, last_b) = layers
-        values = {"first_weight": first_w, "first_bias": first_b, "last_weight": last_w, "last_bias": last_b}
-        rows = [[row for chunk in self.in_chunks(f"hidden_{kind}") for row in chunk] for kind in ("weight", "bias")]
-        for to_weight, to_bias, (weight, bias) in zip(*rows, hidden, strict=True):
-            to_weight.copy_(weight)
-            to_bias.copy_(bias)
-        for name, value in values.items():
-            getattr(self, name).copy_(value)
-        if self.form == "offset":
-            for name, part in self.identity_part().items():
-                for param in self.in_chunks(name):
-                    param.sub_(part)
+    def load_layers(self, layers: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """The way back from ``layers()``. In offset form the identity part is subtracted in float64, then rounded.
+
+        Arguments:
+            layers: (W, b) of each of the L affine layers, of any floating dtype and on any device.
+
+        Raises: TypeError or ValueError, before anything is written, naming the layer, its shape and the rule;
+            RuntimeError where a parameter is parametrized or pruned.
+        """
+        self._require_parameters("load_layers")
+        given = list(layers)
+        if len(given) != self.depth:
+            raise ValueError(f"layers must be {self.depth} pairs of a weight and a bias, got {len(given)}")
+        hidden = [[row for chunk in self.in_chunks(f"hidden_{kind}") for row in chunk] for kind in ("weight", "bias")]
+        targets = [
+            ("first", self.first_weight, self.first_bias),
+            *(("hidden", *pair) for pair in zip(*hidden, strict=True)),
+            ("last", self.last_weight, self.last_bias),
+        ]
+        for i, (_, *wanted) in enumerate(targets):
+            if not isinstance(given[i], (tuple, list)) or len(given[i]) != 2:
+                raise TypeError(f"layers[{i}] must be a pair of a weight and a bias, got {type(given[i]).__name__}")
+            for kind, value, target in zip(("weight", "bias"), given[i], wanted, strict=True):
+                if not isinstance(value, Tensor) or not value.is_floating_point():
+                    got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+                    raise TypeError(f"layers[{i}] must have a {kind} of a floating dtype, got {got}")
+                if value.shape != target.shape:
+                    raise ValueError(
+                        f"layers[{i}] must have a {kind} of shape {tuple(target.shape)}, got {tuple(value.shape)}"
+                    )
+        parts = self.identity_part() if self.form == "offset" else None
+        for (place, *wanted), values in zip(targets, given, strict=True):
+            for kind, value, target in zip(("weight", "bias"), values, wanted, strict=True):
+                if parts is not None:
+                    value = value.double() - parts[f"{place}_{kind}"].to(value.device, torch.float64)
+                target.copy_(value)
+
+    def hidden_states(self, x: Tensor, layers: Iterable[int]) -> Tensor:
+        """h_l = relu(z_l) after each of the given affine layers l, the whole state with its identity part.
+
+        One pass up to the last of them; no other states are kept, but those that ``checkpoint`` keeps for a backward.
+        Differentiable once, by ``backward`` and ``torch.autograd.grad``.
+
+        Arguments:
+            x: as for a call, (*, in) or (*, C, H, W).
+            layers: a list or range of layer numbers from 1 (after the first affine layer) to depth - 1 (before the
+                last), in any order.
+
+        Returns: (len(layers), *, n) for an MLP, (len(layers), *, n, H, W) for a CNN; units are ordered
+            [in left, 1 middle, out right].
+
+        Raises: TypeError or ValueError naming the argument, the rule and the value.
+        """
+        wanted = hidden.check_layers(layers, self.depth)
+        params = self.arguments()
+        check_tensors(x, {name: getattr(self, name) for name in ("first_weight", "last_weight")})
+        dims = 1 + len(self._tap)
+        if x.dim() < dims or x.shape[-dims] != self._inputs or 0 in x.shape[x.dim() - dims :]:
+            sample = f"{self._inputs}, H, W" if self._tap else f"{self._inputs}"
+            raise ValueError(f"x must have shape (*, {sample}), got {tuple(x.shape)}")
+        batch, sample_shape = x.shape[:-dims], x.shape[-dims:]
+        if not wanted:
+            return x.new_empty(0, *batch, self.width, *sample_shape[1:])
+        segment = self.segment(x.numel() // self._inputs)
+        settings = (wanted, self.scale, self.form == "offset", segment)
+        states = hidden.hidden_states(self._family, x.reshape(-1, *sample_shape), params, *settings)
+        return torch.stack(states).reshape(len(wanted), *batch, self.width, *sample_shape[1:])
+
+    # ---- what nn.Module does to its parameters ----
+
+    def get_extra_state(self) -> Tensor:
+        """Form and scale, which a state dict carries beside the parameters: without them it is another network."""
+        return state.pack_identity(self.form, self.scale)
+
+    def set_extra_state(self, packed: Any) -> None:
+        """Changes nothing. Raises: RuntimeError if the state is of a model of another form or scale."""
+        state.check_identity(packed, self.form, self.scale)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        own = bool(local_metadata.get("assign_to_params_buffers"))
+        for name in ("hidden_weight", "hidden_bias"):
+            state.rechunk(state_dict, prefix + name, self.chunks, own=own)
+        key = f"{prefix}_extra_state"
+        if key in state_dict and not self._sizes_differ(state_dict, prefix):
+            self.set_extra_state(state_dict[key])  # raises before anything is copied
+        else:
+            state_dict.pop(key, None)  # torch names the sizes, or it is from before a state dict carried this
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        missing_keys: list[str] = args[1]
+        if key in missing_keys:
+            missing_keys.remove(key)
+        self._leave_empty_gradients_out()
+
+    def _sizes_differ(self, state_dict: dict[str, Any], prefix: str) -> bool:
+        own = [(name, p) for name, p in self.named_parameters() if name.split(".")[0] in PARAMETER_NAMES]
+        found = [(state_dict.get(prefix + name), p) for name, p in own]
+        return any(isinstance(value, Tensor) and value.shape != p.shape for value, p in found)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # to(memory_format=torch.channels_last) is for images and refuses the five dimensions of stacked filters: no
+        # conversion sees more than two here, and so none changes their layout, which is the engine's.
+        def convert(tensor: Tensor) -> Tensor:
+            if tensor.dim() < 3:
+                return fn(tensor)
+            flat = tensor.flatten(1)
+            converted = fn(flat)
+            return tensor if converted is flat and tensor.is_contiguous() else converted.reshape(tensor.shape)
+
+        super()._apply(convert, recurse)
+        self._leave_empty_gradients_out()
+        return self
+
+    def __setstate__(self, settings: dict[str, Any]) -> None:
+        super().__setstate__(settings)
+        self._leave_empty_gradients_out()
+
+    def _leave_empty_gradients_out(self) -> None:
+        """No ``.grad`` for the hidden parameters of 2 layers, which are empty: an infinity norm of nothing raises."""
+        for param in (self.hidden_weight, self.hidden_bias) if self.depth == 2 else ():
+            if param.requires_grad and not param._post_accumulate_grad_hooks:
+                param.register_post_accumulate_grad_hook(_drop_gradient)
 
     def extra_repr(self) -> str:
         return (

@@ -111,7 +111,7 @@ def _preactivations(model: Narrow, family: reference.Family, x: Tensor) -> Itera
     _, hi, lo = initial(family.affine, x, first_weight, first_bias, outputs, model.scale, offset)
     skip = skip_mask(base, outputs, offset)
     through = states(family.affine, base, hi, lo, hidden_weight, hidden_bias, outputs, offset)
-    for (_, hi, lo), weight, bias in zip(through, hidden_weight, hidden_bias, strict=False):  # noqa: B020
+    for (_, hi, lo), weight, bias in zip(through, hidden_weight, hidden_bias, strict=False):
         yield base, skipped(skip, hi + lo) + (family.affine(weight, (base + hi) + lo) + column(bias, base))
 
 

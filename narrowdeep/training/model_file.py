@@ -21,8 +21,9 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.optim.swa_utils import AveragedModel
 
 from narrowdeep import files
-from narrowdeep.checks import Count, Index, Integer, NotNegative, Positive, Rule, check_fields, from_json, shown
+from narrowdeep.checks import shown
 from narrowdeep.modules import DeepNarrowCNN, DeepNarrowMLP
+from narrowdeep.schema import Count, Index, Integer, NotNegative, Positive, Rule, check_fields, from_json
 from narrowdeep.training.config import (
     DTYPES,
     MODELS,

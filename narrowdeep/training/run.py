@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from narrowdeep import files
-from narrowdeep.checks import from_json, shown
+from narrowdeep.checks import shown
+from narrowdeep.schema import from_json
 from narrowdeep.training.config import EpochMetrics, TrainConfig
 from narrowdeep.training.model_file import DamagedFileError, RunPosition, read_tensors
 from narrowdeep.training.plots import plot_metrics
