@@ -59,7 +59,7 @@ class DeepNarrowCNN(DeepNarrowBase):
     Raises: TypeError or ValueError naming the argument, the rule and the value.
     """
 
-    _family = "conv"
+    _family = "cnn"
 
     def __init__(
         self,

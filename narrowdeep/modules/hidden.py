@@ -3,36 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from narrowdeep import parts
+from narrowdeep.chain.params import Affine, ChainParams, ChainSettings
+from narrowdeep.chain.span import span
 from narrowdeep.checks import check_count
-from narrowdeep.ops import layered
+from narrowdeep.ops.autograd import differentiated_once
 
 
 class _Value(torch.autograd.Function):
-    """forward(x, state, outputs, scale, offset) -> the whole hidden state h, (n, *positions, B).
+    """forward(state) -> its value h = (base + hi) + lo, (n, *positions, B).
 
-    A state's gradient is that of its pre-activation (``narrowdeep.parts``), so h's passes the ReLU here.
+    A state's gradient is that of its pre-activation (``narrowdeep.ops.reference``), so h's passes the ReLU here.
     """
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, state: Tensor, outputs: int, scale: float, offset: bool) -> Tensor:
-        value = layered.entered(state, x.movedim(0, -1), outputs, scale, offset)
-        h = value.full(out=torch.empty_like(value.a))
-        ctx.save_for_backward(h)
-        ctx.offset = offset
-        return h
+    generate_vmap_rule = True
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def forward(state: Tensor) -> Tensor:
+        return state.sum(0) if state.shape[0] == 1 else (state[0] + state[1]) + state[2]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(output)
+        ctx.rows = inputs[0].shape[0]
+
+    @staticmethod
+    @differentiated_once
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor]:
         (h,) = ctx.saved_tensors
         g = grad.masked_fill(h <= 0, 0)
-        return None, torch.stack((torch.zeros_like(g), g) if ctx.offset else (g,)), None, None, None
+        return (torch.stack((*[torch.zeros_like(g)] * (ctx.rows - 1), g)),)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return tangent.sum(0)
 
 
 def check_layers(layers: Iterable[int], depth: int) -> list[int]:
@@ -42,44 +50,42 @@ def check_layers(layers: Iterable[int], depth: int) -> list[int]:
     return [check_count(f"layers[{i}]", layer, 1, depth - 1) for i, layer in enumerate(layers)]
 
 
-def _spans(
-    weights: Sequence[Tensor], biases: Sequence[Tensor], stops: Sequence[int]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The hidden layers of the chunks, cut at ``stops`` (state numbers) besides, up to the last of them."""
-    first = 1
-    for weight, bias in zip(weights, biases, strict=True):
-        end = first + weight.shape[0]
-        cuts = [first, *(s for s in stops if first < s < end), end]
-        sizes = [b - a for a, b in pairwise(cuts)]
-        for begin, pair in zip(cuts, zip(weight.split(sizes), bias.split(sizes), strict=True), strict=False):
-            if begin >= stops[-1]:
+def _spans(first: Affine, chunks: Sequence[Affine], stops: Sequence[int]) -> Iterator[tuple[int, ChainParams]]:
+    """(number of the state it ends with, span): the chunks up to the last of ``stops``, cut at each of them besides.
+
+    The first layer stands in a span of its own where state 0 is one of them, or nothing else is left.
+    """
+    none = Affine(chunks[0].weight[:0], chunks[0].bias[:0])
+    begin = 0
+    head: Affine | None = first
+    if stops[0] == 0:
+        yield 0, ChainParams(head, none, None)
+        head = None
+    for chunk in chunks:
+        layers = chunk.weight.shape[0]
+        cuts = [*(stop - begin for stop in stops if begin < stop < begin + layers), layers]
+        done = 0
+        for cut in cuts:
+            if begin + done >= stops[-1]:
                 return
-            yield pair
-        first = end
+            yield begin + cut, ChainParams(head, Affine(chunk.weight[done:cut], chunk.bias[done:cut]), None)
+            head, done = None, cut
+        begin += layers
 
 
 def hidden_states(
-    family: str,
-    x: Tensor,
-    params: tuple[Any, ...],
-    layers: Sequence[int],
-    scale: float,
-    offset: bool,
-    segment: int,
+    family: str, x: Tensor, params: tuple[Any, ...], layers: Sequence[int], scale: float, offset: bool, segment: int
 ) -> list[Tensor]:
     """h after each of ``layers``, (B, n, *positions); ``x`` is (B, in, *positions), ``layers`` not empty."""
-    first_weight, first_bias, hidden_weight, hidden_bias, last_weight, _ = params
-    chunks = [list(p) if isinstance(p, (list, tuple)) else [p] for p in (hidden_weight, hidden_bias)]
-    outputs, wanted = last_weight.shape[0], sorted(set(layers))
+    first_weight, first_bias, *hidden, last_weight, _ = params
+    weights, biases = (list(p) if isinstance(p, (list, tuple)) else [p] for p in hidden)
+    chunks = [Affine(*pair) for pair in zip(weights, biases, strict=True)]
+    wanted = sorted({layer - 1 for layer in layers})  # states are numbered from 0
     found: dict[int, Tensor] = {}
-    skip, state = parts._First.apply(family, x, first_weight, first_bias, outputs, scale, offset)
-    number = 1
-    spans = _spans(chunks[0], chunks[1], wanted)
-    while True:
-        if number in wanted:
-            found[number] = _Value.apply(x, state, outputs, scale, offset).movedim(-1, 0)
-        if number == wanted[-1]:
-            return [found[layer] for layer in layers]
-        weight, bias = next(spans)
-        skip, state = parts._Hidden.apply(family, x, skip, state, weight, bias, scale, offset, number, segment)
-        number += weight.shape[0]
+    state, start = x, 0
+    for end, part in _spans(Affine(first_weight, first_bias), chunks, wanted):
+        state = span(family, state, part, ChainSettings(scale, offset, last_weight.shape[0], start), segment)
+        start = end
+        if end in wanted:
+            found[end] = _Value.apply(state).movedim(-1, 0)
+    return [found[layer - 1] for layer in layers]

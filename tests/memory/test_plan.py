@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from narrowdeep import DeepNarrowCNN, DeepNarrowMLP
-from narrowdeep.memory import BudgetError, MemoryPlan, plan, schedule
+from narrowdeep.chain import schedule
+from narrowdeep.memory import BudgetError, MemoryPlan, plan
 
 planning: Any = importlib.import_module("narrowdeep.memory.plan")  # narrowdeep.memory.plan is the function
 
@@ -74,9 +75,8 @@ def test_boundaries_are_what_the_op_saves(form, dtype, depth, batch, checkpoint)
     model = DeepNarrowMLP(3, 1, depth, form=form, dtype=dtype, checkpoint=checkpoint)
     planned = plan(model, batch_size=batch)
     x = torch.randn(batch, 3, dtype=dtype)
-    saved = torch.ops.narrowdeep.mlp_forward(x, *model.stacked(), model.scale, form == "offset", model.segment(batch))[
-        1
-    ]
+    span = (model.scale, form == "offset", model.out_features, 0, model.segment(batch))
+    saved = torch.ops.narrowdeep.mlp_forward(x, *model.stacked(), *span)[1]
     assert planned.segment == model.segment(batch)
     assert planned.parts["boundaries"] == saved.numel() * saved.element_size()
     assert planned.snapshots == saved.shape[0]
@@ -86,7 +86,7 @@ def test_boundaries_are_what_the_op_saves(form, dtype, depth, batch, checkpoint)
 def test_image_boundaries_are_what_the_op_saves() -> None:
     model = DeepNarrowCNN(2, 1, 9, checkpoint=3)
     x = torch.randn(5, 2, 4, 3)
-    saved = torch.ops.narrowdeep.conv_forward(x, *model.stacked(), model.scale, True, 3)[1]
+    saved = torch.ops.narrowdeep.cnn_forward(x, *model.stacked(), model.scale, True, model.out_channels, 0, 3)[1]
     planned = plan(model, batch_size=5, input_shape=(2, 4, 3))
     assert planned.parts["boundaries"] == saved.numel() * 4
     assert planned.parts["input and output"] == 4 * (5 * 2 * 4 * 3 + 2 * 5)

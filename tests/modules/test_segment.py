@@ -21,7 +21,7 @@ class SavedStates(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        if func.__name__.split(".")[0] in ("mlp_forward", "conv_forward"):
+        if func.__name__.split(".")[0] in ("mlp_forward", "cnn_forward"):
             self.sizes.append(result[1].numel())
         return result
 
@@ -84,8 +84,9 @@ def test_a_segment_of_more_layers_than_there_are_is_all_of_them(checkpoint):
         assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
     params = [p.detach() for p in model.stacked()]
     for segment in (2**62, sys.maxsize):
-        out, saved = torch.ops.narrowdeep.conv_forward(x, *params, model.scale, True, segment)
-        torch.ops.narrowdeep.conv_backward(out, x, *params, saved, model.scale, True, segment, True, True)
+        span = (model.scale, True, model.out_channels, 0, segment)
+        out, saved = torch.ops.narrowdeep.cnn_forward(x, *params, *span)
+        torch.ops.narrowdeep.cnn_backward(out, x, *params, saved, *span, True, True)
         torch.testing.assert_close(out, model(x))
 
 
