@@ -250,16 +250,20 @@ MISSHAPEN = {
 
 
 @pytest.mark.usefixtures("nothing_is_built")
-@pytest.mark.parametrize("how", MISSHAPEN)
 @pytest.mark.parametrize(
-    "name", ["momentum.0", "momentum.2", "momentum.5", "model.hidden_weight", "random_state", "sums"]
+    ("name", "how"),
+    [
+        (name, how)
+        for name in ("momentum.0", "momentum.2", "momentum.5", "model.hidden_weight", "random_state", "sums")
+        for how in MISSHAPEN
+        if how != "flat" or "weight" in name or name in ("momentum.0", "momentum.2")  # the others are flat
+    ],
 )
 def test_a_tensor_of_another_shape_is_refused(digits, state, tmp_path, name, how):
     """A momentum of another shape made the fused optimizer write past its end."""
     original = load_file(state)[name]
     value = MISSHAPEN[how](original).to(original.dtype)
-    if value.shape == original.shape:
-        pytest.skip("the same shape")
+    assert value.shape != original.shape
     path = craft(state, tmp_path / "crafted", tensor(name, lambda _: value))
     with pytest.raises(DamagedFileError, match=f"^{path} is .*: the tensor {name} must have the shape .*, got "):
         Trainer.load(path, digits)
