@@ -423,6 +423,7 @@ def process_group(tmp_path):
 
 
 @pytest.mark.usefixtures("process_group")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch 2.13's own compiler
 def test_what_wraps_a_model_is_taken_off(tmp_path):
     expected = DeepNarrowMLP(3, 2, 9, checkpoint=3, dtype=torch.float64)
     compiled = torch.compile(copy.deepcopy(expected))
