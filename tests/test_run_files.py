@@ -703,3 +703,21 @@ def test_metrics_are_on_the_disk_before_the_state_that_knows_them(digits, tmp_pa
     assert calls.count("write") == 3
     assert calls.count("save") == 1 + 9 + 1  # at the start, after each step, at the end
     assert all(before == "sync" for before, call in itertools.pairwise(calls) if call == "save")
+
+
+@pytest.mark.parametrize("arch", ["mlp", "cnn"])
+@pytest.mark.parametrize("depth", [2, 3])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_the_state_of_a_shallow_run(digits, tmp_path, arch, depth, momentum):
+    """Parameters of no layers have a momentum, too."""
+    config = dataclasses.replace(CONFIG, arch=arch, depth=depth, momentum=momentum, checkpoint="auto")
+    trainer = Trainer(config, digits)
+    for _ in range(2):
+        trainer.step()
+    trainer.save(tmp_path / "state")
+    other = Trainer.load(tmp_path / "state", digits)
+    trainer.step()
+    other.step()
+    for p, q in zip(trainer.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert_same_model(training.load_model(tmp_path / "state"), Trainer.load(tmp_path / "state", digits).model)
