@@ -23,6 +23,12 @@ Not an attribute of the parameter: a model that is being trained can be pickled 
 """
 
 
+_NO_SCALING = (
+    "GradScaler cannot be used with FusedSGD, which steps inside backward, with the scaled gradients: take "
+    "torch.optim.SGD, or no GradScaler (float32 and float64 networks need none)"
+)
+
+
 def _refuse_clipping(name: str) -> None:
     """Let one of torch's functions that clip gradients refuse parameters of a FusedSGD, which have none to clip.
 
@@ -44,11 +50,40 @@ def _refuse_clipping(name: str) -> None:
         setattr(module, name, refusing)
 
 
+def _refuse_scaling() -> None:
+    """Let GradScaler refuse a loss whose backward would step with the scaled gradients, before it does."""
+    scale = torch.amp.GradScaler.scale
+
+    @functools.wraps(scale)
+    def refusing(scaler: torch.amp.GradScaler, outputs: Any) -> Any:
+        if _STEPPED and scaler.is_enabled() and _reaches_stepped(outputs):
+            raise RuntimeError(_NO_SCALING)
+        return scale(scaler, outputs)
+
+    torch.amp.GradScaler.scale = refusing  # type: ignore[method-assign, assignment]
+
+
+def _reaches_stepped(outputs: Any) -> bool:
+    """Whether a backward from the tensors in ``outputs`` reaches a parameter of a FusedSGD."""
+    tensors = [t for t in (outputs if isinstance(outputs, (list, tuple)) else [outputs]) if isinstance(t, Tensor)]
+    nodes, seen = [t.grad_fn for t in tensors], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        if id(getattr(node, "variable", None)) in _STEPPED:  # of AccumulateGrad
+            return True
+        seen.add(node)
+        nodes.extend(following for following, _ in node.next_functions)
+    return any(id(t) in _STEPPED for t in tensors)
+
+
 @functools.cache
-def _refuse_all_clipping() -> None:
+def _refuse_what_comes_after() -> None:
     """Once a process, when it makes its first FusedSGD."""
     for name in ("clip_grad_norm_", "clip_grad_value_"):
         _refuse_clipping(name)
+    _refuse_scaling()
 
 
 def _check(name: str, value: Any) -> float:
@@ -79,7 +114,7 @@ class FusedSGD(torch.optim.Optimizer):
     schedulers work. What needs all gradients at once, or changes them after the backward, does not: accumulation over
     several backwards, closures that call backward more than once; and these raise a RuntimeError when they are used:
     clipping (``torch.nn.utils.clip_grad_norm_`` and ``clip_grad_value_``, which Lightning and Accelerate call),
-    ``GradScaler.step``, and a backward in one of several processes of torch.distributed, whose gradients
+    a GradScaler, and a backward in one of several processes of torch.distributed, whose gradients
     DistributedDataParallel would average after the step. ``torch.autograd.grad`` and ``torch.func`` leave parameters
     alone. As with any optimizer, nothing steps once it is gone.
 
@@ -106,7 +141,7 @@ class FusedSGD(torch.optim.Optimizer):
         local: bool = False,
     ) -> None:
         lr, momentum = _check("lr", lr), _check("momentum", momentum)
-        _refuse_all_clipping()
+        _refuse_what_comes_after()
         self.local = local
         if isinstance(params, nn.Module):
             params = [p for p in params.parameters() if p.requires_grad]
@@ -184,11 +219,8 @@ class FusedSGD(torch.optim.Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> NoReturn:
-        """What GradScaler asks an optimizer before a step: the first that it and this optimizer see of each other."""
-        raise RuntimeError(
-            "GradScaler cannot be used with FusedSGD, which has stepped inside backward with the scaled gradients: "
-            "take torch.optim.SGD, or no GradScaler (float32 and float64 networks need none)"
-        )
+        """What GradScaler asks an optimizer before a step, where it has not seen it in the loss (another subclass)."""
+        raise RuntimeError(_NO_SCALING)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Nothing: ``backward`` has updated the parameters. A closure is called once and its value returned."""

@@ -359,3 +359,19 @@ def test_a_folder_that_cannot_be_locked(tmp_path):
     folder = tmp_path / "none"
     with pytest.raises(OSError, match=f"^{folder} cannot be written: No such file"), folder_lock(folder):
         pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP])
+def test_a_file_system_without_locks(tmp_path, monkeypatch, number):
+    """Files are replaced as ever; what may be in use is left alone."""
+
+    def flock(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    other = tmp_path / f".file.narrowdeep-{'0' * 16}.tmp"
+    other.write_text("perhaps being written")
+    with folder_lock(tmp_path):
+        write(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"new"
+    assert names(tmp_path) == sorted([other.name, "file"])

@@ -269,12 +269,33 @@ def test_clipping_is_refused_by_name(module: Any, clip: str) -> None:
         assert torch.equal(model[0].weight.grad, torch.ones(5, 5))
 
 
+@pytest.mark.parametrize("family", ["eager", "chain", "itself", "several"])
+def test_gradscaler_is_refused_by_name_before_anything_moves(family: str) -> None:
+    model = DeepNarrowMLP(5, 2, 17) if family == "chain" else _eager()
+    before = copy.deepcopy(model.state_dict())
+    optimizer = FusedSGD(model, 0.1)
+    loss = model(torch.randn(3, 5)).sum()
+    scaler = torch.amp.GradScaler("cpu")
+    losses: Any = {"itself": next(model.parameters()), "several": [torch.ones(()), loss]}
+    with pytest.raises(RuntimeError, match="GradScaler cannot be used with FusedSGD"):
+        scaler.scale(losses.get(family, loss)).backward()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    other = nn.Parameter(torch.ones(()))  # which no FusedSGD steps
+    sgd = torch.optim.SGD([other], 0.25)
+    scaler.scale(2.0 * other).backward()
+    scaler.step(sgd)
+    assert other.item() == 0.5
+    optimizer.remove()
+    scaler.scale(model(torch.randn(3, 5)).sum()).backward()
+
+
 @pytest.mark.parametrize("unscale", [False, True])
-def test_gradscaler_is_refused_by_name(unscale: bool) -> None:
+def test_a_gradscaler_that_was_not_seen_is_refused_at_its_step(unscale: bool) -> None:
     p = nn.Parameter(torch.ones(()))
     optimizer = FusedSGD([p], 0.25)
     scaler = torch.amp.GradScaler("cpu")
-    scaler.scale(2.0 * p).backward()
+    scaler.scale(torch.ones(()))
+    (2.0 * p).backward()
     if unscale:
         scaler.unscale_(optimizer)
     with pytest.raises(RuntimeError, match="GradScaler cannot be used with FusedSGD"):
