@@ -20,15 +20,16 @@ counts hold here: s snapshots and r sweeps reach C(s + r, s) segments.
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from enum import IntEnum
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+from enum import Enum
+from itertools import dropwhile, takewhile
 from math import comb
+from typing import Protocol
 
 
-class Op(IntEnum):
-    """What an action does. The numbers are those of the flat encoding and never change."""
+class Op(Enum):
+    """What an action does."""
 
     ADVANCE = 0
     """Run segments forward until the current state is state ``segment``."""
@@ -191,25 +192,6 @@ def first_snapshots(length: int, snapshots: int) -> list[int]:
     return kept
 
 
-def resumed(actions: Iterable[Action]) -> Iterator[Action]:
-    """The schedule of a backward that starts apart from its forward, so without a current state.
-
-    Up to the first REVERSE it is what a forward does on its way to the output; there the state stored last is loaded
-    and advanced again.
-    """
-    stored = Action(Op.STORE, 0, 0)
-    reversing = False
-    for action in actions:
-        if action.op == Op.STORE:
-            stored = action
-        if action.op == Op.REVERSE and not reversing:
-            reversing = True
-            yield Action(Op.LOAD, stored.segment, stored.slot)
-            if stored.segment < action.segment:
-                yield Action(Op.ADVANCE, action.segment)
-        yield action
-
-
 def _broken(number: int, action: Action, rule: str) -> ScheduleError:
     return ScheduleError(f"action {number} ({action.op.name} segment {action.segment} slot {action.slot}): {rule}")
 
@@ -265,37 +247,119 @@ def simulate(actions: Iterable[Action], length: int, snapshots: int) -> Cost:
     return Cost(advances, stores, most)
 
 
-def encode(actions: Iterable[Action], length: int, snapshots: int) -> array[int]:
-    """A schedule as flat signed 64-bit integers for an engine to execute, checked by ``simulate``.
+class Walk(Protocol):
+    """What a schedule runs on: something that goes through the segments of a chain from state to state."""
 
-    Layout: ``[length, snapshots, op, segment, slot, op, segment, slot, ...]``, three numbers an action, ``op`` the
-    number of its ``Op``, ``slot`` -1 where it has none. An engine needs ``snapshots`` slots and one current state.
+    def advance(self, segment: int) -> None:
+        """Run forward until the current state is state ``segment``."""
 
-    Raises: ScheduleError as ``simulate``.
+    def store(self, slot: int) -> None:
+        """Keep the current state in ``slot``."""
+
+    def load(self, segment: int, slot: int) -> None:
+        """Make what ``slot`` keeps, state ``segment``, the current state."""
+
+    def reverse(self, segment: int) -> None:
+        """Reverse segment ``segment`` from the current state."""
+
+    def free(self, slot: int) -> None:
+        """Give back ``slot``."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which states a chain keeps on its way forward, and how its backward, begun later, gets the others.
+
+    A segment is ``segment`` layers, the last one what is left. ``actions`` of a subclass is a whole sweep forth and
+    back; a forward does the part before the first REVERSE and goes on to the output, a backward begins with the LOAD of
+    the state that was kept last.
     """
-    listed = list(actions)
-    simulate(listed, length, snapshots)
-    flat = array("q", (length, snapshots))
-    for action in listed:
-        flat.extend((action.op, action.segment, action.slot))
-    return flat
+
+    segment: int
+
+    def __post_init__(self) -> None:
+        _check_at_least_one(**{field.name: getattr(self, field.name) for field in fields(self)})
+
+    def length(self, layers: int) -> int:
+        """Segments of so many layers."""
+        return max(1, -(-layers // self.segment))
+
+    def actions(self, length: int) -> Iterator[Action]:
+        """A sweep forth and back over ``length`` segments."""
+        raise NotImplementedError
+
+    def kept(self, layers: int) -> list[int]:
+        """The states that the forward keeps, in slots 0, 1, ..."""
+        forward = takewhile(lambda action: action.op != Op.REVERSE, self.actions(self.length(layers)))
+        return [action.segment for action in forward if action.op == Op.STORE]
+
+    def backward(self, layers: int) -> Iterator[Action]:
+        """The actions of the backward; the slots hold ``kept``, and there is no current state."""
+        kept, length = self.kept(layers), self.length(layers)
+        yield Action(Op.LOAD, kept[-1], len(kept) - 1)
+        if kept[-1] < length - 1:
+            yield Action(Op.ADVANCE, length - 1)
+        yield from dropwhile(lambda action: action.op != Op.REVERSE, self.actions(length))
+
+    def run_forward(self, layers: int, walk: Walk) -> None:
+        """Keep the states that the backward starts from; ``walk`` stands at state 0."""
+        for slot, segment in enumerate(self.kept(layers)):
+            walk.advance(segment)
+            walk.store(slot)
+
+    def run_backward(self, layers: int, walk: Walk) -> None:
+        """Reverse every segment; the slots of ``walk`` hold what ``run_forward`` has kept."""
+        for action in self.backward(layers):
+            if action.op == Op.ADVANCE:
+                walk.advance(action.segment)
+            elif action.op == Op.STORE:
+                walk.store(action.slot)
+            elif action.op == Op.LOAD:
+                walk.load(action.segment, action.slot)
+            elif action.op == Op.REVERSE:
+                walk.reverse(action.segment)
+            else:
+                walk.free(action.slot)
+
+    def cost(self, layers: int) -> Cost:
+        """Of a forward up to the last segment, and a backward."""
+        length = self.length(layers)
+        forward = takewhile(lambda action: action.op != Op.REVERSE, self.actions(length))
+        return simulate([*forward, *self.backward(layers)], length, length + 1)
 
 
-def decode(values: Sequence[int]) -> tuple[list[Action], int, int]:
-    """``(actions, length, snapshots)`` of an encoded schedule, checked by ``simulate``.
+@dataclass(frozen=True)
+class Uniform(Schedule):
+    """Every segment's first state is kept."""
 
-    Raises: ScheduleError where the layout or the schedule is broken.
-    """
-    if len(values) < 2 or (len(values) - 2) % 3:
-        raise ScheduleError(f"an encoded schedule must have 2 + 3 numbers an action, got {len(values)}")
-    length, snapshots = values[0], values[1]
-    if length < 1 or snapshots < 1:
-        raise ScheduleError(f"length and snapshots must be at least 1, got {length} and {snapshots}")
-    actions = []
-    for i in range(2, len(values), 3):
-        op, segment, slot = values[i : i + 3]
-        if op not in Op._value2member_map_:
-            raise ScheduleError(f"action {(i - 2) // 3}: op must be in 0 .. {len(Op) - 1}, got {op}")
-        actions.append(Action(Op(op), segment, slot))
-    simulate(actions, length, snapshots)
-    return actions, length, snapshots
+    def actions(self, length: int) -> Iterator[Action]:
+        return uniform(length)
+
+    def __str__(self) -> str:
+        return "every state" if self.segment == 1 else f"one state in {self.segment} layers"
+
+
+@dataclass(frozen=True)
+class TwoLevel(Schedule):
+    """The first state of every ``block`` segments is kept, the others of a block when it is reversed."""
+
+    block: int
+
+    def actions(self, length: int) -> Iterator[Action]:
+        return two_level(length, self.block)
+
+    def __str__(self) -> str:
+        return f"one state in {self.block} segments of {self.segment} layers, then of each segment"
+
+
+@dataclass(frozen=True)
+class Binomial(Schedule):
+    """At most ``snapshots`` states are kept at a time, with the fewest segments run again."""
+
+    snapshots: int
+
+    def actions(self, length: int) -> Iterator[Action]:
+        return binomial(length, self.snapshots)
+
+    def __str__(self) -> str:
+        return f"{self.snapshots} states, binomial schedule over segments of {self.segment} layers"

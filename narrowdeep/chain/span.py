@@ -7,7 +7,7 @@ parameters is then complete, used by a hook and freed before the next chunk's is
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,101 +16,87 @@ from torch.autograd import forward_ad
 
 from narrowdeep.chain.family import FAMILIES
 from narrowdeep.chain.params import Affine, ChainParams, ChainSettings
-from narrowdeep.chain.schedule import Action, Op, binomial, resumed
+from narrowdeep.chain.schedule import Binomial, Schedule
 from narrowdeep.ops.autograd import NODES, differentiated_once
 from narrowdeep.ops.chain import PARAMS
 
 
 class _Walk:
-    """Goes through a span from state to state as a binomial schedule says. ``kept`` holds states by their slot."""
+    """Goes through a span from state to state, as a schedule says. ``kept`` holds states by their slot."""
 
     def __init__(
-        self,
-        family: str,
-        input: Tensor,
-        params: ChainParams,
-        settings: ChainSettings,
-        segment: int,
-        snapshots: int,
+        self, family: str, input: Tensor, params: ChainParams, settings: ChainSettings, schedule: Schedule
     ) -> None:
-        self.ops, self.params, self.settings = FAMILIES[family].ops, params, settings
-        self.segment, self.length, self.snapshots = segment, -(-params.layers // segment), snapshots
+        self.ops, self.params, self.settings, self.schedule = FAMILIES[family].ops, params, settings, schedule
         self.kept: dict[int, Tensor] = {}
         self.input, self.current, self.layer = input, input, 0
 
-    def advance(self, layer: int, last: bool = False) -> Tensor:
-        """The state before ``layer``, or with ``last`` the span's output."""
+    # ---- what a schedule asks for ----
+
+    def advance(self, segment: int) -> None:
+        self._advance(segment * self.schedule.segment, last=False)
+
+    def store(self, slot: int) -> None:
+        self.kept[slot] = self.current
+
+    def load(self, segment: int, slot: int) -> None:
+        self.current, self.layer = self.kept[slot], segment * self.schedule.segment
+
+    def free(self, slot: int) -> None:
+        del self.kept[slot]
+
+    def reverse(self, segment: int) -> None:
+        begin = segment * self.schedule.segment
+        end = min(begin + self.schedule.segment, self.params.layers)
+        part, state = self.params.part(begin, end), self.current
+        self.current = self.input  # nothing else holds a state that is gone through
+        if part.first is None:  # as one segment: nothing within is saved
+            layers, saved = max(2, end - begin), state.new_empty(0, 2 if self.settings.offset else 1, *state.shape[1:])
+        else:
+            layers, saved = 0, state.new_empty(0)
+        settings = self.settings._replace(start=self.settings.start + begin)
+        args = (*part.flat(), saved, *settings, layers, self.need_input or begin > 0, bool(self.grads))
+        self.grad, *found = self.ops.backward(self.grad, state, *args)
+        for name, whole, value in zip(PARAMS, self.grads, found, strict=False):
+            if value.numel():
+                (whole[begin:end] if name.startswith("hidden") else whole).copy_(value)
+
+    # ---- both ways ----
+
+    def _advance(self, layer: int, last: bool) -> None:
         if layer > self.layer or last:
             part = self.params.part(self.layer, layer, last)
             settings = self.settings._replace(start=self.settings.start + self.layer)
             self.current, self.layer = self.ops.forward(self.current, *part.flat(), *settings, 0)[0], layer
-        return self.current
-
-    def keep_or_go(self, op: Op, segment: int, slot: int) -> None:
-        """Every action but REVERSE."""
-        if op == Op.ADVANCE:
-            self.advance(segment * self.segment)
-        elif op == Op.STORE:
-            self.kept[slot] = self.current
-        elif op == Op.LOAD:
-            self.current, self.layer = self.kept[slot], segment * self.segment
-        else:
-            del self.kept[slot]
-
-    def actions(self) -> Iterator[Action]:
-        return resumed(binomial(self.length, self.snapshots))
 
     def to_output(self) -> Tensor:
-        """The first sweep: the states that the backward starts from are kept."""
-        for action in self.actions():
-            if action.op == Op.LOAD:
-                break
-            self.keep_or_go(action.op, action.segment, action.slot)
-        return self.advance(self.params.layers, last=True)
+        """The span's output; the states that the backward starts from are kept."""
+        self.schedule.run_forward(self.params.layers, self)
+        self._advance(self.params.layers, last=True)
+        return self.current
 
-    def back(self, grad: Tensor, need_input: bool, need_params: bool) -> tuple[Tensor | None, list[Tensor | None]]:
-        """The backward, from what ``to_output`` has kept: the gradients of the input and of the six parameters."""
-        params = self.params.flat()
-        grads = [torch.empty_like(p) if need_params and p is not None else None for p in params]
-        reversing = False
-        for action in self.actions():
-            reversing = reversing or action.op == Op.LOAD
-            if not reversing:  # done by to_output
-                continue
-            if action.op != Op.REVERSE:
-                self.keep_or_go(action.op, action.segment, action.slot)
-                continue
-            begin = action.segment * self.segment
-            end = min(begin + self.segment, self.params.layers)
-            grad, *found = self._back(begin, end, grad, need_input or begin > 0, need_params)
-            for i, (whole, value) in enumerate(zip(grads, found, strict=True)):
-                if whole is not None and value.numel():
-                    (whole[begin:end] if PARAMS[i].startswith("hidden") else whole).copy_(value)
-        return grad if need_input else None, grads
-
-    def _back(self, begin: int, end: int, grad: Tensor, need_input: bool, need_params: bool) -> tuple[Tensor, ...]:
-        part, state = self.params.part(begin, end), self.current
-        self.current = self.input  # nothing else holds a state that is gone through
-        if part.first is None:  # as one segment: nothing is saved
-            segment = max(2, end - begin)
-            saved = state.new_empty(0, 2 if self.settings.offset else 1, *state.shape[1:])
-        else:
-            segment, saved = 0, state.new_empty(0)
-        settings = self.settings._replace(start=self.settings.start + begin)
-        return self.ops.backward(grad, state, *part.flat(), saved, *settings, segment, need_input, need_params)
+    def back(self, grad: Tensor, need_input: bool, need_params: bool) -> tuple[Tensor | None, ...]:
+        """Gradients of the input and of the six parameters, from what ``to_output`` has kept."""
+        self.grad, self.need_input = grad, need_input
+        empty = grad.new_empty(0)
+        flat = self.params.flat() if need_params else ()
+        self.grads = [empty if p is None else torch.empty_like(p) for p in flat]
+        self.schedule.run_backward(self.params.layers, self)
+        grads = self.grads or [empty] * len(PARAMS)
+        return (self.grad if need_input else None, *(g if g.numel() else None for g in grads))
 
 
 class _ScheduledSpan(torch.autograd.Function):
-    """As ``_Span``, with at most ``snapshots`` states kept: a binomial schedule over segments of ``segment`` layers.
+    """A span that keeps the states that a schedule says.
 
-    forward(family, input, 6 params, scale, offset, outputs, start, segment, snapshots) -> output
+    forward(schedule, family, input, 6 params, scale, offset, outputs, start) -> output
     """
 
     @staticmethod
-    def forward(ctx: Any, family: str, input: Tensor, *args: Any) -> Tensor:
-        params, ctx.walk = args[:6], (family, ChainSettings(*args[6:10]), *args[10:])
-        ctx.save_for_backward(input, *params)
-        walk = _ScheduledSpan._walk(ctx, (input, *params))
+    def forward(ctx: Any, schedule: Schedule, family: str, input: Tensor, *args: Any) -> Tensor:
+        ctx.settings = family, ChainSettings(*args[6:]), schedule
+        ctx.save_for_backward(input, *args[:6])
+        walk = _ScheduledSpan._walk(ctx, (input, *args[:6]))
         out = walk.to_output()
         del walk.kept[0]  # save_for_backward keeps it
         ctx.kept = walk.kept
@@ -118,8 +104,8 @@ class _ScheduledSpan(torch.autograd.Function):
 
     @staticmethod
     def _walk(ctx: Any, tensors: tuple[Any, ...]) -> _Walk:
-        family, settings, *schedule = ctx.walk
-        return _Walk(family, tensors[0], ChainParams.of(tensors[1:]), settings, *schedule)
+        family, settings, schedule = ctx.settings
+        return _Walk(family, tensors[0], ChainParams.of(tensors[1:]), settings, schedule)
 
     @staticmethod
     @differentiated_once
@@ -130,10 +116,9 @@ class _ScheduledSpan(torch.autograd.Function):
             walk.to_output()
         else:
             walk.kept, ctx.kept = {0: tensors[0], **ctx.kept}, None
-        needed = ctx.needs_input_grad[1:8]
-        grad_input, grads = walk.back(grad, needed[0], any(needed[1:]))
-        found = (g if n else None for g, n in zip((grad_input, *grads), needed, strict=True))
-        return (None, *found, *(None,) * 6)
+        needed = ctx.needs_input_grad[2:9]
+        grads = walk.back(grad, needed[0], any(needed[1:]))
+        return (None, None, *(g if n else None for g, n in zip(grads, needed, strict=True)), *(None,) * 4)
 
 
 def span(
@@ -149,7 +134,7 @@ def span(
         if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
             segment = 0
         elif snapshots is not None and snapshots * segment < params.layers:
-                return _ScheduledSpan.apply(family, *tensors, *settings, segment, snapshots)
+                return _ScheduledSpan.apply(Binomial(segment, snapshots), family, *tensors, *settings)
     function = NODES[family].apply if transformed and not compiling else FAMILIES[family].ops.forward
     return function(*tensors, *settings, segment)[0]
 

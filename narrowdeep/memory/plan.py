@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import os
 import re
-from array import array
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -98,9 +97,8 @@ class MemoryPlan:
 
     segment: int
     """Layers between two saved states; 1 saves every state."""
-    schedule: array[int] | None = field(repr=False)
-    """What to save and to run again when fewer than all boundaries are kept, as ``schedule.encode`` lays it out; its
-    segments are those of ``segment`` layers. None: every boundary is kept."""
+    schedule: schedule.Schedule | None
+    """What to save and to run again when fewer than all boundaries are kept. None: every boundary is kept."""
     snapshots: int
     """States that are kept from the forward to the backward."""
     parts: dict[str, int]
@@ -135,7 +133,7 @@ class MemoryPlan:
         return {
             "segment": self.segment,
             "snapshots": self.snapshots,
-            "schedule": None if self.schedule is None else list(self.schedule),
+            "schedule": None if self.schedule is None else str(self.schedule),
             "bytes": dict(self.parts),
             "activation_bytes": self.activations,
             "total_bytes": self.total,
@@ -145,12 +143,7 @@ class MemoryPlan:
         }
 
     def __str__(self) -> str:
-        if self.segment == 1:
-            saved = "every state"
-        elif self.schedule is None:
-            saved = f"one state in {self.segment} layers"
-        else:
-            saved = f"{self.snapshots} states, binomial schedule over segments of {self.segment} layers"
+        saved = str(self.schedule or schedule.Uniform(self.segment))
         rows = [(name, format_bytes(size)) for name, size in self.parts.items()]
         rows.append(("total", format_bytes(self.total)))
         if self.budget is not None:
@@ -211,7 +204,7 @@ class _Step:
         if self.cuda:
             backward, workspace = self._gpu(segment)
         elif self.taps:
-            # A schedule's parts hand a state and its gradient on, in and out (narrowdeep/parts.py).
+            # A schedule's parts hand a state and its gradient on, in and out (narrowdeep/chain/span.py).
             scheduled = segment > 1 and snapshots < self.segments(segment)
             backward = 3 * self.parts * self.state if scheduled else 0
             gradients = self.parameters
@@ -272,7 +265,7 @@ class _Step:
         return (workers * a_worker + (workers - 1) * gradients) * self.itemsize
 
     def sweeps(self, segment: int, snapshots: int) -> float:
-        """Forward runs of the whole chain in one step, as ``schedule.resumed`` has it."""
+        """Forward runs of the whole chain in one step, as ``schedule.Schedule`` has it."""
         if segment == 1:
             return 1.0
         length = self.segments(segment)
@@ -419,12 +412,11 @@ def _step(model: DeepNarrowBase, batch_size: int, input_shape: tuple[int, ...] |
 
 
 def _finish(step: _Step, fixed: dict[str, int], segment: int, snapshots: int, budget: int | None) -> MemoryPlan:
-    length, sweeps, actions = step.segments(segment), step.sweeps(segment, snapshots), None
-    if segment > 1 and snapshots < length:
-        actions = schedule.encode(schedule.resumed(schedule.binomial(length, snapshots)), length, snapshots)
+    sweeps = step.sweeps(segment, snapshots)
+    fewer = segment > 1 and snapshots < step.segments(segment)
     return MemoryPlan(
         segment=segment,
-        schedule=actions,
+        schedule=schedule.Binomial(segment, snapshots) if fewer else None,
         snapshots=step.layers + 1 if segment == 1 else snapshots,
         parts=fixed | step.activations(segment, snapshots),
         forward_sweeps=sweeps,

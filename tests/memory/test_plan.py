@@ -198,13 +198,12 @@ def test_a_schedule_that_the_model_asks_for(depth: int, segment: int, snapshots:
         assert planned.schedule is None
         return
     assert planned.checkpoint == (segment, snapshots)
-    assert planned.schedule is not None
-    actions, *found = schedule.decode(planned.schedule)
-    assert found == [length, snapshots]
+    assert planned.schedule == schedule.Binomial(min(segment, depth), snapshots)
+    cost = planned.schedule.cost(depth - 2)
+    assert cost.snapshots == snapshots
     assert planned.parts["boundaries"] == snapshots * 2 * 3 * 36 * 400 * 4
     # Besides what the schedule advances: the last segment on the way to the output, and every segment once, reversed.
-    advances = schedule.simulate(actions, length, snapshots).advances
-    assert planned.forward_sweeps == pytest.approx((advances + 1 + length) / length)
+    assert planned.forward_sweeps == pytest.approx((cost.advances + 1 + length) / length)
 
 
 def test_saving_every_state_is_slower_the_less_a_number_costs_to_compute() -> None:

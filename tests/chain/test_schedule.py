@@ -98,73 +98,86 @@ def test_uniform_keeps_everything(length: int) -> None:
     assert schedule.simulate(schedule.uniform(length), length, length) == schedule.Cost(length - 1, length, length)
 
 
-@given(lengths, st.integers(1, 40))
-def test_encoding_round_trips(length: int, snapshots: int) -> None:
-    actions = list(schedule.binomial(length, snapshots))
-    flat = schedule.encode(actions, length, snapshots)
-    assert flat.itemsize == 8
-    assert len(flat) == 2 + 3 * len(actions)
-    assert schedule.decode(flat) == (actions, length, snapshots)
-
-
-@given(lengths, st.integers(1, 40))
-def test_a_backward_apart_from_its_forward(length: int, snapshots: int) -> None:
+@given(lengths, st.integers(1, 40), st.integers(1, 5))
+def test_a_backward_apart_from_its_forward(length: int, snapshots: int, segment: int) -> None:
     """The first sweep's snapshots are told beforehand, and going on from the last of them costs what it must."""
     actions = list(schedule.binomial(length, snapshots))
     first = next(i for i, action in enumerate(actions) if action.op == Op.REVERSE)
+    apart, layers = schedule.Binomial(segment, snapshots), (length - 1) * segment + 1
     kept = schedule.first_snapshots(length, snapshots)
-    assert kept == [action.segment for action in actions[:first] if action.op == Op.STORE]
-    resumed = list(schedule.resumed(actions))
-    assert resumed[:first] == actions[:first]
-    assert resumed[first] == Action(Op.LOAD, kept[-1], len(kept) - 1)
-    cost = schedule.simulate(resumed, length, snapshots)
+    assert kept == [action.segment for action in actions[:first] if action.op == Op.STORE] == apart.kept(layers)
+    backward = list(apart.backward(layers))
+    assert backward[0] == Action(Op.LOAD, kept[-1], len(kept) - 1)
+    cost = schedule.simulate([*actions[:first], *backward], length, snapshots)
     assert cost.advances == schedule.fewest_advances(length, snapshots) + length - 1 - kept[-1]
+    assert apart.cost(layers) == cost
+
+
+class Sines:
+    """A chain y -> a_i sin(y) that schedules run on, and the derivative of its output."""
+
+    def __init__(self, factors: list[float]) -> None:
+        self.factors, self.current, self.at, self.gradient = factors, 0.7, 0, 1.0
+        self.slots: dict[int, float] = {}
+
+    def advance(self, segment: int) -> None:
+        for a in self.factors[self.at : segment]:
+            self.current = a * math.sin(self.current)
+        self.at = segment
+
+    def store(self, slot: int) -> None:
+        self.slots[slot] = self.current
+
+    def load(self, segment: int, slot: int) -> None:
+        self.current, self.at = self.slots[slot], segment
+
+    def reverse(self, segment: int) -> None:
+        assert segment == self.at
+        self.gradient *= self.factors[segment] * math.cos(self.current)
+        self.current = math.nan
+
+    def free(self, slot: int) -> None:
+        del self.slots[slot]
 
 
 @pytest.mark.parametrize("length", [1, 2, 5, 17])
 @pytest.mark.parametrize(
-    "build",
+    "run",
     [
-        lambda n: (schedule.binomial(n, 1), 1),
-        lambda n: (schedule.binomial(n, 3), 3),
-        lambda n: (schedule.resumed(schedule.binomial(n, 2)), 2),
-        lambda n: (schedule.two_level(n, 4), n + 2),
-        lambda n: (schedule.uniform(n), n),
+        schedule.Uniform(1),
+        schedule.Uniform(3),
+        schedule.TwoLevel(2, 4),
+        schedule.Binomial(1, 1),
+        schedule.Binomial(4, 2),
+        schedule.Binomial(3, 3),
     ],
+    ids=str,
 )
-def test_an_engine_that_executes_the_numbers(build, length: int) -> None:
-    """Gradients of a chain y -> a_i sin(y), reversed as the encoded numbers say, against the chain rule."""
+def test_gradients_of_a_chain_that_a_schedule_runs(run: schedule.Schedule, length: int) -> None:
     factors = [1.0 + 0.1 * i for i in range(length)]
     states = [0.7]
     for a in factors:
         states.append(a * math.sin(states[-1]))
     expected = math.prod(a * math.cos(y) for a, y in zip(factors, states, strict=False))
-
-    actions, snapshots = build(length)
-    flat = schedule.encode(actions, length, snapshots)
-    slots, current, at, gradient = [math.nan] * flat[1], 0.7, 0, 1.0
-    for i in range(2, len(flat), 3):
-        op, segment, slot = flat[i : i + 3]
-        if op == 0:
-            for a in factors[at:segment]:
-                current = a * math.sin(current)
-            at = segment
-        elif op == 1:
-            slots[slot] = current
-        elif op == 2:
-            current, at = slots[slot], segment
-        elif op == 3:
-            gradient *= factors[segment] * math.cos(current)
-            current = math.nan
-        else:
-            slots[slot] = math.nan
-    assert gradient == pytest.approx(expected, rel=1e-12)
+    chain, layers = Sines(factors), length * run.segment
+    run.run_forward(layers, chain)
+    assert len(chain.slots) == len(run.kept(layers))
+    run.run_backward(layers, chain)
+    assert chain.gradient == pytest.approx(expected, rel=1e-12)
+    assert not chain.slots
 
 
-def test_encoded_layout() -> None:
-    """Two segments, one slot, by hand: keep state 0, run segment 0, reverse 1, load 0, reverse 0, give it back."""
-    flat = schedule.encode(schedule.binomial(2, 1), 2, 1)
-    assert list(flat) == [2, 1, 1, 0, 0, 0, 1, -1, 3, 1, -1, 2, 0, 0, 3, 0, -1, 4, 0, 0]
+def test_schedules_print_themselves() -> None:
+    assert str(schedule.Uniform(1)) == "every state"
+    assert str(schedule.Uniform(64)) == "one state in 64 layers"
+    assert str(schedule.Binomial(8, 3)) == "3 states, binomial schedule over segments of 8 layers"
+    assert str(schedule.TwoLevel(8, 3)) == "one state in 3 segments of 8 layers, then of each segment"
+
+
+@pytest.mark.parametrize("build", [lambda n: schedule.Uniform(n), lambda n: schedule.Binomial(1, n)])
+def test_schedules_are_of_at_least_one(build) -> None:
+    with pytest.raises(ValueError, match="must be at least 1, got 0"):
+        build(0)
 
 
 @given(st.data(), st.integers(2, 30), st.integers(1, 6))
@@ -197,20 +210,6 @@ def test_a_schedule_with_an_action_missing_is_refused(data: st.DataObject, lengt
 def test_broken_schedules_are_refused(actions: list[Action], message: str) -> None:
     with pytest.raises(ScheduleError, match=message):
         schedule.simulate(actions, 2, 1)
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ([], "2 \\+ 3 numbers"),
-        ([1, 1, 0], "2 \\+ 3 numbers"),
-        ([0, 1], "at least 1"),
-        ([1, 1, 9, 0, 0], "op must be in 0"),
-    ],
-)
-def test_broken_encodings_are_refused(values: list[int], message: str) -> None:
-    with pytest.raises(ScheduleError, match=message):
-        schedule.decode(values)
 
 
 @pytest.mark.parametrize("build", [schedule.binomial, schedule.two_level])
