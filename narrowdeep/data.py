@@ -134,10 +134,12 @@ def _digits(name: Literal["digits", "digits01"], pool: int, dtype: torch.dtype) 
 def _mnist(
     name: Literal["mnist", "mnist01"], data: str | Path | None, download: bool, pool: int, dtype: torch.dtype
 ) -> Task:
-    from torchvision.datasets import MNIST
-
     if data is None:
         raise ValueError(f"data must name the folder that holds MNIST/raw for task {name!r}, got None")
+    try:
+        from torchvision.datasets import MNIST
+    except (ImportError, RuntimeError) as error:  # RuntimeError: built for another torch
+        raise ValueError(f"task {name!r} needs torchvision, which cannot be imported: {error}") from error
     raw = Path(data) / "MNIST" / "raw"
     splits = []
     for train in (True, False):
