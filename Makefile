@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' 2>/dev/null)
 
-.PHONY: help demo test bench lint clean
+.PHONY: help demo test bench lint sanitize clean
 .DELETE_ON_ERROR:
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo 'make test    run the tests'
 	@echo 'make bench   time the library and its peers (about 5 minutes)'
 	@echo 'make lint    ruff and mypy'
+	@echo 'make sanitize  the tests of the engine under ASan and UBSan (gcc)'
 	@echo 'make clean   remove what was built'
 
 demo: $(READY)
@@ -30,6 +31,13 @@ bench: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# A copy of the package with its own engine comes first on the path. Leaks of the interpreter are not ours.
+sanitize: $(READY)
+	NARROWDEEP_SANITIZE=address,undefined $(BIN)/python setup.py --quiet build --build-base build/sanitize --build-lib build/sanitize
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+	NARROWDEEP_ISA=$(if $(filter aarch64 arm64,$(shell uname -m)),neon,avx2) PYTHONPATH=build/sanitize \
+	$(BIN)/python -m pytest --quiet -o 'pythonpath=build/sanitize .' -k 'not scalar and not avx512' tests/ops tests/modules
 
 clean:
 	rm -rf build dist narrowdeep.egg-info narrowdeep/*.so $(READY)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,19 @@ INSTRUCTION_SETS: dict[str, list[str] | None] = {
     "neon": [] if ARM64 else None,
 }
 
+# NARROWDEEP_SANITIZE=address,undefined builds the engine for `make sanitize`: gcc's sanitizers in the instruction set
+# that this names. The others are compiled quickly and are not meant to run.
+SANITIZE = os.environ.get("NARROWDEEP_SANITIZE", "")
+SANITIZED = "neon" if ARM64 else "avx2"
+SANITIZERS = [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"] if SANITIZE else []
+
+
+def optimization(instruction_set: str) -> list[str]:
+    """Flags for a source of ``instruction_set``, "" for one that belongs to none."""
+    if not SANITIZE:
+        return ["-O3", "-g0"]
+    return ["-O1", "-g1", *SANITIZERS] if instruction_set in ("", SANITIZED) else ["-O0", "-g0"]
+
 
 def instruction_set(source: str) -> str:
     """ "avx2" for csrc/mlp/mlp_avx2.cpp, "" for a source that belongs to no instruction set."""
@@ -40,7 +54,8 @@ class BuildEngine(BuildExtension):
     def finalize_options(self) -> None:
         super().finalize_options()
         # An editable install would build in a temporary folder and compile everything again each time.
-        self.build_temp = str(ROOT / "build" / f"temp.{platform.system().lower()}-{platform.machine()}")
+        kind = "sanitize" if SANITIZE else "temp"
+        self.build_temp = str(ROOT / "build" / f"{kind}.{platform.system().lower()}-{platform.machine()}")
 
     def build_extension(self, ext: Extension) -> None:
         compile_all = self.compiler.compile
@@ -53,7 +68,7 @@ class BuildEngine(BuildExtension):
 
             def compile_group(name: str) -> list[str]:
                 flags = INSTRUCTION_SETS.get(name) or []
-                extra = {**arguments, "cxx": [*arguments.get("cxx", []), *flags]}
+                extra = {**arguments, "cxx": [*arguments.get("cxx", []), *optimization(name), *flags]}
                 # A folder a group: each has its own build.ninja.
                 folder = str(Path(output_dir) / (name or "baseline"))
                 return compile_all(groups[name], output_dir=folder, extra_postargs=extra, **options)
@@ -82,7 +97,8 @@ def engine() -> list[Extension]:
             include_dirs=[str(ROOT / "csrc")],
             depends=[str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.h"))],
             define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],  # libtorch's stable ABI of torch 2.10
-            extra_compile_args={"cxx": ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall"]},
+            extra_compile_args={"cxx": ["-std=c++17", "-fvisibility=hidden", "-Wall"]},
+            extra_link_args=SANITIZERS,
             py_limited_api=True,
         )
     ]

@@ -11,6 +11,8 @@ from unittest import mock
 import pytest
 import torch
 
+pytest.importorskip("triton", reason="needs Triton")
+
 from narrowdeep.ops import layered, triton_chain, triton_dispatch
 from narrowdeep.ops.cnn import triton as conv
 from narrowdeep.ops.mlp import triton as mlp

@@ -8,6 +8,8 @@ from unittest import mock
 import pytest
 import torch
 
+pytest.importorskip("triton", reason="needs Triton")
+
 from narrowdeep.ops import triton_chain
 from narrowdeep.ops.cnn import triton as conv
 from narrowdeep.ops.gram import triton as gram

@@ -9,7 +9,8 @@ from unittest import mock
 
 import pytest
 import torch
-import triton
+
+triton = pytest.importorskip("triton", reason="needs Triton")
 
 from benchmarks.gpu.static_figures import TABLE, Entry, entries, key, measure_all
 from narrowdeep.ops import triton_common
