@@ -34,7 +34,7 @@ from narrowdeep.commands.options import (
     print_json,
     resolve_device,
 )
-from narrowdeep.memory.profile import plot, table
+from narrowdeep.memory.profiling import plot, table
 
 
 def profile(

@@ -15,7 +15,7 @@ from torch import nn
 from narrowdeep import DeepNarrowCNN, DeepNarrowMLP
 from narrowdeep.memory import BudgetError, MemoryPlan, plan, schedule
 
-planning: Any = importlib.import_module("narrowdeep.memory.plan")  # narrowdeep.memory.plan is the function
+planning: Any = importlib.import_module("narrowdeep.memory.planning")
 
 
 def smallest_budget(model: DeepNarrowMLP, batch: int) -> int:
