@@ -172,8 +172,8 @@ def test_in_plain_form_they_do_what_they_do_to_the_layers() -> None:
         weights = [model.first_weight, *(model.hidden_weight_orig * model.hidden_weight_mask), model.last_weight]
         biases = [model.first_bias, *model.hidden_bias, model.last_bias]
         for linear, weight, bias in zip(list(seq)[::2], weights, biases, strict=True):
-            linear.weight.copy_(weight)  # type: ignore[operator, union-attr]
-            linear.bias.copy_(bias)  # type: ignore[operator, union-attr]
+            linear.weight.copy_(weight)  # type: ignore[operator]
+            linear.bias.copy_(bias)  # type: ignore[operator]
     torch.testing.assert_close(model(x), seq(x))
     model = DeepNarrowMLP(2, 1, 5, form="plain", init="kaiming", dtype=torch.float64)
     parametrizations.orthogonal(model, "hidden_weight")
@@ -207,7 +207,7 @@ def test_channels_last_changes_nothing(depth: int) -> None:
     model = nn.Sequential(_model("conv", depth=depth))
     before = copy.deepcopy(model)
     strides = [p.stride() for p in model.parameters()]
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.to(memory_format=torch.channels_last)
     assert [p.stride() for p in model.parameters()] == strides
     x = _x("conv").to(memory_format=torch.channels_last)
     assert torch.equal(model(x), before(x))
@@ -288,12 +288,12 @@ def test_a_subclass_keeps_what_it_adds() -> None:
 
 def test_numbers_of_numpy() -> None:
     model = DeepNarrowMLP(
-        np.int64(2),  # type: ignore[arg-type]
-        np.int32(1),  # type: ignore[arg-type]
-        np.int64(6),  # type: ignore[arg-type]
-        scale=np.float32(4),  # type: ignore[arg-type]
-        rho=np.float32(0.5),  # type: ignore[arg-type]
-        checkpoint=np.int64(3),  # type: ignore[arg-type]
+        np.int64(2),
+        np.int32(1),
+        np.int64(6),
+        scale=np.float32(4),
+        rho=np.float32(0.5),
+        checkpoint=np.int64(3),
         budget=None,
     )
     settings = (model.in_features, model.depth, model.scale, model.rho, model.checkpoint)
