@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from narrowdeep import DeepNarrowCNN, DeepNarrowMLP, memory
-from narrowdeep.memory.plan import format_bytes
+from narrowdeep.memory.planning import format_bytes
 
 IMAGE = (7, 7)
 BATCHES = (128, 512, 2048, 8192)

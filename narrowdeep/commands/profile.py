@@ -37,7 +37,7 @@ from narrowdeep.commands.options import (
     resolve_device,
 )
 from narrowdeep.commands.progress import progress
-from narrowdeep.memory.profile import plot, table
+from narrowdeep.memory.profiling import plot, table
 
 
 def profile(

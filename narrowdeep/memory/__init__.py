@@ -1,6 +1,9 @@
-"""Memory of a training step: schedules, a plan before it runs, and what it really takes."""
+"""Memory of a training step: schedules, a plan before it runs, and what it really takes.
 
-from narrowdeep.memory.plan import BudgetError, MemoryPlan, plan
-from narrowdeep.memory.profile import MemoryProfile, profile
+``plan`` and ``profile`` are the functions; their modules are ``planning`` and ``profiling``.
+"""
+
+from narrowdeep.memory.planning import BudgetError, MemoryPlan, plan
+from narrowdeep.memory.profiling import MemoryProfile, profile
 
 __all__ = ["BudgetError", "MemoryPlan", "MemoryProfile", "plan", "profile"]

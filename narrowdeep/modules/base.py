@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from narrowdeep.checks import LARGEST, check_count, check_number, is_integer, shown
 from narrowdeep.functional import Form, check_tensors
-from narrowdeep.memory.plan import AUTO_SEGMENT, parse_bytes, plan
+from narrowdeep.memory.planning import AUTO_SEGMENT, parse_bytes, plan
 from narrowdeep.modules import hidden, state
 
 Init = Literal["ntk", "kaiming"]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from narrowdeep.checks import check_count
 from narrowdeep.functional import Form, conv_chain
-from narrowdeep.memory.plan import AUTO_SEGMENT
+from narrowdeep.memory.planning import AUTO_SEGMENT
 from narrowdeep.modules import convert
 from narrowdeep.modules.base import Checkpoint, DeepNarrowBase, Init
 

@@ -16,7 +16,7 @@ from narrowdeep import DeepNarrowCNN, DeepNarrowMLP
 from narrowdeep.chain import schedule
 from narrowdeep.memory import BudgetError, MemoryPlan, plan
 
-planning: Any = importlib.import_module("narrowdeep.memory.plan")  # narrowdeep.memory.plan is the function
+planning: Any = importlib.import_module("narrowdeep.memory.planning")
 
 
 def smallest_budget(model: DeepNarrowMLP, batch: int) -> int:

@@ -13,9 +13,10 @@ import torch
 
 from benchmarks.memory import agrees
 from narrowdeep import DeepNarrowCNN, DeepNarrowMLP
-from narrowdeep.memory import MemoryProfile, profile
+from narrowdeep.memory import BudgetError, MemoryProfile, plan, profile
+from narrowdeep.optim import FusedSGD
 
-profiling: Any = importlib.import_module("narrowdeep.memory.profile")  # narrowdeep.memory.profile is the function
+profiling: Any = importlib.import_module("narrowdeep.memory.profiling")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the process's peak can be reset on Linux only")
 
 MEGABYTE = 1 << 20
@@ -83,6 +84,51 @@ def test_nothing_is_left_behind() -> None:
         assert torch.equal(p.detach(), q)
 
 
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_an_optimizer_that_steps_inside_backward_does_not(chunks: int) -> None:
+    model = DeepNarrowMLP(2, 1, 30, chunks=chunks).eval()
+    optimizer = FusedSGD(model, lr=1e-3, momentum=0.9)
+    x = torch.rand(16, 2, requires_grad=True)
+    before = [p.detach().clone() for p in model.parameters()]
+    with torch.no_grad():
+        profile(model, x)
+    assert not optimizer.state
+    assert not model.training
+    assert x.grad is None
+    for p, q in zip(model.parameters(), before, strict=True):
+        assert p.grad is None
+        assert torch.equal(p.detach(), q)
+    model(x).sum().backward()  # and it still steps
+    assert not torch.equal(model.last_bias.detach(), before[-1 if chunks == 1 else 3])
+
+
+@pytest.mark.parametrize("form", ["offset", "plain"])
+@pytest.mark.parametrize(("chunks", "checkpoint"), [(4, 64), (4, 10), (1, (10, 3))])
+def test_what_is_planned_for_several_nodes_is_enough(form: Any, chunks: int, checkpoint: Any) -> None:
+    x = torch.rand(16384, 2)
+    models = [(DeepNarrowMLP(2, 1, 300, form=form, checkpoint=checkpoint, chunks=chunks), x)]
+    image = torch.rand(256, 1, 7, 7)
+    DeepNarrowCNN(1, 1, 9, chunks=2)(image).sum().backward()  # what torch loads for its first convolution of a size
+    models.append((DeepNarrowCNN(1, 1, 100, form=form, checkpoint=checkpoint, chunks=chunks), image))  # type: ignore[arg-type]
+    for model, inputs in models:
+        measured = profile(model, inputs, eager=False)
+        assert measured.measured <= 1.05 * measured.plan.total, measured
+
+
+def test_a_budget_holds_with_chunks() -> None:
+    x = torch.rand(16384, 2)
+    model = DeepNarrowMLP(2, 1, 300, chunks=4)
+    with pytest.raises(BudgetError) as caught:
+        plan(model, batch_size=len(x), budget=1)
+    model.budget = int(1.1 * caught.value.smallest)
+    measured = profile(model, x, eager=False)
+    assert measured.measured <= model.budget
+    assert measured.plan.budget == model.budget
+    model.budget = caught.value.smallest - 1
+    with pytest.raises(BudgetError):
+        model(x)
+
+
 def test_table_json_and_plot(tmp_path: Path) -> None:
     profiles = [profile(DeepNarrowMLP(2, 1, depth), torch.randn(64, 2), eager=depth < 50) for depth in (10, 100)]
     lines = profiling.table(profiles).splitlines()
@@ -103,7 +149,7 @@ def test_bad_inputs() -> None:
         profile(model, torch.zeros(2))
     with pytest.raises(ValueError, match="got list"):
         profile(model, [[1.0, 2.0]])  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"input_shape must be \(2,\), got \(3,\)"):
+    with pytest.raises(ValueError, match=r"x must have shape \(B, 2\), B at least 1, got \(4, 3\)"):
         profile(model, torch.zeros(4, 3))
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"x must have shape \(B, 2\), B at least 1, got \(0, 2\)"):
         profile(model, torch.zeros(0, 2))

@@ -28,6 +28,10 @@ gradients of one chunk of layers exist at a time."""
 BACKWARD_COST = 2.0
 """What the backward of a layer costs when its input is at hand, in forwards of that layer: two products against one."""
 
+NODE_STATES = {1: 12, 2: 20}
+"""States that exist at once where a node of a chain in several goes back, beside a segment's: by the parts of a state,
+in plain and in offset form. At most; measured 4 to 12 and 10 to 20."""
+
 CACHE_BYTES = 1 << 20
 """Of a thread of the CPU. States that do not fit are written to memory and read back."""
 
@@ -100,7 +104,7 @@ class MemoryPlan:
     schedule: schedule.Schedule | None
     """What to save and to run again when fewer than all boundaries are kept. None: every boundary is kept."""
     snapshots: int
-    """States that are kept from the forward to the backward."""
+    """States that are kept from the forward to the backward; of more than one chunk, in each."""
     parts: dict[str, int]
     """Bytes at the peak. "parameters", "gradients", "optimizer state"; "input and output": x, f(x) and its gradient;
     "boundaries": the states saved for the backward; "backward state": what the backward carries from segment to
@@ -185,6 +189,13 @@ class _Step:
     threads: int
     lanes: int
     """Samples in a vector of the CPU engine."""
+    chunks: tuple[int, ...]
+    """Hidden layers of each graph node."""
+
+    @property
+    def longest(self) -> int:
+        """Hidden layers of the longest chunk."""
+        return max(self.chunks)
 
     @property
     def itemsize(self) -> int:
@@ -196,22 +207,45 @@ class _Step:
         return self.width * self.positions * self.batch * self.itemsize
 
     def segments(self, segment: int) -> int:
-        return max(1, _ceil(self.layers, segment))
+        """Of the longest chunk."""
+        return max(1, _ceil(self.longest, segment))
+
+    def in_nodes(self, segment: int, snapshots: int) -> bool:
+        """Whether the chain runs as several graph nodes (narrowdeep/parts.py): in chunks, or under a schedule."""
+        return len(self.chunks) > 1 or (segment > 1 and snapshots < self.segments(segment))
+
+    def _boundaries(self, segment: int, snapshots: int) -> int:
+        """Numbers of states: what is saved, with the state that each chunk starts from and that the last ends at."""
+        if len(self.chunks) == 1:
+            return self.layers + 1 if segment == 1 else snapshots * self.parts
+        if segment == 1:
+            return sum(m - 1 + self.parts for m in self.chunks) + self.parts
+        return sum(min(snapshots, _ceil(m, segment)) * self.parts for m in self.chunks) + self.parts
 
     def activations(self, segment: int, snapshots: int) -> dict[str, int]:
         """Bytes that depend on checkpointing, by part. ``snapshots`` is read when ``segment`` is not 1."""
-        boundaries = (self.layers + 1) * self.state if segment == 1 else snapshots * self.parts * self.state
-        if self.cuda:
+        boundaries = self._boundaries(segment, snapshots) * self.state
+        in_nodes = self.in_nodes(segment, snapshots)
+        gradients = self.parameters
+        if in_nodes:  # of one node's layers: each thread's but one, and the node's own, until they are copied
+            layers = self.longest if segment == 1 or len(self.chunks) > 1 else min(segment, self.layers)
+            gradients = layers * self.width * (self.width * max(1, self.taps) + 1)
+        if in_nodes and (self.cuda or not self.taps):
+            # In torch, a layer at a time (ops/layered.py): a state and its gradient with all that is made of each, what
+            # nodes hand on, a segment's states; and where a node is divided again, its part's gradients.
+            backward = (NODE_STATES[self.parts] + 2 * self.parts) * self.state
+            states = 0 if segment == 1 else min(segment, self.longest) + 1
+            copied = gradients if snapshots < self.segments(segment) and segment > 1 else 0
+            workspace = states * self.state + copied * self.itemsize
+            if self.taps:
+                workspace += (2 * self.taps + 2) * self.state
+        elif self.cuda:
             backward, workspace = self._gpu(segment)
         elif self.taps:
-            # A schedule's parts hand a state and its gradient on, in and out (narrowdeep/chain/span.py).
-            scheduled = segment > 1 and snapshots < self.segments(segment)
-            backward = 3 * self.parts * self.state if scheduled else 0
-            gradients = self.parameters
-            if scheduled:  # of one part's layers: each thread's but one, and the part's own, until they are copied
-                gradients = min(segment, self.layers) * self.width * (self.width * self.taps + 1)
-            workspace = self._conv_engine(segment, gradients) + scheduled * gradients * self.itemsize
-            if scheduled:  # the last layer, in torch, takes its inputs apart by taps; no gradient exists by then
+            # Nodes hand a state and its gradient on, in and out.
+            backward = 3 * self.parts * self.state if in_nodes else 0
+            workspace = self._conv_engine(segment, gradients) + in_nodes * gradients * self.itemsize
+            if in_nodes:  # the last layer, in torch, takes its inputs apart by taps; no gradient exists by then
                 last = (2 * self.taps + 2) * self.state - self.parameters * self.itemsize
                 workspace = max(workspace, last - backward)
         else:
@@ -248,7 +282,7 @@ class _Step:
 
     def _held(self, segment: int) -> tuple[int, int]:
         """States of a segment, and how many of them csrc/conv/chain.h holds at once (``longest``, ``held_states``)."""
-        longest = min(segment + 1, self.layers + 1)
+        longest = min(segment + 1, self.longest + 1)
         fits = 2**24 // (self.width * self.positions * self.lanes * self.itemsize)
         return longest, min(max(32, min(256, fits)), longest)
 
@@ -281,7 +315,7 @@ class _Step:
 
     def time(self, segment: int, snapshots: int) -> float:
         """Of a step, in forward sweeps."""
-        states = self.activations(1, 0)["boundaries"]
+        states = (self.layers + 1) * self.state
         if segment == 1 and not self.cuda and states > CACHE_BYTES * self.threads:
             products = self.width * max(1, self.taps)
             return 1.0 + BACKWARD_COST + STATE_COST / (products + UNIT_COST)
@@ -353,7 +387,7 @@ def plan(
             segment, most = model.checkpoint
             snapshots = min(most, step.segments(segment))
         return _finish(step, fixed, segment, snapshots, None)
-    candidates = [(1, 0), *((k, step.segments(k)) for k in _uniform(step.layers))]
+    candidates = [(1, 0), *((k, step.segments(k)) for k in _uniform(step.longest))]
     totals = {c: sum(fixed.values()) + sum(step.activations(*c).values()) for c in candidates}
     fitting = [c for c in candidates if totals[c] <= wanted]
     if not fitting:
@@ -408,6 +442,7 @@ def _step(model: DeepNarrowBase, batch_size: int, input_shape: tuple[int, ...] |
         cuda=weight.is_cuda,
         threads=torch.get_num_threads(),
         lanes=vector // itemsize if vector else 1,
+        chunks=tuple(weight.shape[0] for weight in model.in_chunks("hidden_weight")),
     )
 
 

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from narrowdeep import files
-from narrowdeep.memory.plan import MemoryPlan, format_bytes, plan
+from narrowdeep.memory.planning import MemoryPlan, format_bytes, plan
 
 if TYPE_CHECKING:
     from narrowdeep.modules import DeepNarrowCNN, DeepNarrowMLP
@@ -49,7 +50,8 @@ class MemoryProfile:
 def profile(model: DeepNarrowMLP | DeepNarrowCNN, x: Tensor, *, eager: bool = True) -> MemoryProfile:
     """Measure the peak memory of ``model(x).sum().backward()``; no optimizer steps.
 
-    Parameters, their ``.grad`` and the random state come out as they went in.
+    Nothing is left behind: it runs on parameters and an input of its own that share the memory of these, so that no
+    gradient is stored, no hook of theirs runs and an optimizer that steps inside backward does not.
 
     Arguments:
         model: a DeepNarrowMLP or DeepNarrowCNN, on the CPU or on CUDA.
@@ -62,8 +64,13 @@ def profile(model: DeepNarrowMLP | DeepNarrowCNN, x: Tensor, *, eager: bool = Tr
     Raises: TypeError and ValueError as ``plan`` does; NotImplementedError where the system keeps no peak (it needs
         Linux on the CPU).
     """
+    if not hasattr(model, "identity_part"):
+        raise TypeError(f"model must be a DeepNarrowMLP or a DeepNarrowCNN, got {type(model).__name__}")
     if not isinstance(x, Tensor) or x.dim() < 2:
         raise ValueError(f"x must be a tensor with its batch in dimension 0, got {_describe(x)}")
+    sample = f"{model.first_weight.shape[1]}{', H, W' if model.first_weight.dim() == 4 else ''}"
+    if x.dim() != model.first_weight.dim() or x.shape[1] != model.first_weight.shape[1] or x.numel() == 0:
+        raise ValueError(f"x must have shape (B, {sample}), B at least 1, got {tuple(x.shape)}")
     planned = plan(model, batch_size=x.shape[0], input_shape=tuple(x.shape[1:]))
     measured = _step_peak(model, x)
     eager_peak = None
@@ -82,23 +89,20 @@ def _bytes_of(tensors: Sequence[Tensor]) -> int:
 
 def _step_peak(module: nn.Module, x: Tensor) -> int:
     """Peak bytes of a forward and a backward, with the parameters and x."""
-    params = list(module.parameters())
-    before = [p.grad for p in params]
+    params = {name: p.detach().requires_grad_(p.requires_grad) for name, p in module.named_parameters()}
+    x = x.detach().requires_grad_(x.requires_grad)
 
     def step(x: Tensor) -> None:
-        for p in params:
-            p.grad = None
-        module(x).sum().backward()
-        for p in params:
+        with torch.enable_grad():
+            out = functional_call(module, params, (x,))
+            if out.requires_grad:
+                out.sum().backward()
+        for p in (x, *params.values()):
             p.grad = None
 
-    try:
-        step(x[:1])  # thread pools, library handles and code that is loaded on first use
-        growth = _peak_growth(lambda: step(x), x.device)
-    finally:
-        for p, grad in zip(params, before, strict=True):
-            p.grad = grad
-    return growth + _bytes_of([*params, x])
+    step(x[:1].detach())  # thread pools, library handles and code that is loaded on first use
+    growth = _peak_growth(lambda: step(x), x.device)
+    return growth + _bytes_of([*params.values(), x])
 
 
 def _peak_growth(run: Callable[[], None], device: torch.device) -> int:
