@@ -24,7 +24,7 @@ def as_real(name: str, value: Any) -> float:
     try:
         return float(value)
     except OverflowError:
-        return math.copysign(math.inf, value)
+        return math.inf if value > 0 else -math.inf
 
 
 def as_not_negative(name: str, value: Any) -> float:
@@ -45,16 +45,17 @@ def as_count(name: str, value: Any, least: int = 1) -> int:
     """An integer of any type, from ``least``."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-    if value >= 2**63:
+    number = int(value)
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}, got {_short(value)}")
+    if number >= 2**63:
         raise ValueError(f"{name} must be below 2**63, got {_short(value)}")
-    return int(value)
+    return number
 
 
 def _short(value: Any) -> str:
     """The value as text; of thousands of digits, how many."""
-    if isinstance(value, numbers.Integral) and abs(value) >= 10**20:
+    if isinstance(value, numbers.Integral) and abs(int(value)) >= 10**20:
         return f"an integer of {int(value).bit_length()} bits"
     return str(value)
 

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from narrowdeep.modules import DeepNarrowCNN
-from narrowdeep.ntk.limit import check_alike
+from narrowdeep.ntk.modes import check_alike
 from narrowdeep.ntk.network import (
     Function,
     Narrow,
     Ours,
     cast_to,
+    check_alone,
     check_batch,
     check_module,
     check_samples,
@@ -54,8 +55,9 @@ def _samples(model: nn.Module, ours: Ours | None, name: str, x: Tensor) -> Tenso
     x = cast_to(model, x)
     if ours is None or ours.family is None:
         check_batch(model, name, x)
-        return plain(x).clone()  # a forward may write to its input
+        return plain(x)
     if ours.before:
+        check_alone(model)
         check_batch(model, name, x)
         x, name = ours.samples(plain(x)), f"{name} after the modules before the network"
     check_samples(ours.model, name, x)

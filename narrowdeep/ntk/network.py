@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 from narrowdeep.functional import conv_chain, mlp_chain
 from narrowdeep.modules import DeepNarrowCNN, DeepNarrowMLP
 from narrowdeep.modules.base import PARAMETER_NAMES
-from narrowdeep.ntk.limit import check_alike
+from narrowdeep.ntk.modes import check_alike, exact
 from narrowdeep.ops.gram import reference
 
 Narrow = DeepNarrowMLP | DeepNarrowCNN
@@ -76,13 +76,15 @@ class Ours:
         """x after the modules before the model, (N, ...) of its dtype."""
         if not self.before:
             return x
-        call, buffers = _caller(nn.Sequential(*self.before))
-        out = checked_call(lambda: call(buffers, x.clone()), x)
+        call = _caller(nn.Sequential(*self.before))
+        out = checked_call(lambda: call({}, x), x)
         if not isinstance(out, Tensor) or out.dim() == 0 or out.shape[0] != x.shape[0]:
             got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-            raise ValueError(f"model must map (N, ...) to (N, out) or (N,), its first modules {tuple(x.shape)} -> {got}")
+            raise ValueError(
+                f"model must map (N, ...) to (N, out) or (N,), its first modules {tuple(x.shape)} -> {got}"
+            )
         if x.shape[0] > 1:
-            alone = call(buffers, x[:1].clone())
+            alone = call({}, x[:1])
             size = out[:1].abs().max().item() if out[:1].numel() else 0.0
             if alone.shape != out[:1].shape or not torch.allclose(
                 alone, out[:1], rtol=1e-3, atol=1e-3 * size, equal_nan=True
@@ -168,10 +170,8 @@ def _inside(module: nn.Module) -> list[nn.Module] | None:
         return [module.get_submodule("_orig_mod")]
     if not isinstance(module, nn.Sequential) or not len(module) or not _as_its_class(module, nn.Sequential):
         return None
-    inside = list(module._modules.values())
-    if any(part is None or isinstance(part, Narrow) or next(part.parameters(), None) is not None for part in inside[:-1]):
-        return None
-    return [part for part in inside if part is not None]
+    inside = list(module)
+    return None if any(next(part.parameters(), None) is not None for part in inside[:-1]) else inside
 
 
 def compiled(module: nn.Module) -> bool:
@@ -193,31 +193,14 @@ def reading(*models: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
-        for device in {"cpu", *(param.device.type for model in models for param in model.parameters())} - {"meta"}:
-            stack.enter_context(torch.autocast(device, enabled=False))
-        stack.enter_context(_full_precision())
+        stack.enter_context(exact({param.device.type for model in models for param in model.parameters()}))
         if any(compiled(part) or part._compiled_call_impl is not None for m in models for part in m.modules()):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
+        devices = {param.device for model in models for param in model.parameters() if param.device.type == "cuda"}
+        stack.enter_context(torch.random.fork_rng(sorted(device.index for device in devices)))
         for model in models:
             stack.enter_context(_unchanged(model))
         yield
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """float32 products are float32 products."""
-    backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]
-    backends += [torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv]
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend, value in zip(backends, before, strict=True):
-            if value in ("tf32", "bf16"):
-                backend.fp32_precision = "ieee"
-        yield
-    finally:
-        for backend, value in zip(backends, before, strict=True):
-            if backend.fp32_precision != value:
-                backend.fp32_precision = value
 
 
 @contextmanager
@@ -244,52 +227,51 @@ def _random_states(device: torch.device) -> list[Tensor]:
 
 
 def checked_call(call: Callable[[], Any], x: Tensor) -> Any:
-    """``call()``, which must draw no random numbers.
+    """``call()``.
 
-    Raises: ValueError when it does; the random state is then what it was.
+    Raises: ValueError when it draws random numbers, which ``reading`` then puts back.
     """
     before = _random_states(x.device)
     out = call()
-    if all(torch.equal(a, b) for a, b in zip(before, _random_states(x.device), strict=True)):
-        return out
-    torch.set_rng_state(before[0])
-    if len(before) > 1:
-        torch.cuda.set_rng_state(before[1], x.device)
-    raise ValueError("model must give the same output every time, but it draws random numbers: call model.eval()")
+    if not all(torch.equal(a, b) for a, b in zip(before, _random_states(x.device), strict=True)):
+        raise ValueError("model must give the same output every time, but it draws random numbers: call model.eval()")
+    return out
 
 
 # --- A module as a function of its parameters -------------------------------------------------------------------------
 
 
-def _caller(module: nn.Module) -> tuple[Callable[[dict[str, Tensor], Tensor], Any], dict[str, Tensor]]:
-    """(values by name, x) -> module(x) with those values, and copies of the values that are not trained.
+def _caller(module: nn.Module) -> Callable[[dict[str, Tensor], Tensor], Any]:
+    """(values of the trained parameters by name, x) -> module(x) with those values.
 
     Every slot that holds a tensor is filled by its own name, once: a module that is used twice, and a parameter that
     two modules share, is then one value in all of its places.
     """
     slots: dict[str, str] = {}
     names: dict[int, str] = {}
-    fixed: dict[str, Tensor] = {}
+    frozen: dict[str, Tensor] = {}
+    buffers: dict[str, Tensor] = {}
     for path, part in module.named_modules():
         for values in (part._parameters, part._buffers):
             for own, value in values.items():
                 if value is None:
                     continue
                 slot = f"{path}.{own}" if path else own
-                slots[slot] = names.setdefault(id(value), slot)
-                if isinstance(value, nn.parameter.UninitializedTensorMixin):
+                name = slots[slot] = names.setdefault(id(value), slot)
+                if nn.parameter.is_lazy(value):
                     raise ValueError(f"model must be initialised, call it once, got an uninitialised {slot}")
-                if isinstance(value, nn.Parameter):
-                    if not value.requires_grad:
-                        fixed[slots[slot]] = plain(value)
-                elif slots[slot] == slot:
-                    fixed[slot] = plain(value).clone()  # a forward may write to its buffers
+                if not isinstance(value, nn.Parameter):
+                    buffers[name] = plain(value)
+                elif not value.requires_grad:
+                    frozen[name] = plain(value)
 
     def call(values: dict[str, Tensor], x: Tensor) -> Any:
-        given = {slot: values[name] if name in values else fixed[name] for slot, name in slots.items()}
-        return torch.func.functional_call(module, given, (x,), tie_weights=False)
+        # Copies of the buffers and of x, made inside of a transform: a forward may write to them.
+        known = {**frozen, **values, **{name: value.clone() for name, value in buffers.items()}}
+        given = {slot: known[name] for slot, name in slots.items()}
+        return torch.func.functional_call(module, given, (x.clone(),), tie_weights=False)
 
-    return call, fixed
+    return call
 
 
 @dataclass(frozen=True)
@@ -318,7 +300,7 @@ class Function:
 
         Raises: ValueError for a model that draws random numbers.
         """
-        return checked_call(lambda: self(self.params, x[:1].clone()), x)
+        return checked_call(lambda: self(self.params, x[:1]), x)
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
@@ -330,7 +312,7 @@ def function_of(model: nn.Module, ours: Ours | None) -> Function:
     if ours is None or ours.family is None:
         check_alone(model)
         chunked = any(isinstance(part, Narrow) and part.chunks > 1 for part in model.modules())
-        return Function(_caller(model)[0], trained(model), not chunked)
+        return Function(_caller(model), trained(model), not chunked)
     names = {id(param): name for name, param in model.named_parameters()}
     places = [(names[id(param)], plain(param), i) for param, i, _ in ours.places()]
     narrow, chain = ours.model, mlp_chain if ours.family is reference.MLP else conv_chain
