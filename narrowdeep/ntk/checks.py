@@ -24,7 +24,7 @@ def as_real(name: str, value: Any) -> float:
     try:
         return float(value)
     except OverflowError:
-        return math.inf if value > 0 else -math.inf
+        return math.inf if value == abs(value) else -math.inf
 
 
 def as_not_negative(name: str, value: Any) -> float:

@@ -326,10 +326,10 @@ def test_numbers_arrays_and_byte_orders(data) -> None:
     for order in (">f8", "<f8"):
         model = NTKRegressor(limit_ntk_mlp, ridge=np.float32(0.5)).fit(X.astype(order), y.astype(order))
         np.testing.assert_array_equal(model.predict(test.astype(order)), expected)
-    tensors = NTKRegressor(limit_ntk_mlp, ridge=0.5).fit(torch.tensor(X), torch.tensor(y))  # type: ignore[arg-type]
-    np.testing.assert_array_equal(tensors.predict(torch.tensor(test)), expected)  # type: ignore[arg-type]
+    tensors = NTKRegressor(limit_ntk_mlp, ridge=0.5).fit(torch.tensor(X), torch.tensor(y))
+    np.testing.assert_array_equal(tensors.predict(torch.tensor(test)), expected)
     np.testing.assert_allclose(
-        model.predict(test, n_steps=np.int64(7), tau=np.float32(0.25)),  # type: ignore[arg-type]
+        model.predict(test, n_steps=np.int64(7), tau=np.float32(0.25)),
         model.predict(test, n_steps=7, tau=0.25),
         rtol=1e-13,
     )
@@ -373,8 +373,8 @@ def test_the_posterior_is_the_closed_form(data, ridge: float) -> None:
     expected = prior - cross @ np.linalg.inv(K + ridge * np.eye(20)) @ cross.T
     called = NTKRegressor(limit_ntk_mlp, ridge=ridge).fit(X, y)
     given = NTKRegressor("precomputed", ridge=ridge).fit(K, y)
-    cases: list[tuple[NTKRegressor, np.ndarray, dict[str, Any]]] = [(called, test, {}), (given, cross, {"prior": prior})]
-    for model, points, extra in cases:
+    extras: list[dict[str, Any]] = [{}, {"prior": prior}]
+    for model, points, extra in zip((called, given), (test, cross), extras, strict=True):
         mean, cov = model.predict(points, return_cov=True, **extra)
         np.testing.assert_allclose(cov, expected, rtol=0, atol=1e-10)
         np.testing.assert_array_equal(mean, model.predict(points))
