@@ -8,45 +8,40 @@ import torch
 from torch import Tensor, nn
 
 from narrowdeep.modules import DeepNarrowCNN, DeepNarrowMLP
-from narrowdeep.ntk.empirical import (
-    Narrow,
-    check_module,
-    check_pair,
-    check_samples,
-    empirical_ntk,
-    narrow_family,
-    trainable_bits,
-)
+from narrowdeep.ntk.checks import as_count
+from narrowdeep.ntk.empirical import _factor, _pair, _samples, empirical_ntk
+from narrowdeep.ntk.network import Ours, check_batch, check_module, find, reading
 from narrowdeep.ops.gram import reference
 from narrowdeep.ops.reference import base_and_rest, column, initial, skip_mask, skipped, states
 
 
-def _narrow(name: str, model: nn.Module) -> reference.Family:
-    family = narrow_family(model)
-    if family is None:
+def _narrow(name: str, model: nn.Module) -> tuple[Ours, reference.Family]:
+    check_module(name, model)
+    ours = find(model)
+    if ours is None:
         raise TypeError(f"{name} must be a DeepNarrowMLP or a DeepNarrowCNN, got {type(model).__name__}")
-    return family
+    if ours.family is None:
+        raise TypeError(
+            f"{name} must be a DeepNarrowMLP or a DeepNarrowCNN as it is, not parametrized, hooked or with another "
+            f"forward, got {type(model).__name__}"
+        )
+    return ours, ours.family
 
 
-def _check_states(initial: nn.Module, model: nn.Module) -> reference.Family:
-    family = _narrow("model", model)
-    _narrow("initial", initial)
-    assert isinstance(initial, Narrow)
-    assert isinstance(model, Narrow)
-    if type(initial) is not type(model):
-        raise TypeError(f"initial must be a {type(model).__name__} as model is, got {type(initial).__name__}")
-    for name, mine, theirs in (
-        ("depth", initial.depth, model.depth),
-        ("width", initial.width, model.width),
-        ("scale", initial.scale, model.scale),
-        ("form", initial.form, model.form),
-    ):
-        if mine != theirs:
-            raise ValueError(f"initial must have the {name} of model, {theirs}, got {mine}")
-    return family
+def _check_states(initial: nn.Module, model: nn.Module) -> tuple[Ours, Ours, reference.Family]:
+    after, family = _narrow("model", model)
+    before, _ = _narrow("initial", initial)
+    mine, theirs = before.model, after.model
+    if type(mine) is not type(theirs):
+        raise TypeError(f"initial must be a {type(theirs).__name__} as model is, got {type(mine).__name__}")
+    for name in ("depth", "width", "scale", "form"):
+        if getattr(mine, name) != getattr(theirs, name):
+            raise ValueError(
+                f"initial must have the {name} of model, {getattr(theirs, name)}, got {getattr(mine, name)}"
+            )
+    return before, after, family
 
 
-@torch.no_grad()
 def layer_contributions(
     model: DeepNarrowMLP | DeepNarrowCNN, x1: Tensor, x2: Tensor | None = None, *, scaled: bool = True
 ) -> Tensor:
@@ -56,19 +51,23 @@ def layer_contributions(
 
     Returns: (L, N1, N2) float64, layer 1 first; its sum over layers is ``empirical_ntk(..., reduce="trace")``.
 
-    Raises: as ``empirical_ntk``; TypeError for other modules.
+    Raises: as ``empirical_ntk``; TypeError for other modules; ValueError for layers that share a parameter.
     """
-    family = _narrow("model", model)
-    check_pair(model, x1, x2)
-    other = x1 if x2 is None else x2
-    out = torch.zeros(model.depth, x1.shape[0], other.shape[0], dtype=torch.float64, device=x1.device)
-    if not out.numel():
-        return out
-    params = tuple(param.detach() for param in model.stacked())
-    settings = (model.scale, model.form == "offset", x2 is None, trainable_bits(model))
-    for layer, part in reference.layer_grams(family, x1, other, params, *settings):
-        out[layer - 1] = reference.reduced(part, reference.TRACE)
-    return out.mul_(model.ntk_lr) if scaled else out
+    ours, family = _narrow("model", model)
+    factor = _factor(model, ours, scaled)
+    if ours.tied():
+        raise ValueError("model must have parameters of its own in every layer, got layers that share one")
+    narrow = ours.model
+    with reading(model):
+        left, right = _pair(model, ours, x1, x2)
+        other = left if right is None else right
+        out = torch.zeros(narrow.depth, left.shape[0], other.shape[0], dtype=torch.float64, device=left.device)
+        if not out.numel():
+            return out
+        settings = (narrow.scale, narrow.form == "offset", right is None, ours.layer_flags())
+        for layer, part in reference.layer_grams(family, left, other, ours.stacked(), *settings):
+            out[layer - 1] = reference.reduced(part, reference.TRACE)
+        return out.mul_(factor)
 
 
 def kernel_drift(initial: nn.Module, model: nn.Module, x: Tensor) -> float:
@@ -80,10 +79,12 @@ def kernel_drift(initial: nn.Module, model: nn.Module, x: Tensor) -> float:
         initial, model: the same kind of network in two states, for example ``copy.deepcopy(model)`` before training.
         x: (N, ...), not empty.
 
-    Raises: as ``empirical_ntk``; ValueError when x is empty or the two differ in their parameters' names or shapes.
+    Raises: as ``empirical_ntk``; ValueError when x is empty, the kernel of initial is 0 on x, or the two differ in
+    their parameters' names or shapes.
     """
     check_module("initial", initial)
-    check_samples(model, "x", x)
+    check_module("model", model)
+    check_batch(model, "x", x)
     mine, theirs = ({name: tuple(p.shape) for name, p in m.named_parameters()} for m in (initial, model))
     if mine != theirs:
         different = next(name for name in {**theirs, **mine} if mine.get(name) != theirs.get(name))
@@ -94,10 +95,15 @@ def kernel_drift(initial: nn.Module, model: nn.Module, x: Tensor) -> float:
     if x.shape[0] == 0:
         raise ValueError("x must hold at least one sample, got 0")
     before, after = (empirical_ntk(m, x, scaled=False) for m in (initial, model))
-    return ((after - before).norm() / before.norm()).item()
+    size = before.norm().item()
+    if size == 0:
+        raise ValueError("initial must have a kernel that is not 0 on x, got 0: are its parameters frozen?")
+    return (after - before).norm().item() / size
 
 
-def _preactivations(model: Narrow, family: reference.Family, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _preactivations(
+    model: DeepNarrowMLP | DeepNarrowCNN, family: reference.Family, x: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
     """(base, z - base) of hidden layers 1 .. L-1 in float64, (n, *positions, N): base is the same in any state.
 
     Keeping the two apart lets the difference of two states survive a base of size C_L.
@@ -115,7 +121,15 @@ def _preactivations(model: Narrow, family: reference.Family, x: Tensor) -> Itera
         yield base, skipped(skip, hi + lo) + (family.affine(weight, (base + hi) + lo) + column(bias, base))
 
 
-@torch.no_grad()
+def _both(initial: nn.Module, model: nn.Module, x: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(base, z - base in ``initial``, z - base in ``model``) of every hidden layer, after all checks."""
+    first, second, family = _check_states(initial, model)
+    samples = [_samples(module, ours, "x", x) for module, ours in ((initial, first), (model, second))]
+    states = [_preactivations(ours.model, family, z) for ours, z in zip((first, second), samples, strict=True)]
+    for (base, before), (_, after) in zip(*states, strict=True):
+        yield base, before, after
+
+
 def zero_crossings(initial: DeepNarrowMLP | DeepNarrowCNN, model: DeepNarrowMLP | DeepNarrowCNN, x: Tensor) -> Tensor:
     """How many ReLUs are on in one state and off in the other.
 
@@ -130,19 +144,13 @@ def zero_crossings(initial: DeepNarrowMLP | DeepNarrowCNN, model: DeepNarrowMLP 
 
     Raises: TypeError or ValueError where the two models differ in kind, depth, width, scale or form.
     """
-    family = _check_states(initial, model)
-    check_samples(model, "x", x)
-    check_samples(initial, "x", x)
-    counts = [
-        ((base + before > 0) != (base + after > 0)).sum()
-        for (base, before), (_, after) in zip(
-            _preactivations(initial, family, x), _preactivations(model, family, x), strict=True
-        )
-    ]
-    return torch.stack(counts)
+    with reading(initial, model):
+        counts = [
+            ((base + before > 0) != (base + after > 0)).sum() for base, before, after in _both(initial, model, x)
+        ]
+        return torch.stack(counts)
 
 
-@torch.no_grad()
 def layer_deviation(
     initial: DeepNarrowMLP | DeepNarrowCNN, model: DeepNarrowMLP | DeepNarrowCNN, x: Tensor, *, power: int = 1
 ) -> float:
@@ -159,22 +167,18 @@ def layer_deviation(
 
     Raises: as ``zero_crossings``; ValueError when x is empty or power is below 1.
     """
-    family = _check_states(initial, model)
-    check_samples(model, "x", x)
-    check_samples(initial, "x", x)
-    if isinstance(power, bool) or not isinstance(power, int):
-        raise TypeError(f"power must be an int, got {power!r}")
-    if power < 1:
-        raise ValueError(f"power must be at least 1, got {power}")
+    _, after, _ = _check_states(initial, model)
+    scale, depth = after.model.scale, after.model.depth
+    check_batch(model, "x", x)
+    power = as_count("power", power)
     if x.shape[0] == 0:
         raise ValueError("x must hold at least one sample, got 0")
 
     def norm(f: Tensor) -> float:
-        return (f.square().sum() / x.shape[0]).sqrt().item() / model.scale
+        return (f.square().sum() / x.shape[0]).sqrt().item() / scale
 
-    total = 0.0
-    for (base, before), (_, after) in zip(
-        _preactivations(initial, family, x), _preactivations(model, family, x), strict=True
-    ):
-        total += (norm(base + before) + norm(after - before)) ** power
-    return total / (model.depth - 1)
+    with reading(initial, model):
+        total = sum(
+            (norm(base + before) + norm(after - before)) ** power for base, before, after in _both(initial, model, x)
+        )
+    return total / (depth - 1)

@@ -13,11 +13,22 @@ derivative is not (phi = pi - s/c + ...), so it takes s of nearly parallel pairs
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from functools import wraps
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from narrowdeep.ntk.checks import as_count, as_not_negative, as_samples
+from narrowdeep.ntk.modes import check_alike, exact
+
+Samples = Tensor | np.ndarray
+
+CLIPPED: ContextVar[list[str] | None] = ContextVar("CLIPPED", default=None)
+"""Where set, the limit kernels append the name of an argument that has negative entries: they act as 0."""
 
 _BLOCK = 1 << 21
 """Entries of one block of the kernel: what bounds temporary memory (a few tens of MB in float64)."""
@@ -63,6 +74,17 @@ def _loop_vmap(function: type[torch.autograd.Function], info: Any, in_dims: tupl
     return tuple(torch.stack(r) for r in zip(*results, strict=True)), (0,) * len(results[0])
 
 
+def _exactly(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """``forward`` in the dtype of its tensors, in a backward that is called under autocast as well."""
+
+    @wraps(forward)
+    def exactly(first: Tensor, *rest: Any) -> Any:
+        with exact([first.device.type]):
+            return forward(first, *rest)
+
+    return exactly
+
+
 class _ArcCosine(torch.autograd.Function):
     """``out[i, j] = sum_{p, p'} M[p, p'] (dot <a[i, p], b[j, p']> + E(a[i, p], b[j, p']))``, block by block.
 
@@ -71,6 +93,7 @@ class _ArcCosine(torch.autograd.Function):
     """
 
     @staticmethod
+    @_exactly
     def forward(a: Tensor, b: Tensor, weight: Tensor, w: float, beta2: float, dot: float, symmetric: bool) -> Tensor:
         (n1, positions, _), n2 = a.shape, b.shape[0]
         out = a.new_empty(n1, n2)
@@ -114,6 +137,7 @@ class _ArcCosineBackward(torch.autograd.Function):
     """Gradients of a and b, as a node of its own so that a second derivative raises."""
 
     @staticmethod
+    @_exactly
     def forward(
         grad: Tensor, a: Tensor, b: Tensor, weight: Tensor, w: float, beta2: float, dot: float
     ) -> tuple[Tensor, Tensor]:
@@ -154,52 +178,31 @@ class _ArcCosineBackward(torch.autograd.Function):
         return _loop_vmap(_ArcCosineBackward, info, in_dims, args)
 
 
-def _check_std(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name} must be finite and not negative, got {value}")
-    return float(value)
-
-
-def _check_count(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-    return value
-
-
-def check_alike(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
-    """Two tensors have the same dtype and device."""
-    if x.dtype != other.dtype:
-        raise TypeError(f"{name} and {other_name} must have the same dtype, got {x.dtype} and {other.dtype}")
-    if x.device != other.device:
-        raise ValueError(f"{name} and {other_name} must be on the same device, got {x.device} and {other.device}")
-
-
-def _check_pair(x1: Tensor, x2: Tensor | None, shape: str) -> None:
+def _pair(x1: Samples, x2: Samples | None, shape: str) -> tuple[Tensor, Tensor | None]:
+    """Both sets of samples as tensors, checked."""
     dims = shape.count(",") + 1
-    for name, x in (("x1", x1), ("x2", x1 if x2 is None else x2)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-        if x.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"{name} must be torch.float32 or torch.float64, got {x.dtype}")
+    tensors = [as_samples(name, x) for name, x in (("x1", x1), ("x2", x2)) if name == "x1" or x is not None]
+    for name, x in zip(("x1", "x2"), tensors, strict=False):
         if x.dim() != dims:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
         if 0 in x.shape[1:]:
             raise ValueError(f"{name} must have at least one feature a sample, got shape {tuple(x.shape)}")
-    if x2 is not None:
-        if x2.shape[1:] != x1.shape[1:]:
-            raise ValueError(
-                f"x1 and x2 must have the same shape after the first dimension, "
-                f"got {tuple(x1.shape)} and {tuple(x2.shape)}"
-            )
-        check_alike("x1", x1, "x2", x2)
+    if (seen := CLIPPED.get()) is not None:
+        seen += [name for name, x in zip(("x1", "x2"), tensors, strict=False) if (x < 0).any()]
+    if len(tensors) == 1:
+        return tensors[0], None
+    left, right = tensors
+    if left.shape[1:] != right.shape[1:]:
+        raise ValueError(
+            "x1 and x2 must have the same shape after the first dimension, "
+            f"got {tuple(left.shape)} and {tuple(right.shape)}"
+        )
+    check_alike("x1", left, "x2", right)
+    return left, right
 
 
 def limit_ntk_mlp(
-    x1: Tensor, x2: Tensor | None = None, *, rho: float = 1.0, beta: float = 1.0, out_features: int = 1
+    x1: Samples, x2: Samples | None = None, *, rho: float = 1.0, beta: float = 1.0, out_features: int = 1
 ) -> Tensor:
     """Scaled NTK of a DeepNarrowMLP as its depth goes to infinity (thesis Theorem 3.1, for any output size).
 
@@ -208,36 +211,37 @@ def limit_ntk_mlp(
     takes positive inputs; a negative entry acts as 0, because the first ReLU removes it from every later layer.
 
     Arguments:
-        x1, x2: (N1, in) and (N2, in), float32 or float64; ``x2=None`` stands for x1 and takes half the work.
+        x1, x2: (N1, in) and (N2, in), tensors or NumPy arrays, float32 or float64; ``x2=None`` stands for x1 and takes
+            half the work.
         rho, beta: standard deviations of the initialisation.
         out_features: outputs of the network.
 
-    Returns: (N1, N2), dtype and device of x1. Differentiable once with respect to x1 and x2, with finite gradients at
-    coinciding inputs too. Beside the result, memory does not grow with N1 N2.
+    Returns: a tensor (N1, N2), dtype and device of x1. Differentiable once with respect to x1 and x2, with finite
+    gradients at coinciding inputs too. Beside the result, memory does not grow with N1 N2.
 
     Raises: TypeError or ValueError naming the argument, the rule and the value.
     """
-    _check_pair(x1, x2, "(N, in)")
-    rho, beta = _check_std("rho", rho), _check_std("beta", beta)
-    out_features = _check_count("out_features", out_features)
-    a = x1.relu()[:, None]
-    b = a if x2 is None else x2.relu()[:, None]
+    left, right = _pair(x1, x2, "(N, in)")
+    rho, beta = as_not_negative("rho", rho), as_not_negative("beta", beta)
+    out_features = as_count("out_features", out_features)
+    a = left.relu()[:, None]
+    b = a if right is None else right.relu()[:, None]
     one = a.new_ones(1, 1)
-    return _ArcCosine.apply(a, b, one, rho**2 / x1.shape[1], beta**2, 1.0, x2 is None).add_(out_features)
+    return _ArcCosine.apply(a, b, one, rho**2 / left.shape[1], beta**2, 1.0, right is None).add_(out_features)
 
 
 def tap_overlap(size: int, kernel_size: int) -> Tensor:
     """(size, size) float64: filter taps whose shift keeps both positions of a line inside it."""
-    positions = torch.arange(size)
-    taps = torch.arange(kernel_size) - kernel_size // 2
+    positions = torch.arange(size, device="cpu")
+    taps = torch.arange(kernel_size, device="cpu") - kernel_size // 2
     moved = positions[:, None] + taps
     inside = ((moved >= 0) & (moved < size)).double()
     return inside @ inside.t()
 
 
 def limit_ntk_cnn(
-    x1: Tensor,
-    x2: Tensor | None = None,
+    x1: Samples,
+    x2: Samples | None = None,
     *,
     rho: float = 1.0,
     beta: float = 1.0,
@@ -255,32 +259,34 @@ def limit_ntk_cnn(
     ``limit_ntk_mlp``).
 
     Arguments:
-        x1, x2: (N1, C, H, W) and (N2, C, H, W), float32 or float64; ``x2=None`` stands for x1, half the work.
+        x1, x2: (N1, C, H, W) and (N2, C, H, W), tensors or NumPy arrays, float32 or float64; ``x2=None`` stands for x1,
+            half the work.
         rho, beta: standard deviations of the initialisation.
         kernel_size: odd.
         out_channels: outputs of the network.
 
-    Returns: (N1, N2), dtype and device of x1; differentiable once. Time grows as N1 N2 (H W)^2.
+    Returns: a tensor (N1, N2), dtype and device of x1; differentiable once. Time grows as N1 N2 (H W)^2.
 
     Raises: TypeError or ValueError naming the argument, the rule and the value.
     """
-    _check_pair(x1, x2, "(N, C, H, W)")
-    rho, beta = _check_std("rho", rho), _check_std("beta", beta)
-    kernel_size, out_channels = _check_count("kernel_size", kernel_size), _check_count("out_channels", out_channels)
+    left, right = _pair(x1, x2, "(N, C, H, W)")
+    rho, beta = as_not_negative("rho", rho), as_not_negative("beta", beta)
+    kernel_size, out_channels = as_count("kernel_size", kernel_size), as_count("out_channels", out_channels)
     if kernel_size % 2 == 0:
         raise ValueError(f"kernel_size must be odd, got {kernel_size}")
-    height, width = x1.shape[2:]
-    rows = tap_overlap(height, kernel_size).to(x1)
-    columns = tap_overlap(width, kernel_size).to(x1)
-    pairs = torch.kron(rows, columns)
-    patches = [
-        torch.nn.functional.unfold(x.relu(), kernel_size, padding=kernel_size // 2).transpose(1, 2)
-        for x in ((x1,) if x2 is None else (x1, x2))
-    ]
-    mean = _ArcCosine.apply(patches[0], patches[-1], pairs, rho**2, beta**2, 0.0, x2 is None)
-    a = x1.relu()
-    b = a if x2 is None else x2.relu()
-    linear = (rows @ a @ columns).flatten(1) @ b.flatten(1).t()
-    if x2 is None:
-        linear = (linear + linear.t()) / 2
-    return (mean + linear + out_channels * pairs.sum()) / (height * width) ** 2
+    height, width = left.shape[2:]
+    with exact([left.device.type]):
+        rows = tap_overlap(height, kernel_size).to(left)
+        columns = tap_overlap(width, kernel_size).to(left)
+        pairs = torch.kron(rows, columns)
+        patches = [
+            torch.nn.functional.unfold(x.relu(), kernel_size, padding=kernel_size // 2).transpose(1, 2)
+            for x in ((left,) if right is None else (left, right))
+        ]
+        mean = _ArcCosine.apply(patches[0], patches[-1], pairs, rho**2, beta**2, 0.0, right is None)
+        a = left.relu()
+        b = a if right is None else right.relu()
+        linear = (rows @ a @ columns).flatten(1) @ b.flatten(1).t()
+        if right is None:
+            linear = (linear + linear.t()) / 2
+        return (mean + linear + out_channels * pairs.sum()) / (height * width) ** 2

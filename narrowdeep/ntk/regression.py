@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any, Literal
@@ -13,70 +14,109 @@ import torch
 from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator, RegressorMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
-from torch import Tensor
+from torch import Tensor, nn
 
-from narrowdeep.ntk.spectrum import (
-    Array,
-    check_real,
-    check_semidefinite,
-    check_steps,
-    check_symmetric,
-    descent_filter,
-    flow_filter,
-    kernel_matrix,
-)
+from narrowdeep.ntk.checks import Array, as_array, as_count, as_not_negative, as_positive, as_real
+from narrowdeep.ntk.empirical import empirical_ntk
+from narrowdeep.ntk.limit import CLIPPED
+from narrowdeep.ntk.network import CAST_SAMPLES, reading
+from narrowdeep.ntk.spectrum import check_semidefinite, check_symmetric, descent_filter, flow_filter, kernel_matrix
 
 _BLOCK = 1 << 25
 """Entries of the kernel that a prediction holds at a time (256 MB)."""
 
+Filter = Callable[[Array], Array]
+"""Eigenvalues -> what stands for their inverse at the end of training, or on the way."""
+
 
 class _System:
-    """``K coefficients = y`` and its regularisations; factorised when first asked, then kept."""
+    """``K coefficients = y``, solved; a K that is singular says so when the solution is asked for.
+
+    ``matrix`` is the caller's no more: it is symmetric to the last bit, and kept for what is asked later.
+    """
 
     def __init__(self, matrix: Array, targets: Array, samples: int, ridge: float) -> None:
-        self.matrix, self.targets, self.samples, self.ridge = matrix, targets, samples, ridge
+        self.matrix, self.targets, self.samples, self.ridge = (matrix + matrix.T) / 2, targets, samples, ridge
+        factor, self._rcond = self._factorised()
+        # The solution at the end of time; that on the way needs no inverse, and exists for a singular matrix too.
+        self._solution = None if factor is None else scipy.linalg.lapack.dpotrs(factor, targets, lower=1)[0]
 
-    @cached_property
-    def solution(self) -> Array:
-        """``(K + ridge I)^-1 y`` by Cholesky."""
+    def _factorised(self) -> tuple[Array | None, float]:
+        """The Cholesky factor of ``K + ridge I``, None where it is numerically singular, and 1 / its condition."""
         regular = self.matrix.copy()
-        size = regular.shape[0]
-        regular.flat[:: size + 1] += self.ridge
+        regular.flat[:: len(regular) + 1] += self.ridge
         norm = scipy.linalg.lapack.dlange("1", regular.T)
         # The transposed view is in LAPACK's order, and the matrix is symmetric: no copy is made.
         factor, info = scipy.linalg.lapack.dpotrf(regular.T, lower=1, overwrite_a=1, clean=0)
         rcond = 0.0 if info else scipy.linalg.lapack.dpocon(factor, norm, uplo="L")[0]
-        if rcond < np.finfo(np.float64).eps:
-            hint = max(size * float(np.abs(self.matrix).max()), np.finfo(np.float64).tiny) * 1e-12
-            raise np.linalg.LinAlgError(
-                f"the kernel matrix of {self.samples} samples is numerically singular (reciprocal condition number "
-                f"{rcond:.1e}, ridge={self.ridge:g}): pass a larger ridge (for example ridge={hint:.1e}), drop samples "
-                "that coincide, compute the kernel in float64, or predict at a finite time (t=... or n_steps=..., "
-                "tau=...), which needs no inverse"
-            )
-        return scipy.linalg.lapack.dpotrs(factor, self.targets, lower=1)[0]
+        return (None if rcond < np.finfo(np.float64).eps else factor), rcond
+
+    @property
+    def solution(self) -> Array:
+        """``(K + ridge I)^-1 y``."""
+        if self._solution is None:
+            raise self._singular()
+        return self._solution
+
+    @cached_property
+    def factor(self) -> Array:
+        """The Cholesky factor of ``K + ridge I``, lower."""
+        factor, _ = self._factorised()
+        if factor is None:
+            raise self._singular()
+        return factor
+
+    def _singular(self) -> Exception:
+        eigenvalues = self.modes[0] - self.ridge
+        largest = max(float(eigenvalues[-1]), 1e-280)
+        # Enough for the 1-norm condition number, at most rows times that in the 2-norm, with a margin of 8.
+        size = len(self.matrix)
+        hint = 16 * size * np.finfo(np.float64).eps * largest + 2 * max(0.0, -self._smallest)
+        return np.linalg.LinAlgError(
+            f"the kernel matrix of {self.samples} samples is numerically singular (reciprocal condition number "
+            f"{self._rcond:.1e}, ridge={self.ridge:g}): pass a larger ridge (for example "
+            f"ridge={max(hint, 2 * self.ridge):.1e}), drop samples that coincide, compute the kernel in float64, or "
+            "predict at a finite time (t=... or n_steps=..., tau=...), which needs no inverse"
+        )
 
     @cached_property
     def modes(self) -> tuple[Array, Array, Array]:
         """Eigenvalues of ``K + ridge I``, eigenvectors, and the targets in that basis."""
         eigenvalues, vectors = scipy.linalg.eigh(self.matrix)
-        check_semidefinite(self.matrix, float(eigenvalues[0]))
+        self._smallest = float(eigenvalues[0])
+        check_semidefinite(self.matrix, self._smallest)
         # A kernel is positive semidefinite; what is below 0 is rounding.
         return np.maximum(eigenvalues, 0.0) + self.ridge, vectors, vectors.T @ self.targets
 
-    def filtered(self, weights: Callable[[Array], Array]) -> Array:
+    def coefficients(self, weights: Filter | None) -> Array:
+        if weights is None:
+            return self.solution
         eigenvalues, vectors, targets = self.modes
         return vectors @ (weights(eigenvalues)[:, None] * targets)
+
+    def explained(self, weights: Filter | None, cross: Array, diagonal: bool) -> Array:
+        """What the training set takes off the prior covariance of points with ``cross = k(X, X_train)``.
+
+        ``cross (2 G - G (K + ridge I) G) cross^T``, G what stands for the inverse: cross G cross^T where it is one.
+        """
+        if weights is None:
+            half = scipy.linalg.solve_triangular(self.factor, cross.T, lower=True, check_finite=False)
+            return np.square(half).sum(0) if diagonal else half.T @ half
+        eigenvalues, vectors, _ = self.modes
+        g = weights(eigenvalues)
+        half, g = cross @ vectors, g * (2 - g * eigenvalues)
+        return np.square(half) @ g if diagonal else (half * g) @ half.T
 
 
 class NTKRegressor(RegressorMixin, BaseEstimator):
     """Kernel regression, and the gradient flow that leads to it (thesis sections 2.1 and 3.2).
 
-    With K = k(X, X) = Q diag(lambda) Q^T, a network that starts from f = 0 and has the constant NTK k learns
+    With K = k(X, X) = Q diag(lambda) Q^T, a network that starts from f = f0 and has the constant NTK k learns
 
-        f_ntk(x) = k(x, X) (K + ridge I)^-1 y                                       predict(X)
-        f_t(x)   = k(x, X) Q diag((1 - exp(-(lambda + ridge) t / N)) / (lambda + ridge)) Q^T y      predict(X, t=t)
-        n steps  = the same with 1 - (1 - tau (lambda + ridge) / N)^n               predict(X, n_steps=n, tau=tau)
+        f_ntk(x) = f0(x) + k(x, X) (K + ridge I)^-1 (y - f0(X))                       predict(X)
+        f_t(x)   = the same with Q diag((1 - exp(-(lambda + ridge) t / N)) / (lambda + ridge)) Q^T
+                   for the inverse                                                    predict(X, t=t)
+        n steps  = with 1 - (1 - tau (lambda + ridge) / N)^n for 1 - exp(...)         predict(X, n_steps=n, tau=tau)
 
     by flow (or descent in steps of kernel time tau) on ``1/(2N) sum_n |f(x_n) - y_n|^2``, plus ``ridge / (2N)`` times
     the squared distance of the parameters from their start where a ridge is given. Compare a trained network with f_t:
@@ -85,94 +125,180 @@ class NTKRegressor(RegressorMixin, BaseEstimator):
     Arguments:
         kernel: a callable ``k(X1, X2=None)`` that takes float64 tensors on the host, with the shape of X, and returns
             a tensor or array (N1, N2), or (N1, N2, out, out) for a matrix-valued kernel. ``limit_ntk_mlp`` is one;
-            ``lambda a, b=None: empirical_ntk(model, a, b)`` is another, for a float64 model. Or "precomputed":
+            ``lambda a, b=None: empirical_ntk(model, a, b)`` is another, and casts X to the model's dtype here. Or an
+            nn.Module: its empirical kernel as it is when ``fit`` and ``predict`` are called. Or "precomputed":
             ``fit(K, y)`` and ``predict(K_test_train)`` then take kernels in place of X.
         ridge: not negative, added to the diagonal of K.
+        t: kernel time at which ``predict`` predicts where it is given none; None is the end of training.
+        rho, beta: passed on to the kernel where they are not None, so that a search can tune them.
 
     Attributes: ``n_features_in_``; ``X_fit_`` (not with "precomputed").
 
     X is (N, features), or (N, channels, H, W) for kernels of images. y is (N,) or (N, out); predictions follow it.
+    ``fit`` warns where a limit kernel is given negative entries, which it takes for 0: scale X to [0, 1]
+    (``MinMaxScaler``), not to mean 0 (``StandardScaler``).
 
-    Passes scikit-learn's ``check_estimator`` where ridge is positive. Without one, the checks that predict from samples
-    that coincide (``check_fit_idempotent``) or from a kernel matrix of low rank (``check_estimators_dtypes`` with
-    "precomputed") raise LinAlgError, as they should.
+    Passes scikit-learn's ``check_estimator`` where ridge is positive. Without one, ``predict`` raises LinAlgError for a
+    kernel matrix that is singular, as it should, and so do the checks that predict from one: with ``limit_ntk_mlp``
+    ``check_fit_idempotent`` alone, with "precomputed" all 13 that fit a linear kernel of more samples than features.
     """
 
-    def __init__(self, kernel: Callable[..., Any] | Literal["precomputed"], *, ridge: float = 0.0) -> None:
+    def __init__(
+        self,
+        kernel: Callable[..., Any] | nn.Module | Literal["precomputed"],
+        *,
+        ridge: float = 0.0,
+        t: float | None = None,
+        rho: float | None = None,
+        beta: float | None = None,
+    ) -> None:
         self.kernel = kernel
         self.ridge = ridge
+        self.t = t
+        self.rho = rho
+        self.beta = beta
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
-        tags.input_tags.pairwise = isinstance(self.kernel, str) and self.kernel == "precomputed"
+        tags.input_tags.pairwise = self._precomputed()
         tags.input_tags.three_d_array = True
         tags.target_tags.multi_output = True
         tags.target_tags.single_output = True
         return tags
 
-    def _evaluate(self, left: Array, right: Array | None) -> Tensor | ArrayLike:
+    def _precomputed(self) -> bool:
+        return isinstance(self.kernel, str) and self.kernel == "precomputed"
+
+    def _evaluate(self, left: Array, right: Array | None) -> Any:
         if not callable(self.kernel):
             return left
+        kernel: Callable[..., Any] = self.kernel
+        if isinstance(self.kernel, nn.Module):
+            kernel = _kernel_of(self.kernel)
+        settings = {name: getattr(self, name) for name in ("rho", "beta") if getattr(self, name) is not None}
         # Copies, because torch warns about arrays that cannot be written.
-        tensors = [torch.tensor(left)] if right is None else [torch.tensor(left), torch.tensor(right)]
-        return self.kernel(*tensors)
+        tensors = [torch.tensor(x, device="cpu") for x in (left, right) if x is not None]
+        token = CAST_SAMPLES.set(True)
+        try:
+            return kernel(*tensors, **settings)
+        finally:
+            CAST_SAMPLES.reset(token)
 
-    def fit(self, X: ArrayLike, y: ArrayLike) -> NTKRegressor:
-        """Evaluate the kernel on the training set.
+    def fit(self, X: ArrayLike, y: ArrayLike, initial: Any = None) -> NTKRegressor:
+        """Evaluate the kernel on the training set, and solve for its coefficients. Keeps none of the caller's arrays.
 
-        Raises: TypeError for a ridge that is not a number; ValueError for shapes, a ridge below 0 or a kernel that is
-        not finite or not symmetric. A singular kernel raises in
-        ``predict(X)``, the one prediction that needs the inverse.
+        Arguments:
+            X: (N, features), (N, channels, H, W), or K with "precomputed".
+            y: (N,) or (N, out).
+            initial: outputs f0 before training: of the shape of y; or an nn.Module or another callable that maps X to
+                them, which ``predict`` calls as well. None: 0, what narrow networks start from.
+
+        Raises: TypeError for a setting that is not a number; ValueError for shapes, a ridge below 0 or a kernel that is
+        not finite or not symmetric. A singular kernel raises in ``predict(X)``, the one prediction that needs the
+        inverse.
         """
-        if not callable(self.kernel) and not (isinstance(self.kernel, str) and self.kernel == "precomputed"):
+        if not callable(self.kernel) and not self._precomputed():
             raise ValueError(f"kernel must be a callable or 'precomputed', got {self.kernel!r}")
-        check_real("ridge", self.ridge)
-        if not (math.isfinite(self.ridge) and self.ridge >= 0):
-            raise ValueError(f"ridge must be finite and not negative, got {self.ridge!r}")
+        ridge = as_not_negative("ridge", self.ridge)
+        self._time(None)
+        for name in ("rho", "beta"):
+            if getattr(self, name) is not None:
+                as_not_negative(name, getattr(self, name))
+                if not callable(self.kernel) or isinstance(self.kernel, nn.Module):
+                    raise ValueError(f"{name} must be None where the kernel is no function of it, got {self.kernel!r}")
+        if self._precomputed():
+            X = as_array("X", X) if isinstance(X, Tensor) else X
         data, labels = validate_data(self, X, y, dtype=np.float64, allow_nd=True, multi_output=True, y_numeric=True)
         n = data.shape[0]
-        kernel = self._evaluate(data, None)
+        seen = CLIPPED.set([])
+        try:
+            kernel = self._evaluate(data, None)
+            clipped = CLIPPED.get()
+        finally:
+            CLIPPED.reset(seen)
+        if clipped:
+            warnings.warn(
+                "X has negative entries, which a limit kernel takes for 0 as the first ReLU does: scale X to [0, 1], "
+                f"got {float(data.min()):g}",
+                UserWarning,
+                stacklevel=2,
+            )
         matrix = kernel_matrix(kernel)
-        targets = labels.astype(np.float64).reshape(n, -1)
+        targets = labels.astype(np.float64)
+        self._output_shape = labels.shape[1:]
+        self._initial = initial if callable(initial) else None
+        self._needs_initial = initial is not None and not callable(initial)
+        targets = (targets - self._start(data, initial)).reshape(n, -1)
         outputs = targets.shape[1]
         if matrix.shape == (n * outputs, n * outputs):
             targets = targets.reshape(matrix.shape[0], -1)
         elif matrix.shape != (n, n):
-            expected = f"({n}, {n})" if outputs == 1 else f"({n}, {n}) or ({n}, {n}, {outputs}, {outputs})"
+            expected = f"({n}, {n}) or ({n}, {n}, {outputs}, {outputs})"
             raise ValueError(f"kernel must be square, {expected} for the {n} samples of y, got {_shape(kernel)}")
         if not np.isfinite(matrix).all():
             raise ValueError("kernel must be finite, got NaN or infinity")
         check_symmetric(matrix)
         if callable(self.kernel):
-            self.X_fit_ = data
-        self._system = _System(matrix, targets, n, float(self.ridge))
-        self._output_shape = labels.shape[1:]
+            self.X_fit_ = data.copy()
+        self._system = _System(matrix, targets, n, ridge)
         return self
 
     def predict(
-        self, X: ArrayLike, t: float | None = None, *, n_steps: int | None = None, tau: float | None = None
-    ) -> Array:
+        self,
+        X: ArrayLike,
+        t: float | None = None,
+        *,
+        n_steps: int | None = None,
+        tau: float | None = None,
+        return_std: bool = False,
+        return_cov: bool = False,
+        prior: Any = None,
+        initial: Any = None,
+    ) -> Any:
         """Predictions at the end of training, at time t, or after n_steps of kernel time tau.
+
+        The covariance is that of a Gaussian process with covariance k, observed with variance ``ridge``:
+        ``K** - K*X (K + ridge I)^-1 KX*``. At a finite time it is that of networks whose f0 is drawn from the process,
+        trained until then on targets with noise of that variance (Lee et al., NeurIPS 2019, equation 13, for ridge 0).
 
         Arguments:
             X: (M, features), or k(X, X_train) with "precomputed".
-            t: kernel time of the flow, finite and not negative; None is the limit, f_ntk.
+            t: kernel time of the flow, not negative; None is the ``t`` of the estimator, and infinity the limit, f_ntk.
             n_steps, tau: gradient descent in place of the flow; both or neither, and not with t.
+            return_std, return_cov: also return standard deviations or the covariance; at most one of the two.
+            prior: k(X, X), needed for either with "precomputed".
+            initial: f0(X), (M,) or (M, out), needed where ``fit`` was given an array of them.
 
-        Returns: (M,) or (M, out), float64.
+        Returns: (M,) or (M, out), float64. With return_std a pair with standard deviations of the same shape; with
+        return_cov a pair with (M, M), the same for every output, or (M, M, out, out) for a matrix-valued kernel.
 
         Raises: numpy.linalg.LinAlgError when the kernel is numerically singular and neither t nor n_steps is given;
         ValueError for t < 0, n_steps < 0, tau <= 0, a bad combination, steps so long that descent overflows, or
         (with t or n_steps) an eigenvalue clearly below 0; TypeError for a t, n_steps or tau that is not a number.
         """
         check_is_fitted(self)
+        if return_std and return_cov:
+            raise ValueError("return_std and return_cov must not both be True")
+        uncertain = return_std or return_cov
+        if uncertain and (prior is None) != bool(callable(self.kernel)):
+            what = "left out: the kernel is evaluated" if callable(self.kernel) else "k(X, X) with 'precomputed'"
+            raise ValueError(f"prior must be {what}, got {type(prior).__name__}")
+        if self._precomputed() and isinstance(X, Tensor):
+            X = as_array("X", X)
         data = validate_data(self, X, dtype=np.float64, allow_nd=True, reset=False)
-        coefficients = self._coefficients(t, n_steps, tau)
+        weights = self._weights(t, n_steps, tau)
+        coefficients = self._system.coefficients(weights)
         samples = data.shape[0]
+        if self._needs_initial and initial is None:
+            raise ValueError("initial must be f0(X), as fit was given an array of it, got None")
+        if initial is not None and not self._needs_initial:
+            raise ValueError("initial must be left out where fit was given no array of it")
+        start = self._start(data, initial if self._needs_initial else self._initial)
         out = np.empty((samples, math.prod(self._output_shape)))
+        rows_kept = []
         size = max(1, _BLOCK // self._system.matrix.shape[0])
-        for start in range(0, samples, size):
-            rows = data[start : start + size]
+        for first in range(0, samples, size):
+            rows = data[first : first + size]
             kernel = self._evaluate(rows, self.X_fit_ if callable(self.kernel) else None)
             matrix = kernel_matrix(kernel)
             if matrix.shape[1] != coefficients.shape[0] or matrix.shape[0] * coefficients.shape[1] != (
@@ -181,33 +307,103 @@ class NTKRegressor(RegressorMixin, BaseEstimator):
                 raise ValueError(
                     f"kernel must give {len(rows)} rows and {self._system.samples} columns, got {_shape(kernel)}"
                 )
-            out[start : start + size] = (matrix @ coefficients).reshape(len(rows), -1)
-        return out.reshape(samples, *self._output_shape)
+            out[first : first + size] = (matrix @ coefficients).reshape(len(rows), -1)
+            if return_std:
+                taken = self._system.explained(weights, matrix, True)
+                before = self._prior(rows, prior, first, samples).diagonal()
+                rows_kept.append(np.sqrt(np.maximum(before - taken, 0.0)).reshape(len(rows), -1))
+            elif return_cov:
+                rows_kept.append(matrix)
+        mean = out.reshape(samples, *self._output_shape) + start
+        if return_std:
+            deviation = np.broadcast_to(np.concatenate(rows_kept), out.shape)
+            return mean, deviation.reshape(mean.shape).copy()
+        if return_cov:
+            taken = self._system.explained(weights, np.concatenate(rows_kept), False)
+            covariance = self._prior(data, prior, 0, samples) - taken
+            outputs = len(covariance) // max(1, samples)
+            if outputs > 1:
+                covariance = covariance.reshape(samples, outputs, samples, outputs).transpose(0, 2, 1, 3)
+            return mean, covariance
+        return mean
 
-    def _coefficients(self, t: float | None, n_steps: int | None, tau: float | None) -> Array:
+    def _prior(self, rows: Array, prior: Any, first: int, samples: int) -> Array:
+        """k(rows, rows) as a matrix; of "precomputed" ones the rows from ``first`` on."""
+        if callable(self.kernel):
+            return kernel_matrix(self._evaluate(rows, None))
+        matrix = kernel_matrix(prior, "prior")
+        outputs = self._system.matrix.shape[0] // self._system.samples
+        if matrix.shape != (samples * outputs,) * 2:
+            raise ValueError(
+                f"prior must be the kernel of the {samples} samples of X with themselves, got {_shape(prior)}"
+            )
+        part = slice(first * outputs, (first + len(rows)) * outputs)
+        return matrix[part, part]
+
+    def _start(self, data: Array, initial: Any) -> Array:
+        """f0 of the samples in ``data``, in the shape of their targets."""
+        shape = (data.shape[0], *self._output_shape)
+        if initial is None:
+            return np.zeros(shape)
+        if callable(initial):
+            if self._precomputed():
+                raise ValueError("initial must be an array with 'precomputed', which has no X to call it on")
+            initial = _outputs(initial, data)
+        start = as_array("initial", initial)
+        if start.size == math.prod(shape) and start.ndim <= 2 and start.shape[:1] == shape[:1]:
+            start = start.reshape(shape)  # (N, 1) and (N,) are the same outputs
+        if start.shape != shape:
+            raise ValueError(f"initial must have the shape of y, {shape}, got {start.shape}")
+        if not np.isfinite(start).all():
+            raise ValueError("initial must be finite, got NaN or infinity")
+        return start
+
+    def _time(self, t: Any) -> float:
+        """Kernel time of a prediction; infinite is the end of training."""
+        value = self.t if t is None else t
+        if value is None:
+            return math.inf
+        time = as_real("t", value)
+        if not time >= 0:
+            raise ValueError(f"t must be finite and not negative (None or infinity is the limit), got {value}")
+        return time
+
+    def _weights(self, t: float | None, n_steps: int | None, tau: float | None) -> Filter | None:
         system = self._system
         if (n_steps is None) != (tau is None):
             raise ValueError(f"n_steps and tau must be given together, got n_steps={n_steps} and tau={tau}")
         if n_steps is not None and tau is not None:
             if t is not None:
                 raise ValueError(f"t must be None when n_steps is given, got t={t} and n_steps={n_steps}")
-            check_steps(n_steps)
-            check_real("tau", tau)
-            if not (math.isfinite(tau) and tau > 0):
-                raise ValueError(f"tau must be finite and positive, got {tau}")
+            steps, step = as_count("n_steps", n_steps, 0), as_positive("tau", tau)
             largest = system.modes[0][-1]
-            if not np.isfinite(descent_filter(largest, system.samples, n_steps, tau)):
+            if not np.isfinite(descent_filter(largest, system.samples, steps, step)):
                 raise ValueError(
                     f"tau must be below 2 N / lambda_max = {2 * system.samples / largest:g} for descent to be stable: "
                     f"{n_steps} steps of {tau} have overflowed"
                 )
-            return system.filtered(lambda values: descent_filter(values, system.samples, n_steps, tau))
-        if t is None:
-            return system.solution
-        check_real("t", t)
-        if not (math.isfinite(t) and t >= 0):
-            raise ValueError(f"t must be finite and not negative (None is the limit), got {t}")
-        return system.filtered(lambda values: flow_filter(values, system.samples, t))
+            return lambda values: descent_filter(values, system.samples, steps, step)
+        time = self._time(t)
+        return None if math.isinf(time) else lambda values: flow_filter(values, system.samples, time)
+
+
+def _kernel_of(model: nn.Module) -> Callable[..., Tensor]:
+    device = next((param.device for param in model.parameters()), torch.device("cpu"))
+
+    def kernel(x1: Tensor, x2: Tensor | None = None) -> Tensor:
+        return empirical_ntk(model, x1.to(device), None if x2 is None else x2.to(device))
+
+    return kernel
+
+
+def _outputs(initial: Callable[..., Any], data: Array) -> Any:
+    """f0 of samples; a module is called in its own dtype, on its own device, without a trace."""
+    x = torch.tensor(data, device="cpu")
+    if not isinstance(initial, nn.Module):
+        return initial(x)
+    param = next((param for param in initial.parameters() if param.is_floating_point()), x)
+    with reading(initial):
+        return initial(x.to(param.device, param.dtype))
 
 
 def _shape(kernel: Any) -> tuple[int, ...]:

@@ -9,16 +9,16 @@ Theta is the scaled kernel, and ``tau = eta`` if it is the plain ``J J^T``. Mome
 from __future__ import annotations
 
 import math
-import numbers
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import scipy.linalg  # type: ignore[import-untyped]
 import scipy.sparse.linalg  # type: ignore[import-untyped]
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from torch import Tensor
 
-Array = NDArray[np.float64]
+from narrowdeep.ntk.checks import Array, as_array, as_count, as_positive, as_real
 
 _DENSE = 1000
 """Rows from which the largest eigenvalue alone is found by Lanczos iterations."""
@@ -28,16 +28,9 @@ _ROUNDING = 1e-6
 at most rows times as much."""
 
 
-def as_array(value: Tensor | ArrayLike) -> Array:
-    """A float64 array on the host."""
-    if isinstance(value, Tensor):
-        value = value.detach().cpu().numpy()
-    return np.asarray(value, dtype=np.float64)
-
-
 def kernel_matrix(kernel: Tensor | ArrayLike, name: str = "kernel") -> Array:
     """(N1, N2) as it is; (N1, N2, out, out) as the matrix (N1 out, N2 out), sample first."""
-    array = as_array(kernel)
+    array = as_array(name, kernel)
     if array.ndim == 2:
         return array
     if array.ndim == 4:
@@ -48,7 +41,7 @@ def kernel_matrix(kernel: Tensor | ArrayLike, name: str = "kernel") -> Array:
 
 def _square(kernel: Tensor | ArrayLike) -> tuple[Array, int]:
     """The kernel matrix of a training set and its number of samples."""
-    array = as_array(kernel)
+    array = as_array("kernel", kernel)
     matrix = kernel_matrix(array)
     if matrix.shape[0] != matrix.shape[1] or matrix.shape[0] == 0:
         raise ValueError(f"kernel must be square and not empty, got shape {array.shape}")
@@ -75,28 +68,11 @@ def check_semidefinite(matrix: Array, smallest: float) -> None:
         raise ValueError(f"kernel must be positive semidefinite, got the eigenvalue {smallest:g}")
 
 
-def check_real(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-
-
-def _check_momentum(momentum: float) -> None:
-    check_real("momentum", momentum)
-    if not 0 <= momentum < 1:
+def as_momentum(momentum: Any) -> float:
+    number = as_real("momentum", momentum)
+    if not 0 <= number < 1:
         raise ValueError(f"momentum must be in [0, 1), got {momentum}")
-
-
-def _check_positive(name: str, value: float) -> None:
-    check_real(name, value)
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} must be finite and positive, got {value}")
-
-
-def check_steps(n_steps: Any) -> None:
-    if isinstance(n_steps, bool) or not isinstance(n_steps, (int, np.integer)):
-        raise TypeError(f"n_steps must be an int, got {n_steps!r}")
-    if n_steps < 0:
-        raise ValueError(f"n_steps must be at least 0, got {n_steps}")
+    return number
 
 
 def _largest(matrix: Array) -> float:
@@ -123,7 +99,7 @@ def max_learning_rate(kernel: Tensor | ArrayLike, *, momentum: float = 0.0) -> f
 
     Raises: ValueError when the kernel is empty, not square, not finite or zero, or momentum is outside [0, 1).
     """
-    _check_momentum(momentum)
+    momentum = as_momentum(momentum)
     matrix, n = _square(kernel)
     largest = _largest(matrix)
     if largest <= 0:
@@ -155,7 +131,7 @@ def heavy_ball(kernel: Tensor | ArrayLike, *, smallest: float | None = None) -> 
             raise ValueError(f"kernel must have a positive eigenvalue, got {largest} as the largest")
         smallest = float(kept[0])
     else:
-        check_real("smallest", smallest)
+        smallest = as_real("smallest", smallest)
         largest = _largest(matrix)
         if not 0 < smallest <= largest * (1 + 1e-9):
             raise ValueError(f"smallest must be positive and at most lambda_max = {largest}, got {smallest}")
@@ -168,7 +144,7 @@ def loss_curve(
     y: Tensor | ArrayLike,
     n_steps: int,
     *,
-    tau: float | list[float],
+    tau: float | Sequence[float] | Tensor | Array,
     momentum: float = 0.0,
     initial: Tensor | ArrayLike | None = None,
 ) -> Array:
@@ -181,19 +157,21 @@ def loss_curve(
         kernel: of the training set with itself, (N, N) or (N, N, out, out).
         y: targets, (N,) or (N, out).
         n_steps: not negative.
-        tau: kernel time of a step (see the top of this module), or of each one.
+        tau: kernel time of a step (see the top of this module), or of each one, (n_steps,).
         momentum: in [0, 1), in the convention of torch.optim.SGD.
         initial: outputs before the first step, in the shape of y; default 0, what narrow networks start from.
 
     Returns: (n_steps + 1,) float64: ``1/(2N) sum |f - y|^2`` before the first step and after each.
     """
-    _check_momentum(momentum)
-    check_steps(n_steps)
-    taus: list[Any] = list(tau) if isinstance(tau, (list, tuple)) else [tau] * n_steps
-    if len(taus) != n_steps:
-        raise ValueError(f"tau must be a number, or one for each of the {n_steps} steps, got {len(taus)}")
-    for value in taus or [tau]:
-        _check_positive("tau", value)
+    momentum, n_steps = as_momentum(momentum), as_count("n_steps", n_steps, 0)
+    if isinstance(tau, Tensor) or (isinstance(tau, np.ndarray) and tau.ndim):
+        tau = as_array("tau", tau).reshape(-1).tolist()
+    if isinstance(tau, (list, tuple)):
+        if len(tau) != n_steps:
+            raise ValueError(f"tau must be a number, or one for each of the {n_steps} steps, got {len(tau)}")
+        taus = [as_positive("tau", value) for value in tau]
+    else:
+        taus = [as_positive("tau", tau)] * n_steps
     matrix, n = _square(kernel)
     eigenvalues, modes = scipy.linalg.eigh(matrix)
     check_semidefinite(matrix, float(eigenvalues[0]))
@@ -211,12 +189,15 @@ def loss_curve(
 
 def residuals(matrix: Array, n: int, y: Tensor | ArrayLike, initial: Tensor | ArrayLike | None = None) -> Array:
     """``initial - y`` as columns the kernel matrix acts on: (N, out) for a scalar kernel, (N out, 1) for a full one."""
-    targets = as_array(y)
+    targets = as_array("y", y)
     if targets.ndim not in (1, 2) or targets.shape[0] != n:
         raise ValueError(f"y must have shape ({n},) or ({n}, out), got {targets.shape}")
-    start = np.zeros_like(targets) if initial is None else as_array(initial)
+    start = np.zeros_like(targets) if initial is None else as_array("initial", initial)
     if start.shape != targets.shape:
         raise ValueError(f"initial must have the shape of y, {targets.shape}, got {start.shape}")
+    for name, values in (("y", targets), ("initial", start)):
+        if not np.isfinite(values).all():
+            raise ValueError(f"{name} must be finite, got NaN or infinity")
     difference = (start - targets).reshape(n, -1)
     if matrix.shape[0] == n:
         return difference

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -221,3 +222,30 @@ def test_negative_entries_act_as_zero_and_empty_sets_are_empty() -> None:
 def test_bad_input(call, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+def test_arrays_of_any_byte_order_and_numbers_of_any_kind() -> None:
+    x = np.random.default_rng(0).uniform(size=(5, 3))
+    expected = limit_ntk_mlp(torch.tensor(x), rho=1.5, out_features=2)
+    image = x.reshape(5, 1, 3, 1)
+    for order in ("<f8", ">f8", "longdouble"):
+        got = limit_ntk_mlp(x.astype(order), rho=np.float32(1.5), out_features=np.int64(2))
+        assert torch.equal(got, expected)
+        assert torch.equal(limit_ntk_cnn(image.astype(order)), limit_ntk_cnn(torch.tensor(image)))
+    assert limit_ntk_mlp(x.astype(">f4")).dtype == torch.float32
+    fixed = x.copy()
+    fixed.flags.writeable = False
+    assert torch.equal(limit_ntk_mlp(fixed[::-1]), limit_ntk_mlp(torch.tensor(x[::-1].copy())))
+    with pytest.raises(TypeError, match="x1 must be torch.float32 or torch.float64, got uint8"):
+        limit_ntk_mlp(x.astype(np.uint8))
+    with pytest.raises(ValueError, match="rho must be finite and not negative, got an integer of 1329 bits"):
+        limit_ntk_mlp(x, rho=10**400)
+
+
+def test_the_gradient_under_autocast_is_that_without() -> None:
+    torch.manual_seed(5)
+    x, y = torch.rand(4, 3, requires_grad=True), torch.rand(5, 3)
+    (expected,) = torch.autograd.grad(limit_ntk_mlp(x, y).sum(), x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (got,) = torch.autograd.grad(limit_ntk_mlp(x, y).sum(), x)
+    assert torch.equal(got, expected)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import math
+import re
 from typing import Any
 
 import numpy as np
@@ -10,8 +14,11 @@ import scipy.linalg  # type: ignore[import-untyped]
 import torch
 from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV, cross_val_predict
+from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import check_estimator
 
+from narrowdeep import DeepNarrowMLP
+from narrowdeep.ntk.empirical import empirical_ntk
 from narrowdeep.ntk.limit import limit_ntk_cnn, limit_ntk_mlp
 from narrowdeep.ntk.regression import NTKRegressor
 
@@ -37,6 +44,7 @@ def data() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 # Warnings that scikit-learn's checks provoke on purpose are theirs to judge.
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.SkipTestWarning")
+@pytest.mark.filterwarnings("ignore:X has negative entries")
 @pytest.mark.parametrize(
     "estimator", [NTKRegressor(limit_ntk_mlp, ridge=1e-3), NTKRegressor("precomputed", ridge=10.0)], ids=["limit", "K"]
 )
@@ -44,11 +52,25 @@ def test_scikit_learn_checks(estimator: NTKRegressor) -> None:
     check_estimator(estimator)
 
 
+def failed_checks(estimator: NTKRegressor) -> dict[str, Exception]:
+    results = check_estimator(estimator, on_fail=None, on_skip=None)
+    return {r["check_name"]: r["exception"] for r in results if r["status"] == "failed"}
+
+
+@pytest.mark.filterwarnings("ignore:X has negative entries")
 def test_the_only_check_that_fails_without_ridge_is_the_documented_one() -> None:
-    results = check_estimator(NTKRegressor(limit_ntk_mlp), on_fail=None, on_skip=None)
-    failed = {r["check_name"]: r["exception"] for r in results if r["status"] == "failed"}
+    failed = failed_checks(NTKRegressor(limit_ntk_mlp))
     assert set(failed) == {"check_fit_idempotent"}
     assert isinstance(failed["check_fit_idempotent"], np.linalg.LinAlgError)
+
+
+def test_precomputed_kernels_without_ridge_fail_the_checks_that_give_singular_ones() -> None:
+    """As the docstring says: 13 checks, each with a kernel matrix x x^T of more samples than features."""
+    failed = failed_checks(NTKRegressor("precomputed"))
+    assert len(failed) == 13
+    for error in failed.values():
+        assert isinstance(error, np.linalg.LinAlgError)
+        assert "is numerically singular" in str(error)
 
 
 @pytest.mark.parametrize("ridge", [0.0, 0.3])
@@ -224,3 +246,215 @@ def test_bad_fit(data, kernel, ridge: float, message: str) -> None:
     X, y, _ = data
     with pytest.raises(ValueError, match=message):
         NTKRegressor(kernel, ridge=ridge).fit(X, y)
+
+
+def test_fit_keeps_none_of_the_callers_arrays(data) -> None:
+    X, y, test = data
+    K = limit_ntk_mlp(X).numpy().copy()
+    cross = limit_ntk_mlp(test, X).numpy()
+    called = NTKRegressor(limit_ntk_mlp, ridge=0.1).fit(X, y)
+    given = NTKRegressor("precomputed", ridge=0.1).fit(K, y)
+    expected = [called.predict(test), called.predict(test, t=2.0)]
+    before = X.copy()
+    K[:], X[:] = np.nan, np.nan
+    for model, points in ((given, cross), (called, test)):
+        np.testing.assert_allclose(model.predict(points), expected[0], rtol=1e-10)
+        np.testing.assert_allclose(model.predict(points, t=2.0), expected[1], rtol=1e-10)
+    K = limit_ntk_mlp(before).numpy()
+    kept = K.copy()
+    NTKRegressor("precomputed", ridge=0.1).fit(K, y)
+    np.testing.assert_array_equal(K, kept)
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1e-300, 1e-17, 1e-16])
+@pytest.mark.parametrize("case", ["coincide", "rank", "zero", "rounded", "large"])
+def test_the_ridge_that_is_suggested_is_larger_and_works(data, case: str, ridge: float) -> None:
+    X, y, _ = data
+    K = {
+        "coincide": lambda: limit_ntk_mlp(np.concatenate((X, X[:1]))).numpy(),
+        "rank": lambda: X @ X.T,
+        "zero": lambda: np.zeros((20, 20)),
+        "rounded": lambda: limit_ntk_mlp(np.concatenate((X, X)).astype(np.float32)).double().numpy(),
+        "large": lambda: 1e12 * X @ X.T,
+    }[case]()
+    target = np.resize(y[:, 0], len(K))
+    model = NTKRegressor("precomputed", ridge=ridge).fit(K, target)
+    if case == "zero" and ridge > 0:
+        assert not model.predict(K).any()
+        return
+    with pytest.raises(np.linalg.LinAlgError, match="singular") as error:
+        model.predict(K)
+    found = re.search(r"for example ridge=([0-9.e+-]+)\)", str(error.value))
+    assert found
+    suggested = float(found.group(1))
+    assert suggested > ridge
+    assert suggested <= 1e-4 * max(np.abs(K).max(), 1e-270)
+    assert np.isfinite(NTKRegressor("precomputed", ridge=suggested).fit(K, target).predict(K)).all()
+
+
+def test_negative_inputs_of_a_limit_kernel_are_warned_of(data) -> None:
+    X, y, _ = data
+    scaled = StandardScaler().fit_transform(X)
+    for kernel in (limit_ntk_mlp, lambda a, b=None: limit_ntk_mlp(a, b, rho=2.0)):
+        with pytest.warns(UserWarning, match=r"X has negative entries, which a limit kernel takes for 0 .*got -"):
+            NTKRegressor(kernel, ridge=1.0).fit(scaled, y)
+        NTKRegressor(kernel, ridge=1.0).fit(X, y)
+    NTKRegressor(features, ridge=1.0).fit(scaled, y)  # any other kernel may take them
+
+
+def test_a_float32_model_as_kernel(data) -> None:
+    """X is cast to the model's dtype, in a callable and as a module; truth is the float64 copy of the model."""
+    X, y, test = data
+    torch.manual_seed(0)
+    model = DeepNarrowMLP(3, 2, 6)
+    other = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+    for net in (model, other):
+        exact = copy.deepcopy(net).double()
+        ridge = 0.1
+        expected = NTKRegressor(lambda a, b=None, m=exact: empirical_ntk(m, a, b), ridge=ridge).fit(X, y).predict(test)
+        called = NTKRegressor(lambda a, b=None, m=net: empirical_ntk(m, a, b), ridge=ridge).fit(X, y)
+        np.testing.assert_allclose(called.predict(test), expected, rtol=1e-3, atol=1e-4)
+        as_module = NTKRegressor(net, ridge=ridge).fit(X, y)
+        np.testing.assert_allclose(as_module.predict(test), called.predict(test), rtol=1e-12)
+    with pytest.raises(TypeError, match="x1 and first_weight must have the same dtype"):
+        empirical_ntk(model, torch.tensor(X))
+
+
+def test_numbers_arrays_and_byte_orders(data) -> None:
+    X, y, test = data
+    expected = NTKRegressor(limit_ntk_mlp, ridge=0.5).fit(X, y).predict(test)
+    for order in (">f8", "<f8"):
+        model = NTKRegressor(limit_ntk_mlp, ridge=np.float32(0.5)).fit(X.astype(order), y.astype(order))
+        np.testing.assert_array_equal(model.predict(test.astype(order)), expected)
+    tensors = NTKRegressor(limit_ntk_mlp, ridge=0.5).fit(torch.tensor(X), torch.tensor(y))
+    np.testing.assert_array_equal(tensors.predict(torch.tensor(test)), expected)
+    np.testing.assert_allclose(
+        model.predict(test, n_steps=np.int64(7), tau=np.float32(0.25)),
+        model.predict(test, n_steps=7, tau=0.25),
+        rtol=1e-13,
+    )
+    for bad in (10**400, math.nan, math.inf):
+        with pytest.raises(ValueError, match="ridge must be finite and not negative, got"):
+            NTKRegressor(limit_ntk_mlp, ridge=bad).fit(X, y)
+
+
+@pytest.mark.parametrize("mode", ["autocast", "device", "bfloat16"])
+def test_global_modes_change_nothing(data, mode: str) -> None:
+    X, y, test = data
+    expected = NTKRegressor(limit_ntk_mlp, ridge=0.5).fit(X, y).predict(test)
+    single = limit_ntk_mlp(X.astype(np.float32))
+    images = torch.rand(3, 1, 4, 4)
+    cnn = limit_ntk_cnn(images)
+    context: Any = {
+        "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+        "device": lambda: torch.device("meta"),
+        "bfloat16": contextlib.nullcontext,
+    }[mode]()
+    if mode == "bfloat16":
+        torch.set_default_dtype(torch.bfloat16)
+    try:
+        with context:
+            got = NTKRegressor(limit_ntk_mlp, ridge=0.5).fit(X, y).predict(test)
+            assert torch.equal(limit_ntk_mlp(X.astype(np.float32)), single)
+            assert torch.equal(limit_ntk_cnn(images), cnn)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    np.testing.assert_array_equal(got, expected)
+
+
+# --- The posterior, a start, and settings that a search tunes ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("ridge", [1e-3, 0.3])
+def test_the_posterior_is_the_closed_form(data, ridge: float) -> None:
+    """K** - K*X (K + r)^-1 KX*, and at a finite time the same with the covariance of the trained linear model."""
+    X, y, test = data
+    K, cross, prior = limit_ntk_mlp(X).numpy(), limit_ntk_mlp(test, X).numpy(), limit_ntk_mlp(test).numpy()
+    expected = prior - cross @ np.linalg.inv(K + ridge * np.eye(20)) @ cross.T
+    called = NTKRegressor(limit_ntk_mlp, ridge=ridge).fit(X, y)
+    given = NTKRegressor("precomputed", ridge=ridge).fit(K, y)
+    extras: list[dict[str, Any]] = [{}, {"prior": prior}]
+    for model, points, extra in zip((called, given), (test, cross), extras, strict=True):
+        mean, cov = model.predict(points, return_cov=True, **extra)
+        np.testing.assert_allclose(cov, expected, rtol=0, atol=1e-10)
+        np.testing.assert_array_equal(mean, model.predict(points))
+        mean, std = model.predict(points, return_std=True, **extra)
+        assert std.shape == mean.shape == (7, 2)
+        for column in std.T:
+            np.testing.assert_allclose(column**2, np.diagonal(expected), rtol=0, atol=1e-10)
+        assert np.abs(model.predict(points, t=0.0, return_cov=True, **extra)[1] - prior).max() < 1e-12
+        # theta drawn from N(0, I), flow on targets with noise of variance r: theta_t = A theta + B (y + noise).
+        rate, steps, tau = np.linalg.eigh(K), 9, 0.3
+        g = rate[1] @ np.diag((1 - (1 - tau * (rate[0] + ridge) / 20) ** steps) / (rate[0] + ridge)) @ rate[1].T
+        left = cross @ g
+        late = prior - left @ cross.T - cross @ left.T + left @ (K + ridge * np.eye(20)) @ left.T
+        got = model.predict(points, n_steps=steps, tau=tau, return_cov=True, **extra)[1]
+        np.testing.assert_allclose(got, late, rtol=0, atol=1e-10)
+        late_std = model.predict(points, n_steps=steps, tau=tau, return_std=True, **extra)[1]
+        np.testing.assert_allclose(late_std[:, 0] ** 2, np.diagonal(late), rtol=0, atol=1e-10)
+    with pytest.raises(ValueError, match="return_std and return_cov must not both be True"):
+        called.predict(test, return_std=True, return_cov=True)
+    with pytest.raises(ValueError, match=r"prior must be k\(X, X\) with 'precomputed', got NoneType"):
+        given.predict(cross, return_std=True)
+    with pytest.raises(ValueError, match="prior must be left out"):
+        called.predict(test, return_std=True, prior=prior)
+
+
+def test_the_posterior_of_a_matrix_valued_kernel_and_in_blocks(data, monkeypatch: pytest.MonkeyPatch) -> None:
+    X, y, test = data
+    B = np.array([[2.0, 1.0], [1.0, 3.0]])
+
+    def full(a: torch.Tensor, b: torch.Tensor | None = None) -> torch.Tensor:
+        return limit_ntk_mlp(a, b)[:, :, None, None] * torch.tensor(B)
+
+    K = np.kron(limit_ntk_mlp(X).numpy(), B)
+    cross, prior = np.kron(limit_ntk_mlp(test, X).numpy(), B), np.kron(limit_ntk_mlp(test).numpy(), B)
+    expected = prior - cross @ np.linalg.inv(K + 0.1 * np.eye(40)) @ cross.T
+    model = NTKRegressor(full, ridge=0.1).fit(X, y)
+    cov = model.predict(test, return_cov=True)[1]
+    assert cov.shape == (7, 7, 2, 2)
+    np.testing.assert_allclose(cov.transpose(0, 2, 1, 3).reshape(14, 14), expected, rtol=0, atol=1e-10)
+    for block in (1 << 25, 80):
+        monkeypatch.setattr("narrowdeep.ntk.regression._BLOCK", block)
+        std = model.predict(test, return_std=True)[1]
+        np.testing.assert_allclose(std.reshape(-1) ** 2, np.diagonal(expected), rtol=0, atol=1e-10)
+
+
+def test_a_start_that_is_not_zero(data) -> None:
+    """f0 + k (K + r)^-1 (y - f0): as an array, a callable and a module."""
+    X, y, test = data
+    torch.manual_seed(0)
+    net = torch.nn.Linear(3, 2).double()
+    f0, f0_test = (net(torch.tensor(x)).detach().numpy() for x in (X, test))
+    shifted = NTKRegressor(limit_ntk_mlp, ridge=0.2).fit(X, y - f0)
+    times: list[dict[str, Any]] = [{}, {"t": 3.0}]
+    for arguments in times:
+        expected = shifted.predict(test, **arguments) + f0_test
+        array = NTKRegressor(limit_ntk_mlp, ridge=0.2).fit(X, y, initial=f0)
+        np.testing.assert_allclose(array.predict(test, initial=f0_test, **arguments), expected, rtol=1e-12)
+        for start in (net, lambda x: net(x).detach()):
+            model = NTKRegressor(limit_ntk_mlp, ridge=0.2).fit(X, y, initial=start)
+            np.testing.assert_allclose(model.predict(test, **arguments), expected, rtol=1e-12)
+    with pytest.raises(ValueError, match=r"initial must be f0\(X\), as fit was given an array"):
+        array.predict(test)
+    with pytest.raises(ValueError, match=r"initial must have the shape of y, \(20, 2\), got \(20, 3\)"):
+        NTKRegressor(limit_ntk_mlp).fit(X, y, initial=X)
+    with pytest.raises(ValueError, match="initial must be left out"):
+        shifted.predict(test, initial=f0_test)
+
+
+def test_time_and_initialisation_are_settings(data) -> None:
+    X, y, test = data
+    model = NTKRegressor(limit_ntk_mlp, ridge=0.2, t=3.0, rho=2.0, beta=0.5).fit(X, y)
+    fixed = NTKRegressor(lambda a, b=None: limit_ntk_mlp(a, b, rho=2.0, beta=0.5), ridge=0.2).fit(X, y)
+    np.testing.assert_array_equal(model.predict(test), fixed.predict(test, t=3.0))
+    np.testing.assert_array_equal(model.predict(test, t=1.0), fixed.predict(test, t=1.0))
+    np.testing.assert_array_equal(model.predict(test, math.inf), fixed.predict(test))
+    search = GridSearchCV(
+        NTKRegressor(limit_ntk_mlp, ridge=0.1), {"t": [1.0, None], "rho": [0.5, 2.0], "beta": [0.0, 1.0]}, cv=2
+    ).fit(X, y)
+    assert set(search.best_params_) == {"t", "rho", "beta"}
+    with pytest.raises(ValueError, match="rho must be None where the kernel is no function of it, got 'precomputed'"):
+        NTKRegressor("precomputed", rho=1.0).fit(X @ X.T, y)
+    with pytest.raises(ValueError, match="t must be finite and not negative .*got -2"):
+        NTKRegressor(limit_ntk_mlp, t=-2).fit(X, y)

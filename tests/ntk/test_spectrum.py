@@ -156,3 +156,20 @@ def test_filters_at_their_limits() -> None:
 def test_bad_input(call, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+def test_numbers_and_arrays_of_any_kind() -> None:
+    kernel = np.diag([1.0, 4.0]).astype(">f4")
+    assert max_learning_rate(kernel, momentum=np.float32(0.5)) == pytest.approx(2 * 1.5 * 2 / 4)
+    assert max_learning_rate(torch.diag(torch.tensor([1.0, 4.0])).bfloat16()) == pytest.approx(1.0)
+    expected = loss_curve(kernel, [1.0, 2.0], 2, tau=[0.5, 0.25])
+    for taus in (np.array([0.5, 0.25]), torch.tensor([0.5, 0.25])):
+        assert loss_curve(kernel, [1.0, 2.0], np.int64(2), tau=taus) == pytest.approx(expected)
+    with pytest.raises(TypeError, match="kernel must be real, got torch.complex64"):
+        max_learning_rate(torch.eye(2, dtype=torch.complex64))
+    with pytest.raises(TypeError, match="y must be an array of real numbers, got dtype"):
+        loss_curve(kernel, ["1", "2"], 2, tau=1.0)
+    with pytest.raises(ValueError, match="y must be finite, got NaN or infinity"):
+        loss_curve(kernel, [1.0, np.nan], 2, tau=1.0)
+    with pytest.raises(ValueError, match="tau must be finite and positive, got an integer of 1329 bits"):
+        loss_curve(kernel, [1.0, 1.0], 2, tau=10**400)

@@ -9,7 +9,7 @@ to the first, and the sum over them is float64. The symbols are those of ``narro
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -134,18 +134,19 @@ def layer_grams(
     scale: float,
     offset: bool,
     symmetric: bool,
-    trainable: int,
+    trained: Sequence[tuple[bool, bool]],
 ) -> Iterator[tuple[int, Tensor]]:
     """(l, its part of the kernel (N1, N2, out, out) in float64) from the last layer to the first.
 
-    Layers with nothing trained are left out.
+    ``trained`` says for each layer, from the first, whether its weight and its bias are; layers with nothing trained
+    are left out.
     """
     depth = params[2].shape[0] + 2
     right_factors = iter(()) if symmetric else layer_factors(family, x2, params, scale, offset)
     for left in layer_factors(family, x1, params, scale, offset):
         right = left if symmetric else next(right_factors)
         which = {1: 0, depth: 4}.get(left[0], 2)
-        has_weight, has_bias = bool(trainable >> which & 1), bool(trainable >> (which + 1) & 1)
+        has_weight, has_bias = trained[left[0] - 1]
         if has_weight or has_bias:
             yield left[0], family.layer_gram(left, right, params[which], has_weight, has_bias)
 
@@ -182,7 +183,9 @@ def gram(
     )
     if x1.shape[0] == 0 or x2.shape[0] == 0:
         return total
-    for _, part in layer_grams(family, x1, x2, params, scale, offset, symmetric, trainable):
+    first, hidden, last = ((bool(trainable >> i & 1), bool(trainable >> (i + 1) & 1)) for i in (0, 2, 4))
+    trained = [first, *[hidden] * hidden_weight.shape[0], last]
+    for _, part in layer_grams(family, x1, x2, params, scale, offset, symmetric, trained):
         total += reduced(part, reduce)
     if symmetric:  # what rounding has left of the difference
         mirrored = total.transpose(0, 1)
