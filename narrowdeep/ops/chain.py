@@ -62,40 +62,32 @@ _SCHEMAS = {
 }
 
 
-def define(family: str, saved_shape: Callable[[Tensor, Tensor, Tensor, bool, int], tuple[int, ...]]) -> ChainOps:
-    """Define ``narrowdeep::{family}_forward`` and its likes (``ChainOps``) with their fakes and vmap rules.
+_SPAN = "Tensor? first_weight, Tensor? first_bias, Tensor hidden_weight, Tensor hidden_bias, Tensor? last_weight, Tensor? last_bias"
+_ENDS = "float scale, bool offset, int outputs, int start"
+_SPANS = {
+    "forward": f"(Tensor input, {_SPAN}, {_ENDS}, int segment) -> (Tensor, Tensor)",
+    "backward": f"(Tensor grad, Tensor input, {_SPAN}, Tensor saved, {_ENDS}, int segment, bool need_input, "
+    "bool need_params) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "jvp": f"(Tensor input, {_SPAN}, Tensor? input_t, {_TANGENT_SCHEMA.split(', ', 1)[1]}, {_ENDS}) -> Tensor",
+}
 
-    ``saved_shape(x, hidden_weight, last_weight, offset, segment)`` is the shape of the forward's second output.
-    """
-    for name, schema in _SCHEMAS.items():
-        library.define(f"{family}_{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
-    ops = ChainOps(**{name: getattr(torch.ops.narrowdeep, f"{family}_{name}").default for name in _SCHEMAS})
 
-    @torch.library.register_fake(f"narrowdeep::{family}_forward")
-    def _(x, w1, b1, wh, bh, wl, bl, scale, offset, segment):
-        return x.new_empty(x.shape[0], wl.shape[0]), x.new_empty(saved_shape(x, wh, wl, offset, segment))
+def define(family: str, saved_shape: Callable[..., tuple[int, ...]]) -> ChainOps:
+    """TEMPORARY: today's calls on the span ops."""
+    from importlib import import_module
 
-    @torch.library.register_fake(f"narrowdeep::{family}_backward")
-    def _(grad_out, x, w1, b1, wh, bh, wl, bl, saved, scale, offset, segment, need_input, need_params):
-        params = (w1, b1, wh, bh, wl, bl)
-        grad_x = x.new_empty(x.shape) if need_input else x.new_empty(0)
-        return (grad_x, *(p.new_empty(p.shape) if need_params else p.new_empty(0) for p in params))
-
-    @torch.library.register_fake(f"narrowdeep::{family}_jvp")
-    def _(x, w1, b1, wh, bh, wl, *rest):
-        return x.new_empty(x.shape[0], wl.shape[0])
-
-    @torch.library.register_fake(f"narrowdeep::{family}_advance")
-    def _(state, x, wh, bh, outputs, scale, offset, first, segment):
-        saved = advance_saved_shape(wh.shape[0], state.shape[1:], offset, segment)
-        return x.new_empty(state.shape), x.new_empty(saved)
-
-    @torch.library.register_fake(f"narrowdeep::{family}_retreat")
-    def _(grad_state, grad_out, state, x, wh, bh, saved, outputs, scale, offset, first, segment, need_params):
-        return (x.new_empty(state.shape), *(p.new_empty(p.shape if need_params else 0) for p in (wh, bh)))
-
-    _register_vmap(family, ops)
-    return ops
+    name = {"conv": "cnn"}.get(family, family)
+    for op, schema in _SPANS.items():
+        library.define(f"{name}_{op}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    forward, backward, jvp = (getattr(torch.ops.narrowdeep, f"{name}_{op}").default for op in _SPANS)
+    layered = import_module(f"narrowdeep.ops.{family}.layered")
+    return ChainOps(
+        forward=lambda *a: forward(*a[:9], a[5].shape[0], 0, a[9]),
+        backward=lambda *a: backward(*a[:11], a[6].shape[0], 0, *a[11:]),
+        jvp=lambda *a: jvp(*a, a[5].shape[0], 0),
+        advance=getattr(layered, f"{family}_advance"),
+        retreat=getattr(layered, f"{family}_retreat"),
+    )
 
 
 def _fold(tensor: Tensor, dim: int | None, size: int, batch_dim: int) -> Tensor:

@@ -20,4 +20,3 @@ def _saved_shape(x: Tensor, hidden_weight: Tensor, last_weight: Tensor, offset: 
 
 ops = chain.define("conv", _saved_shape)
 engine.load()
-triton_dispatch.register_chain(chain.library, "conv")

@@ -40,5 +40,5 @@ def _define(name: str, family: reference.Family) -> Callable[..., Tensor]:
 
 
 mlp_gram = _define("mlp_gram", reference.MLP)
-conv_gram = _define("conv_gram", reference.CNN)
+conv_gram = _define("cnn_gram", reference.CNN)
 engine.load()

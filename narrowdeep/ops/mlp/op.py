@@ -20,6 +20,3 @@ def _saved_shape(x: Tensor, hidden_weight: Tensor, last_weight: Tensor, offset: 
 
 ops = chain.define("mlp", _saved_shape)
 engine.load()
-triton_dispatch.register_chain(chain.library, "mlp")
-chain.library.impl("mlp_advance", mlp_advance, "CPU")  # no kernels of the engine's yet
-chain.library.impl("mlp_retreat", mlp_retreat, "CPU")
