@@ -1,10 +1,9 @@
-"""Builds the CPU engine: one extension from csrc/, each source with the flags of its instruction set."""
+"""Builds the CPU engine: one extension from csrc/, its kernels once for each instruction set."""
 
 from __future__ import annotations
 
 import os
 import platform
-from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,17 +15,17 @@ ROOT = Path(__file__).resolve().parent
 X86_64 = platform.machine().lower() in ("x86_64", "amd64")
 ARM64 = platform.machine().lower() in ("aarch64", "arm64")
 
-# A source named *_avx2.cpp and so on is compiled with these flags, all others for the baseline of the architecture;
-# the engine chooses among them at run time. Hence never -march=native. Never fast-math: the offset form's exact sums
-# would be optimised away. None: the source is left out on this machine.
-INSTRUCTION_SETS: dict[str, list[str] | None] = {
-    "scalar": [],
-    "avx2": ["-mavx2", "-mfma"] if X86_64 else None,
-    "avx512": ["-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mfma", "-mprefer-vector-width=512"]
-    if X86_64
-    else None,
-    "neon": [] if ARM64 else None,
-}
+# Every csrc/*/kernels.cpp is compiled once for each of these with -DND_ISA=<name> and these flags, all other sources once
+# for the baseline of the architecture; the engine chooses among them at run time. Hence never -march=native. Never
+# fast-math: the offset form's exact sums would be optimised away.
+INSTRUCTION_SETS: dict[str, list[str]] = {"scalar": ["-DND_VECTOR_BYTES=0"]}
+if X86_64:
+    INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma"]
+    INSTRUCTION_SETS["avx512"] = [
+        *("-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mfma", "-mprefer-vector-width=512"),
+    ]
+if ARM64:
+    INSTRUCTION_SETS["neon"] = []
 
 # NARROWDEEP_SANITIZE=address,undefined builds the engine for `make sanitize`: gcc's sanitizers in the instruction set
 # that this names. The others are compiled quickly and are not meant to run.
@@ -35,17 +34,11 @@ SANITIZED = "neon" if ARM64 else "avx2"
 SANITIZERS = [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"] if SANITIZE else []
 
 
-def optimization(instruction_set: str) -> list[str]:
-    """Flags for a source of ``instruction_set``, "" for one that belongs to none."""
+def optimization(group: str) -> list[str]:
+    """Flags for the sources of an instruction set, or of the baseline."""
     if not SANITIZE:
         return ["-O3", "-g0"]
-    return ["-O1", "-g1", *SANITIZERS] if instruction_set in ("", SANITIZED) else ["-O0", "-g0"]
-
-
-def instruction_set(source: str) -> str:
-    """ "avx2" for csrc/mlp/mlp_avx2.cpp, "" for a source that belongs to no instruction set."""
-    suffix = Path(source).stem.rpartition("_")[2]
-    return suffix if suffix in INSTRUCTION_SETS else ""
+    return ["-O1", "-g1", *SANITIZERS] if group in ("baseline", SANITIZED) else ["-O0", "-g0"]
 
 
 class BuildEngine(BuildExtension):
@@ -61,21 +54,20 @@ class BuildEngine(BuildExtension):
         compile_all = self.compiler.compile
 
         def compile_by_instruction_set(sources: list[str], output_dir: str, **options: Any) -> list[str]:
-            groups: dict[str, list[str]] = defaultdict(list)
-            for source in sources:
-                groups[instruction_set(source)].append(source)
             arguments = options.pop("extra_postargs", None) or {}
+            kernels = [s for s in sources if Path(s).name == "kernels.cpp"]
+            groups = [("baseline", [s for s in sources if s not in kernels], [])]
+            groups += [(name, kernels, [f"-DND_ISA={name}", *flags]) for name, flags in INSTRUCTION_SETS.items()]
 
-            def compile_group(name: str) -> list[str]:
-                flags = INSTRUCTION_SETS.get(name) or []
+            def compile_group(group: tuple[str, list[str], list[str]]) -> list[str]:
+                name, files, flags = group
                 extra = {**arguments, "cxx": [*arguments.get("cxx", []), *optimization(name), *flags]}
                 # A folder a group: each has its own build.ninja.
-                folder = str(Path(output_dir) / (name or "baseline"))
-                return compile_all(groups[name], output_dir=folder, extra_postargs=extra, **options)
+                return compile_all(files, output_dir=str(Path(output_dir) / name), extra_postargs=extra, **options)
 
             # Without ninja, compile_all changes the compiler object while it runs.
             with ThreadPoolExecutor(len(groups) if self.use_ninja else 1) as pool:
-                return [obj for objects in pool.map(compile_group, sorted(groups)) for obj in objects]
+                return [obj for objects in pool.map(compile_group, groups) for obj in objects]
 
         self.compiler.compile = compile_by_instruction_set
         try:
@@ -87,7 +79,6 @@ class BuildEngine(BuildExtension):
 def engine() -> list[Extension]:
     """The extension narrowdeep._C."""
     sources = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.cpp"))]
-    sources = [s for s in sources if INSTRUCTION_SETS.get(instruction_set(s), []) is not None]
     if not sources:
         return []
     return [

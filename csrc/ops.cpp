@@ -10,20 +10,23 @@
 #endif
 
 #include <optional>
+#include <sstream>
+#include <stdexcept>
 #include <tuple>
+#include <utility>
 #include <vector>
 
-#include "common/isa.h"
-#include "conv/conv.h"
-#include "gram/gram.h"
-#include "mlp/mlp.h"
+#include "common/args.h"
+#include "ntk/args.h"
 
 namespace {
 
-using narrowdeep::Isa;
+using narrowdeep::ChainParams;
+using narrowdeep::ChainShape;
 using narrowdeep::Parallel;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using Sizes = std::vector<int64_t>;
 
 constexpr int64_t kDefaultSegment = 64;  // where a backward finds nothing saved and has to run the forward again
 
@@ -35,46 +38,68 @@ Parallel pool() {
                   }};
 }
 
-void check_shape(const char* name, const Tensor& tensor, const std::vector<int64_t>& shape) {
-  STD_TORCH_CHECK(tensor.dim() == int64_t(shape.size()), name, " must have ", shape.size(), " dimensions, got ", tensor.dim());
-  int64_t d = 0;
-  for (int64_t size : shape) {
-    STD_TORCH_CHECK(tensor.size(d) == size, name, " must have size ", size, " in dimension ", d, ", got ", tensor.size(d));
-    ++d;
-  }
+// Every error of the engine is a std::runtime_error: torch makes RuntimeError of it in all its versions, and of other
+// exceptions not.
+template <class... Words>
+void check(bool ok, const Words&... words) {
+  if (ok) return;
+  std::ostringstream text;
+  (text << ... << words);
+  throw std::runtime_error(text.str());
 }
-
-void check_like(const char* name, const Tensor& tensor, const Tensor& x) {
-  STD_TORCH_CHECK(tensor.is_cpu(), name, " must be on the CPU");
-  STD_TORCH_CHECK(tensor.scalar_type() == x.scalar_type(), name, " must have the dtype of x");
-}
-
-void check_input(const Tensor& x, int64_t dims) {
-  STD_TORCH_CHECK(x.is_cpu(), "x must be on the CPU");
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double,
-                  "x must be float32 or float64");
-  STD_TORCH_CHECK(x.dim() == dims, "x must have ", dims, " dimensions, got ", x.dim());
-}
-
-// The six parameters of a chain, contiguous.
-struct Params {
-  Tensor first_weight, first_bias, hidden_weight, hidden_bias, last_weight, last_bias;
-
-  template <class T>
-  narrowdeep::ChainParams<const T> pointers() const {
-    return {first_weight.const_data_ptr<T>(), first_bias.const_data_ptr<T>(), hidden_weight.const_data_ptr<T>(),
-            hidden_bias.const_data_ptr<T>(),  last_weight.const_data_ptr<T>(), last_bias.const_data_ptr<T>()};
-  }
-  template <class T>
-  narrowdeep::ChainParams<T> mutable_pointers() const {
-    return {first_weight.mutable_data_ptr<T>(), first_bias.mutable_data_ptr<T>(), hidden_weight.mutable_data_ptr<T>(),
-            hidden_bias.mutable_data_ptr<T>(),  last_weight.mutable_data_ptr<T>(), last_bias.mutable_data_ptr<T>()};
+template <auto op>
+struct Guarded;
+template <class Result, class... Args, Result (*op)(Args...)>
+struct Guarded<op> {
+  static Result run(Args... args) {
+    try {
+      return op(std::move(args)...);
+    } catch (const std::runtime_error&) {
+      throw;
+    } catch (const std::exception& error) {
+      throw std::runtime_error(error.what());
+    }
   }
 };
 
+// ---- tensors --------------------------------------------------------------------------------------------------------
+Sizes joined(Sizes head, const Sizes& tail) {
+  head.insert(head.end(), tail.begin(), tail.end());
+  return head;
+}
+Sizes sizes_of(const Tensor& tensor) {
+  const torch::headeronly::IntHeaderOnlyArrayRef sizes = tensor.sizes();
+  return Sizes(sizes.begin(), sizes.end());
+}
+
+void check_dims(const char* name, const Tensor& tensor, int64_t dims) {
+  check(tensor.dim() == dims, name, " must have ", dims, " dimensions, got ", tensor.dim());
+}
+void check_shape(const char* name, const Tensor& tensor, const Sizes& shape) {
+  check_dims(name, tensor, int64_t(shape.size()));
+  for (size_t d = 0; d < shape.size(); ++d)
+    check(tensor.size(int64_t(d)) == shape[d], name, " must have size ", shape[d], " in dimension ", d, ", got ",
+          tensor.size(int64_t(d)));
+}
+void check_like(const char* name, const Tensor& tensor, const char* of, const Tensor& input) {
+  check(tensor.is_cpu(), name, " must be on the CPU");
+  check(tensor.scalar_type() == input.scalar_type(), name, " must have the dtype of ", of);
+}
+
+// Contiguous, and its data where elements of its type may lie: a storage may begin anywhere.
+Tensor ready(const Tensor& any) {
+  const Tensor tensor = torch::stable::contiguous(any);
+  const bool aligned = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % tensor.element_size() == 0;
+  return aligned ? tensor : torch::stable::clone(tensor);
+}
+std::optional<Tensor> ready(const std::optional<Tensor>& any) {
+  if (!any.has_value()) return std::nullopt;
+  return ready(*any);
+}
+
 // An uninitialised tensor that may be large. Large ones come from the system page by page, and at 4 KiB a page that costs
 // more than the arithmetic on them (100 ms for 154 MB, measured): huge pages are asked for where the system has them.
-Tensor new_large(const Tensor& like, const std::vector<int64_t>& shape) {
+Tensor new_large(const Tensor& like, const Sizes& shape) {
   Tensor tensor = torch::stable::new_empty(like, shape);
 #if defined(__linux__)
   constexpr uintptr_t kHugePage = uintptr_t(1) << 21;
@@ -96,356 +121,294 @@ void dispatch(const Tensor& x, const Body& body) {
   }
 }
 
-// ---- the families ---------------------------------------------------------------------------------------------------
-// A family is a Shape, made from the arguments with all checks; the dimensions of a hidden state; and the kernels.
+// ---- a span ---------------------------------------------------------------------------------------------------------
+// The six parameters; those of the first and the last layer may be absent.
+struct Params {
+  std::optional<Tensor> first_weight, first_bias;
+  Tensor hidden_weight, hidden_bias;
+  std::optional<Tensor> last_weight, last_bias;
 
-// What both shapes begin with, checked: batch, in, width, out and layers. `tap` and `image` as in chain_args.h.
-struct Sizes {
-  int64_t batch, in, width, out, layers;
-};
-
-std::vector<int64_t> joined(std::vector<int64_t> head, const std::vector<int64_t>& tail) {
-  head.insert(head.end(), tail.begin(), tail.end());
-  return head;
-}
-
-Sizes check_chain(const Tensor& x, const Params& p, bool offset, int64_t segment, const std::vector<int64_t>& tap) {
-  const int64_t dims = int64_t(2 + tap.size());
-  check_input(x, dims);
-  STD_TORCH_CHECK(p.first_weight.dim() == dims, "first_weight must have ", dims, " dimensions, got ", p.first_weight.dim());
-  STD_TORCH_CHECK(p.last_weight.dim() == dims, "last_weight must have ", dims, " dimensions, got ", p.last_weight.dim());
-  STD_TORCH_CHECK(p.hidden_weight.dim() == dims + 1, "hidden_weight must have ", dims + 1, " dimensions, got ",
-                  p.hidden_weight.dim());
-  STD_TORCH_CHECK(segment >= 0, "segment must be at least 0, got ", segment);
-  const int64_t in = x.size(1), width = p.first_weight.size(0), out = p.last_weight.size(0), layers = p.hidden_weight.size(0);
-  check_shape("first_weight", p.first_weight, joined({width, in}, tap));
-  check_shape("first_bias", p.first_bias, {width});
-  check_shape("hidden_weight", p.hidden_weight, joined({layers, width, width}, tap));
-  check_shape("hidden_bias", p.hidden_bias, {layers, width});
-  check_shape("last_weight", p.last_weight, joined({out, width}, tap));
-  check_shape("last_bias", p.last_bias, {out});
-  STD_TORCH_CHECK(width >= 1 && in >= 1 && out >= 1, "first_weight and last_weight must not be empty");
-  STD_TORCH_CHECK(!offset || width == in + 1 + out, "first_weight must have in + 1 + out = ", in + 1 + out,
-                  " rows in offset form, got ", width);
-  check_like("first_weight", p.first_weight, x);
-  check_like("first_bias", p.first_bias, x);
-  check_like("hidden_weight", p.hidden_weight, x);
-  check_like("hidden_bias", p.hidden_bias, x);
-  check_like("last_weight", p.last_weight, x);
-  check_like("last_bias", p.last_bias, x);
-  return {x.size(0), in, width, out, layers};
-}
-
-// The same for the hidden layers after state `first`, and the two weights alone.
-Sizes check_part(const Tensor& x, const Tensor& hidden_weight, const Tensor& hidden_bias, int64_t outputs, bool offset,
-                 int64_t first, int64_t segment, const std::vector<int64_t>& tap) {
-  const int64_t dims = int64_t(2 + tap.size());
-  check_input(x, dims);
-  STD_TORCH_CHECK(hidden_weight.dim() == dims + 1, "hidden_weight must have ", dims + 1, " dimensions, got ", hidden_weight.dim());
-  STD_TORCH_CHECK(segment >= 0, "segment must be at least 0, got ", segment);
-  STD_TORCH_CHECK(first >= 1, "first must be at least 1, got ", first);
-  const int64_t in = x.size(1), width = hidden_weight.size(1), layers = hidden_weight.size(0);
-  check_shape("hidden_weight", hidden_weight, joined({layers, width, width}, tap));
-  check_shape("hidden_bias", hidden_bias, {layers, width});
-  STD_TORCH_CHECK(width >= 1 && in >= 1 && outputs >= 1, "hidden_weight, x and outputs must not be empty");
-  STD_TORCH_CHECK(!offset || width == in + 1 + outputs, "hidden_weight must have in + 1 + out = ", in + 1 + outputs,
-                  " rows in offset form, got ", width);
-  check_like("hidden_weight", hidden_weight, x);
-  check_like("hidden_bias", hidden_bias, x);
-  return {x.size(0), in, width, outputs, layers};
-}
-
-// A segment of more layers than there are is all of them; kernels compute with it and must not overflow.
-int64_t bounded_segment(int64_t segment, int64_t layers) {
-  return segment > 1 && segment > layers ? (layers > 2 ? layers : 2) : segment;
-}
-
-struct Mlp {
-  using Shape = narrowdeep::MlpShape;
-  static constexpr bool kAddsToGradients = false;  // its backward writes every gradient
-
-  static Shape shape(const Tensor& x, const Params& p, double scale, bool offset, int64_t segment) {
-    const Sizes s = check_chain(x, p, offset, segment, {});
-    return {s.batch, s.in, s.width, s.out, s.layers, bounded_segment(segment, s.layers), offset, scale};
-  }
-  static std::vector<int64_t> state(const Shape& s) { return {s.width, s.batch}; }
   template <class T>
-  static narrowdeep::MlpKernels<T> kernels() {
-    return narrowdeep::mlp_kernels<T>(narrowdeep::selected_isa());
-  }
-  template <class T>
-  static void gram(const narrowdeep::MlpGram<T>& args, const Parallel& parallel) {
-    narrowdeep::gram_kernels<T>(narrowdeep::selected_isa()).mlp(args, parallel);
+  ChainParams<const T> pointers() const {
+    const auto data = [](const std::optional<Tensor>& t) { return t.has_value() ? t->const_data_ptr<T>() : nullptr; };
+    return {data(first_weight),  data(first_bias), hidden_weight.const_data_ptr<T>(), hidden_bias.const_data_ptr<T>(),
+            data(last_weight), data(last_bias)};
   }
 };
 
-struct Conv {
-  using Shape = narrowdeep::ConvShape;
-  static constexpr bool kAddsToGradients = true;  // its backward wants zeros to add to
+struct Settings {
+  double scale;
+  bool offset;
+  int64_t outputs, start, segment;
+};
 
-  static Shape shape(const Tensor& x, const Params& p, double scale, bool offset, int64_t segment) {
-    const int64_t size = p.first_weight.dim() == 4 ? p.first_weight.size(3) : 0;
-    return of(check_chain(x, p, offset, segment, {size, size}), x, size, scale, offset, segment);
+// A span with its arguments checked. `Family` says how many dimensions an image and a filter have, `kDims`: 0 or 2.
+template <class Family>
+struct Span {
+  Tensor input;
+  Params params;
+  ChainShape shape;
+  Sizes tap, image;
+
+  Span(const Tensor& input_any, const Params& any, const Settings& settings)
+      : input(ready(input_any)),
+        params{ready(any.first_weight), ready(any.first_bias),  ready(any.hidden_weight),
+               ready(any.hidden_bias),  ready(any.last_weight), ready(any.last_bias)} {
+    constexpr int64_t dims = Family::kDims;
+    const Params& p = params;
+    const bool first = p.first_weight.has_value(), last = p.last_weight.has_value(), offset = settings.offset;
+    check(p.first_bias.has_value() == first, "first_weight and first_bias must be given together");
+    check(p.last_bias.has_value() == last, "last_weight and last_bias must be given together");
+    const char* const name = input_name();
+    check(input.is_cpu(), name, " must be on the CPU");
+    check(input.scalar_type() == ScalarType::Float || input.scalar_type() == ScalarType::Double, name,
+          " must be float32 or float64");
+    check_dims(name, input, 2 + dims + (first ? 0 : 1));
+    if (first) check_dims("first_weight", *p.first_weight, 2 + dims);
+    if (last) check_dims("last_weight", *p.last_weight, 2 + dims);
+    check_dims("hidden_weight", p.hidden_weight, 3 + dims);
+    check(settings.segment >= 0, "segment must be at least 0, got ", settings.segment);
+    check(settings.start >= 0 && settings.start <= int64_t(1) << 62, "start must be from 0 to 2**62, got ", settings.start);
+    check(!first || settings.start == 0, "start must be 0 with the first layer, got ", settings.start);
+    check(settings.outputs >= 1, "outputs must be at least 1, got ", settings.outputs);
+
+    const int64_t layers = p.hidden_weight.size(0), width = p.hidden_weight.size(1), outputs = settings.outputs;
+    check(layers > 0 || first || last, "a span must have at least one layer");
+    if (dims) {
+      const int64_t size = p.hidden_weight.size(4);
+      check(size % 2 == 1, "filters must have an odd size, got ", size);
+      tap = {size, size};
+      image = {input.size(2), input.size(3)};
+      check(image[0] >= 1 && image[1] >= 1, name, " must have images of at least 1x1 pixels, got ", image[0], "x", image[1]);
+    }
+    const int64_t batch = first ? input.size(0) : input.size(2 + dims);
+    const int64_t in = first ? input.size(1) : offset ? width - 1 - outputs : 0;
+    if (first) {
+      check_shape("first_weight", *p.first_weight, joined({width, in}, tap));
+      check_shape("first_bias", *p.first_bias, {width});
+    }
+    check_shape("hidden_weight", p.hidden_weight, joined({layers, width, width}, tap));
+    check_shape("hidden_bias", p.hidden_bias, {layers, width});
+    if (last) {
+      check_shape("last_weight", *p.last_weight, joined({outputs, width}, tap));
+      check_shape("last_bias", *p.last_bias, {outputs});
+    }
+    check(width >= 1, "hidden_weight must not be empty");
+    check(!first || in >= 1, name, " must have at least one feature or channel");
+    check(!offset || (in >= 1 && width == in + 1 + outputs), "hidden_weight must have in + 1 + out = ",
+          max(in, 1) + 1 + outputs, " rows", first ? "" : " or more", " in offset form, got ", width);
+    shape = {batch, in, width, outputs, layers, settings.segment, settings.start, first, last, offset, settings.scale,
+             dims ? tap[0] : 1, {dims ? image[0] : 1, dims ? image[1] : 1}};
+    if (!first) check_shape(name, input, state());
+    bound_segment();
+    for (const auto& [label, tensor] : given()) check_like(label, *tensor, name, input);
   }
-  static Shape part(const Tensor& x, const Tensor& hidden_weight, const Tensor& hidden_bias, int64_t outputs, double scale,
-                    bool offset, int64_t first, int64_t segment) {
-    const int64_t size = hidden_weight.dim() == 5 ? hidden_weight.size(4) : 0;
-    const Sizes s = check_part(x, hidden_weight, hidden_bias, outputs, offset, first, segment, {size, size});
-    Shape shape = of(s, x, size, scale, offset, segment);
-    shape.first = first;
-    return shape;
+
+  const char* input_name() const { return params.first_weight.has_value() ? "x" : "state"; }
+  const char* grad_name() const { return params.last_weight.has_value() ? "grad_out" : "grad"; }
+
+  std::vector<std::pair<const char*, const Tensor*>> given() const {
+    std::vector<std::pair<const char*, const Tensor*>> list;
+    if (shape.first) list.insert(list.end(), {{"first_weight", &*params.first_weight}, {"first_bias", &*params.first_bias}});
+    list.insert(list.end(), {{"hidden_weight", &params.hidden_weight}, {"hidden_bias", &params.hidden_bias}});
+    if (shape.last) list.insert(list.end(), {{"last_weight", &*params.last_weight}, {"last_bias", &*params.last_bias}});
+    return list;
   }
-  static Shape of(const Sizes& s, const Tensor& x, int64_t size, double scale, bool offset, int64_t segment) {
-    STD_TORCH_CHECK(size % 2 == 1, "filters must have an odd size, got ", size);
-    STD_TORCH_CHECK(x.size(2) >= 1 && x.size(3) >= 1, "x must have images of at least 1x1 pixels, got ", x.size(2), "x",
-                    x.size(3));
-    return {s.batch, s.in, s.width, s.out, size, x.size(2), x.size(3), s.layers, bounded_segment(segment, s.layers), offset, scale};
+
+  // (units, batch) of one word of a state; a state at the border of a span; the output.
+  Sizes word() const { return joined(joined({shape.width}, image), {shape.batch}); }
+  Sizes state() const { return joined({shape.offset ? 3 : 1}, word()); }
+  Sizes output() const { return shape.last ? Sizes{shape.batch, shape.out} : state(); }
+  // narrowdeep.ops.reference.saved_shape
+  Sizes saved() const {
+    int64_t rows = 0;
+    if (shape.segment == 1) rows = max(0, shape.layers + 1 - (shape.first ? 0 : 1) - (shape.last ? 0 : 1));
+    if (shape.segment > 1) rows = max(1, (shape.layers + shape.segment - 1) / shape.segment) - (shape.first ? 0 : 1);
+    return joined({rows, shape.offset && shape.segment > 1 ? 2 : 1}, word());
   }
-  static std::vector<int64_t> state(const Shape& s) { return {s.width, s.image_height, s.image_width, s.batch}; }
-  template <class T>
-  static narrowdeep::ConvKernels<T> kernels() {
-    return narrowdeep::conv_kernels<T>(narrowdeep::selected_isa());
+  // A segment of more layers than there are is all of them; kernels compute with it and must not overflow.
+  void bound_segment() {
+    if (shape.segment > 1 && shape.segment > shape.layers) shape.segment = max(2, shape.layers);
   }
-  template <class T>
-  static void gram(const narrowdeep::ConvGram<T>& args, const Parallel& parallel) {
-    narrowdeep::gram_kernels<T>(narrowdeep::selected_isa()).conv(args, parallel);
-  }
+  static int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 };
 
 // ---- the ops of a family --------------------------------------------------------------------------------------------
-
-// narrowdeep.ops.reference.saved_shape
-template <class Family>
-std::vector<int64_t> saved_shape(const typename Family::Shape& s) {
-  if (s.segment == 0) return joined({0, 1}, Family::state(s));
-  if (s.segment == 1) return joined({s.layers + 1, 1}, Family::state(s));
-  const int64_t states = s.layers ? (s.layers + s.segment - 1) / s.segment : 1;
-  return joined({states, s.offset ? 2 : 1}, Family::state(s));
+struct Mlp : narrowdeep::Mlp {
+  static constexpr int64_t kDims = 0;
+};
+struct Cnn : narrowdeep::Cnn {
+  static constexpr int64_t kDims = 2;
+};
+template <class T>
+narrowdeep::ChainKernels<narrowdeep::Mlp, T> kernels_of(const narrowdeep::Mlp&) {
+  return narrowdeep::selected_kernels<narrowdeep::ChainKernels<narrowdeep::Mlp, T>>();
+}
+template <class T>
+narrowdeep::ChainKernels<narrowdeep::Cnn, T> kernels_of(const narrowdeep::Cnn&) {
+  return narrowdeep::selected_kernels<narrowdeep::ChainKernels<narrowdeep::Cnn, T>>();
+}
+template <class T>
+narrowdeep::GramKernels<narrowdeep::Mlp, T> gram_of(const narrowdeep::Mlp&) {
+  return narrowdeep::selected_kernels<narrowdeep::GramKernels<narrowdeep::Mlp, T>>();
+}
+template <class T>
+narrowdeep::GramKernels<narrowdeep::Cnn, T> gram_of(const narrowdeep::Cnn&) {
+  return narrowdeep::selected_kernels<narrowdeep::GramKernels<narrowdeep::Cnn, T>>();
 }
 
-Params contiguous(const Tensor& w1, const Tensor& b1, const Tensor& wh, const Tensor& bh, const Tensor& wl, const Tensor& bl) {
-  using torch::stable::contiguous;
-  return {contiguous(w1), contiguous(b1), contiguous(wh), contiguous(bh), contiguous(wl), contiguous(bl)};
-}
-
 template <class Family>
-void run_forward(const typename Family::Shape& shape, const Params& params, const Tensor& x, const Tensor& out,
-                     const Tensor& saved) {
-  if (shape.batch == 0) return;
-  dispatch(x, [&](auto zero) {
+void run_forward(const Span<Family>& span, const Tensor& output, const Tensor& saved) {
+  if (span.shape.batch == 0) return;
+  dispatch(span.input, [&](auto zero) {
     using T = decltype(zero);
-    Family::template kernels<T>()
-        .forward({shape, params.pointers<T>(), x.const_data_ptr<T>(), out.mutable_data_ptr<T>(),
-                  saved.mutable_data_ptr<T>()},
-                 pool());
+    kernels_of<T>(Family()).forward({span.shape, span.params.template pointers<T>(), span.input.template const_data_ptr<T>(),
+                                     output.mutable_data_ptr<T>(), saved.mutable_data_ptr<T>()},
+                                    pool());
   });
 }
 
+using MaybeTensor = std::optional<Tensor>;
+
 template <class Family>
-std::tuple<Tensor, Tensor> forward(Tensor x_any, Tensor w1, Tensor b1, Tensor wh, Tensor bh, Tensor wl, Tensor bl,
-                                       double scale, bool offset, int64_t segment) {
-  const Params params = contiguous(w1, b1, wh, bh, wl, bl);
-  const Tensor x = torch::stable::contiguous(x_any);
-  const typename Family::Shape shape = Family::shape(x, params, scale, offset, segment);
-  Tensor out = torch::stable::new_empty(x, {shape.batch, shape.out});
-  Tensor saved = new_large(x, saved_shape<Family>(shape));
-  run_forward<Family>(shape, params, x, out, saved);
-  return {out, saved};
+std::tuple<Tensor, Tensor> forward(Tensor input, MaybeTensor first_weight, MaybeTensor first_bias, Tensor hidden_weight,
+                                   Tensor hidden_bias, MaybeTensor last_weight, MaybeTensor last_bias, double scale,
+                                   bool offset, int64_t outputs, int64_t start, int64_t segment) {
+  const Span<Family> span(input, {first_weight, first_bias, hidden_weight, hidden_bias, last_weight, last_bias},
+                          {scale, offset, outputs, start, segment});
+  Tensor output = new_large(span.input, span.output()), saved = new_large(span.input, span.saved());
+  run_forward(span, output, saved);
+  return {output, saved};
 }
 
 template <class Family>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    Tensor grad_out_any, Tensor x_any, Tensor w1, Tensor b1, Tensor wh, Tensor bh, Tensor wl, Tensor bl, Tensor saved_any,
-    double scale, bool offset, int64_t segment, bool need_input, bool need_params) {
-  const Params params = contiguous(w1, b1, wh, bh, wl, bl);
-  const Tensor x = torch::stable::contiguous(x_any), grad_out = torch::stable::contiguous(grad_out_any);
-  Tensor saved = torch::stable::contiguous(saved_any);
-  typename Family::Shape shape = Family::shape(x, params, scale, offset, segment);
-  check_shape("grad_out", grad_out, {shape.batch, shape.out});
-  check_like("grad_out", grad_out, x);
+    Tensor grad_any, Tensor input, MaybeTensor first_weight, MaybeTensor first_bias, Tensor hidden_weight,
+    Tensor hidden_bias, MaybeTensor last_weight, MaybeTensor last_bias, Tensor saved_any, double scale, bool offset,
+    int64_t outputs, int64_t start, int64_t segment, bool need_input, bool need_params) {
+  Span<Family> span(input, {first_weight, first_bias, hidden_weight, hidden_bias, last_weight, last_bias},
+                    {scale, offset, outputs, start, segment});
+  const Tensor grad = ready(grad_any);
+  Tensor saved = ready(saved_any);
+  check_shape(span.grad_name(), grad, span.output());
+  check_like(span.grad_name(), grad, span.input_name(), span.input);
+  check_like("saved", saved, span.input_name(), span.input);
+  check_shape("saved", saved, span.saved());
+  const ChainShape& s = span.shape;
   if (segment == 0) {
-    shape.segment = bounded_segment(kDefaultSegment, shape.layers);
-    saved = new_large(x, saved_shape<Family>(shape));
-    run_forward<Family>(shape, params, x, torch::stable::new_empty(grad_out, {shape.batch, shape.out}), saved);
-  } else {
-    check_like("saved", saved, x);
-    check_shape("saved", saved, saved_shape<Family>(shape));
+    span.shape.segment = kDefaultSegment;
+    span.bound_segment();
+    if (s.batch > 0 && (need_input || need_params)) {
+      saved = new_large(span.input, span.saved());
+      run_forward(span, new_large(span.input, span.output()), saved);
+    }
   }
-  const auto gradient_of = [&](const Tensor& like) {
-    if (!need_params) return torch::stable::new_empty(like, {0});
-    const torch::headeronly::IntHeaderOnlyArrayRef sizes = like.sizes();
-    Tensor gradient = new_large(like, std::vector<int64_t>(sizes.begin(), sizes.end()));
-    if (shape.batch == 0 || Family::kAddsToGradients) torch::stable::zero_(gradient);
+  const auto gradient_of = [&](const MaybeTensor& like) {
+    if (!need_params || !like.has_value()) return torch::stable::new_empty(span.input, {0});
+    Tensor gradient = new_large(*like, sizes_of(*like));
+    if (s.batch == 0) torch::stable::zero_(gradient);
     return gradient;
   };
-  const Params grads{gradient_of(params.first_weight), gradient_of(params.first_bias),  gradient_of(params.hidden_weight),
-                     gradient_of(params.hidden_bias),  gradient_of(params.last_weight), gradient_of(params.last_bias)};
-  Tensor grad_x = need_input ? torch::stable::new_empty(x, x.sizes()) : torch::stable::new_empty(x, {0});
-  if (shape.batch > 0 && (need_input || need_params)) {
-    dispatch(x, [&](auto zero) {
+  const Params& p = span.params;
+  const Tensor grads[6] = {gradient_of(p.first_weight), gradient_of(p.first_bias),  gradient_of(p.hidden_weight),
+                           gradient_of(p.hidden_bias),  gradient_of(p.last_weight), gradient_of(p.last_bias)};
+  Tensor grad_input = need_input ? new_large(span.input, sizes_of(span.input)) : torch::stable::new_empty(span.input, {0});
+  if (s.batch > 0 && (need_input || need_params)) {
+    dispatch(span.input, [&](auto zero) {
       using T = decltype(zero);
-      narrowdeep::ChainBackward<typename Family::Shape, T> args{shape, params.pointers<T>(), grad_out.const_data_ptr<T>(), x.const_data_ptr<T>(),
-                                      saved.const_data_ptr<T>(), nullptr, {}};
-      if (need_input) args.grad_x = grad_x.mutable_data_ptr<T>();
-      if (need_params) args.grads = grads.mutable_pointers<T>();
-      Family::template kernels<T>().backward(args, pool());
+      T* to[6];
+      for (int i = 0; i < 6; ++i) to[i] = grads[i].mutable_data_ptr<T>();
+      kernels_of<T>(Family()).backward(
+          {s, p.pointers<T>(), grad.const_data_ptr<T>(), span.input.template const_data_ptr<T>(),
+           saved.const_data_ptr<T>(), need_input ? grad_input.mutable_data_ptr<T>() : nullptr, need_params,
+           {to[0], to[1], to[2], to[3], to[4], to[5]}},
+          pool());
     });
   }
-  return {grad_x,           grads.first_weight, grads.first_bias, grads.hidden_weight,
-          grads.hidden_bias, grads.last_weight,  grads.last_bias};
-}
-
-// State `first` is one row of what the forward saves, and `next` the state after all layers of hidden_weight; `saved` holds
-// those in between, as the forward saves them.
-template <class Family>
-std::vector<int64_t> state_shape(const typename Family::Shape& s) {
-  return joined({s.offset ? 2 : 1}, Family::state(s));
-}
-template <class Family>
-std::vector<int64_t> saved_part_shape(const typename Family::Shape& s) {
-  const int64_t states = s.layers && s.segment ? (s.layers + s.segment - 1) / s.segment - 1 : 0;
-  return joined({states, s.segment > 1 && s.offset ? 2 : 1}, Family::state(s));
+  return {grad_input, grads[0], grads[1], grads[2], grads[3], grads[4], grads[5]};
 }
 
 template <class Family>
-std::tuple<Tensor, Tensor> advance(Tensor state_any, Tensor x_any, Tensor wh_any, Tensor bh_any, int64_t outputs, double scale,
-                                   bool offset, int64_t first, int64_t segment) {
-  const Tensor state = torch::stable::contiguous(state_any), x = torch::stable::contiguous(x_any);
-  const Tensor wh = torch::stable::contiguous(wh_any), bh = torch::stable::contiguous(bh_any);
-  const typename Family::Shape shape = Family::part(x, wh, bh, outputs, scale, offset, first, segment);
-  check_like("state", state, x);
-  check_shape("state", state, state_shape<Family>(shape));
-  Tensor next = torch::stable::new_empty(x, state_shape<Family>(shape));
-  Tensor saved = new_large(x, saved_part_shape<Family>(shape));
-  if (shape.batch == 0) return {next, saved};
-  dispatch(x, [&](auto zero) {
-    using T = decltype(zero);
-    Family::template kernels<T>().advance({shape, wh.const_data_ptr<T>(), bh.const_data_ptr<T>(), x.const_data_ptr<T>(),
-                                           state.const_data_ptr<T>(), next.mutable_data_ptr<T>(), saved.mutable_data_ptr<T>()},
-                                          pool());
-  });
-  return {next, saved};
-}
-
-template <class Family>
-std::tuple<Tensor, Tensor, Tensor> retreat(Tensor grad_state_any, Tensor grad_out_any, Tensor state_any, Tensor x_any,
-                                           Tensor wh_any, Tensor bh_any, Tensor saved_any, int64_t outputs, double scale,
-                                           bool offset, int64_t first, int64_t segment, bool need_params) {
-  using torch::stable::contiguous;
-  const Tensor grad_state = contiguous(grad_state_any), grad_out = contiguous(grad_out_any), state = contiguous(state_any);
-  const Tensor x = contiguous(x_any), wh = contiguous(wh_any), bh = contiguous(bh_any), saved = contiguous(saved_any);
-  typename Family::Shape shape = Family::part(x, wh, bh, outputs, scale, offset, first, segment);
-  check_like("grad_out", grad_out, x);
-  check_shape("grad_out", grad_out, {shape.batch, outputs});
-  for (const auto& [name, tensor] : {std::pair<const char*, const Tensor&>("state", state), {"grad_state", grad_state}}) {
-    check_like(name, tensor, x);
-    check_shape(name, tensor, state_shape<Family>(shape));
-  }
-  check_like("saved", saved, x);
-  check_shape("saved", saved, saved_part_shape<Family>(shape));
-  if (segment == 0) shape.segment = shape.layers > 2 ? shape.layers : 2;  // one, from `state`
-  Tensor next = torch::stable::new_empty(x, state_shape<Family>(shape));
-  const auto gradient_of = [&](const Tensor& like) {
-    if (!need_params) return torch::stable::new_empty(like, {0});
-    const torch::headeronly::IntHeaderOnlyArrayRef sizes = like.sizes();
-    Tensor gradient = new_large(like, std::vector<int64_t>(sizes.begin(), sizes.end()));
-    if (shape.batch == 0 || Family::kAddsToGradients) torch::stable::zero_(gradient);
-    return gradient;
-  };
-  const Tensor grad_wh = gradient_of(wh), grad_bh = gradient_of(bh);
-  if (shape.batch > 0) {
-    dispatch(x, [&](auto zero) {
-      using T = decltype(zero);
-      narrowdeep::ChainRetreat<typename Family::Shape, T> args{
-          shape,
-          wh.const_data_ptr<T>(), bh.const_data_ptr<T>(), x.const_data_ptr<T>(), grad_out.const_data_ptr<T>(),
-          grad_state.const_data_ptr<T>(), state.const_data_ptr<T>(), saved.const_data_ptr<T>(), next.mutable_data_ptr<T>(),
-          need_params ? grad_wh.mutable_data_ptr<T>() : nullptr, need_params ? grad_bh.mutable_data_ptr<T>() : nullptr};
-      Family::template kernels<T>().retreat(args, pool());
-    });
-  }
-  return {next, grad_wh, grad_bh};
-}
-
-template <class Family>
-Tensor jvp(Tensor x_any, Tensor w1, Tensor b1, Tensor wh, Tensor bh, Tensor wl, Tensor bl, std::optional<Tensor> x_t,
-               std::optional<Tensor> w1_t, std::optional<Tensor> b1_t, std::optional<Tensor> wh_t,
-               std::optional<Tensor> bh_t, std::optional<Tensor> wl_t, std::optional<Tensor> bl_t, double scale, bool offset) {
-  const Params params = contiguous(w1, b1, wh, bh, wl, bl);
-  const Tensor x = torch::stable::contiguous(x_any);
-  const typename Family::Shape shape = Family::shape(x, params, scale, offset, 0);
-  Tensor out = torch::stable::new_empty(x, {shape.batch, shape.out});
+Tensor jvp(Tensor input, MaybeTensor first_weight, MaybeTensor first_bias, Tensor hidden_weight, Tensor hidden_bias,
+           MaybeTensor last_weight, MaybeTensor last_bias, MaybeTensor input_t, MaybeTensor first_weight_t,
+           MaybeTensor first_bias_t, MaybeTensor hidden_weight_t, MaybeTensor hidden_bias_t, MaybeTensor last_weight_t,
+           MaybeTensor last_bias_t, double scale, bool offset, int64_t outputs, int64_t start) {
+  const Span<Family> span(input, {first_weight, first_bias, hidden_weight, hidden_bias, last_weight, last_bias},
+                          {scale, offset, outputs, start, 0});
   std::vector<Tensor> owners;
   // The data of a tangent, checked against its primal; null when there is none.
-  const auto tangent = [&](const char* name, const std::optional<Tensor>& t, const Tensor& primal) -> const void* {
+  const auto tangent = [&](const char* name, const MaybeTensor& t, const MaybeTensor& primal) -> const void* {
     if (!t.has_value()) return nullptr;
-    check_like(name, *t, x);
-    STD_TORCH_CHECK(t->dim() == primal.dim(), name, " must have the shape of its primal");
-    for (int64_t d = 0; d < primal.dim(); ++d)
-      STD_TORCH_CHECK(t->size(d) == primal.size(d), name, " must have the shape of its primal");
-    owners.push_back(torch::stable::contiguous(*t));
+    check(primal.has_value(), name, " is the tangent of what is not given");
+    check_like(name, *t, span.input_name(), span.input);
+    check(sizes_of(*t) == sizes_of(*primal), name, " must have the shape of its primal");
+    owners.push_back(ready(*t));
     return owners.back().const_data_ptr();
   };
-  const void* const data[] = {tangent("x_t", x_t, x),
-                              tangent("first_weight_t", w1_t, params.first_weight),
-                              tangent("first_bias_t", b1_t, params.first_bias),
-                              tangent("hidden_weight_t", wh_t, params.hidden_weight),
-                              tangent("hidden_bias_t", bh_t, params.hidden_bias),
-                              tangent("last_weight_t", wl_t, params.last_weight),
-                              tangent("last_bias_t", bl_t, params.last_bias)};
-  if (shape.batch == 0) return out;
-  dispatch(x, [&](auto zero) {
+  const Params& p = span.params;
+  const void* const data[] = {tangent(span.shape.first ? "x_t" : "state_t", input_t, span.input),
+                              tangent("first_weight_t", first_weight_t, p.first_weight),
+                              tangent("first_bias_t", first_bias_t, p.first_bias),
+                              tangent("hidden_weight_t", hidden_weight_t, p.hidden_weight),
+                              tangent("hidden_bias_t", hidden_bias_t, p.hidden_bias),
+                              tangent("last_weight_t", last_weight_t, p.last_weight),
+                              tangent("last_bias_t", last_bias_t, p.last_bias)};
+  Tensor output = new_large(span.input, span.output());
+  if (span.shape.batch == 0) return output;
+  dispatch(span.input, [&](auto zero) {
     using T = decltype(zero);
     const auto at = [&](int i) { return static_cast<const T*>(data[i]); };
-    Family::template kernels<T>()
-        .jvp({shape, params.pointers<T>(), {at(1), at(2), at(3), at(4), at(5), at(6)}, x.const_data_ptr<T>(), at(0),
-              out.mutable_data_ptr<T>()},
-             pool());
+    kernels_of<T>(Family()).jvp({span.shape, p.pointers<T>(), {at(1), at(2), at(3), at(4), at(5), at(6)},
+                                 span.input.template const_data_ptr<T>(), at(0), output.mutable_data_ptr<T>()},
+                                pool());
   });
-  return out;
+  return output;
 }
 
 // Theta(x1, x2): narrowdeep/ops/gram/reference.py
 template <class Family>
-Tensor gram(Tensor x1_any, Tensor x2_any, Tensor w1, Tensor b1, Tensor wh, Tensor bh, Tensor wl, Tensor bl, double scale,
-            bool offset, bool symmetric, int64_t trainable, int64_t reduce) {
-  const Params params = contiguous(w1, b1, wh, bh, wl, bl);
-  const Tensor x1 = torch::stable::contiguous(x1_any);
-  const Tensor x2 = symmetric ? x1 : torch::stable::contiguous(x2_any);
-  typename Family::Shape shape = Family::shape(x1, params, scale, offset, 0);
-  check_like("x2", x2, x1);
-  const torch::headeronly::IntHeaderOnlyArrayRef sizes = x1.sizes();
-  check_shape("x2", x2, joined({x2.size(0)}, std::vector<int64_t>(sizes.begin() + 1, sizes.end())));
-  STD_TORCH_CHECK(reduce >= 0 && reduce <= 2, "reduce must be 0, 1 or 2, got ", reduce);
+Tensor gram(Tensor x1_any, Tensor x2_any, Tensor first_weight, Tensor first_bias, Tensor hidden_weight, Tensor hidden_bias,
+            Tensor last_weight, Tensor last_bias, double scale, bool offset, bool symmetric, int64_t trainable, int64_t reduce) {
+  const int64_t outputs = last_weight.dim() ? last_weight.size(0) : 0;
+  const Span<Family> span(x1_any, {first_weight, first_bias, hidden_weight, hidden_bias, last_weight, last_bias},
+                          {scale, offset, outputs, 0, 0});
+  const Tensor& x1 = span.input;
+  const Tensor x2 = symmetric ? x1 : ready(x2_any);
+  check_like("x2", x2, "x", x1);
+  Sizes wanted = sizes_of(x1);
+  wanted[0] = x2.dim() ? x2.size(0) : 0;
+  check_shape("x2", x2, wanted);
+  check(reduce >= 0 && reduce <= 2, "reduce must be 0, 1 or 2, got ", reduce);
   const narrowdeep::Reduce kind{reduce};
   const int64_t rows = x1.size(0), columns = x2.size(0);
-  std::vector<int64_t> result{rows, columns};
-  if (kind != narrowdeep::Reduce::kTrace) result.push_back(shape.out);
-  if (kind == narrowdeep::Reduce::kFull) result.push_back(shape.out);
+  Sizes result{rows, columns};
+  if (kind != narrowdeep::Reduce::kTrace) result.push_back(outputs);
+  if (kind == narrowdeep::Reduce::kFull) result.push_back(outputs);
   Tensor out = torch::stable::new_zeros(x1, result, ScalarType::Double);
   if (rows == 0 || columns == 0) return out;
+  ChainShape shape = span.shape;
   shape.batch = symmetric ? rows : rows + columns;
   dispatch(x1, [&](auto zero) {
     using T = decltype(zero);
     std::vector<T> x(x1.const_data_ptr<T>(), x1.const_data_ptr<T>() + x1.numel());
     if (!symmetric) x.insert(x.end(), x2.const_data_ptr<T>(), x2.const_data_ptr<T>() + x2.numel());
     const narrowdeep::GramPairs pairs{rows, columns, symmetric, kind, out.mutable_data_ptr<double>()};
-    Family::template gram<T>({shape, params.pointers<T>(), x.data(), trainable, pairs}, pool());
+    gram_of<T>(Family()).gram({shape, span.params.template pointers<T>(), x.data(), trainable, pairs}, pool());
   });
   return out;
 }
 
 }  // namespace
 
+#define ND_OP(op) TORCH_BOX(&Guarded<&op>::run)
+
 STABLE_TORCH_LIBRARY_IMPL(narrowdeep, CPU, m) {
-  m.impl("mlp_forward", TORCH_BOX(&forward<Mlp>));
-  m.impl("mlp_backward", TORCH_BOX(&backward<Mlp>));
-  m.impl("mlp_jvp", TORCH_BOX(&jvp<Mlp>));
-  m.impl("conv_forward", TORCH_BOX(&forward<Conv>));
-  m.impl("conv_backward", TORCH_BOX(&backward<Conv>));
-  m.impl("conv_jvp", TORCH_BOX(&jvp<Conv>));
-  m.impl("conv_advance", TORCH_BOX(&advance<Conv>));
-  m.impl("conv_retreat", TORCH_BOX(&retreat<Conv>));
-  m.impl("mlp_gram", TORCH_BOX(&gram<Mlp>));
-  m.impl("conv_gram", TORCH_BOX(&gram<Conv>));
+  m.impl("mlp_forward", ND_OP(forward<Mlp>));
+  m.impl("mlp_backward", ND_OP(backward<Mlp>));
+  m.impl("mlp_jvp", ND_OP(jvp<Mlp>));
+  m.impl("mlp_gram", ND_OP(gram<Mlp>));
+  m.impl("cnn_forward", ND_OP(forward<Cnn>));
+  m.impl("cnn_backward", ND_OP(backward<Cnn>));
+  m.impl("cnn_jvp", ND_OP(jvp<Cnn>));
+  m.impl("cnn_gram", ND_OP(gram<Cnn>));
 }

@@ -3,7 +3,7 @@
 //   C[r][j] = sum_k A[r * row_stride + k * k_stride] * B[k * ldb + j],   j over V vectors
 //
 // A block of R rows by V vectors stays in registers. What happens to it then (bias, clip, accumulate, ...) is the
-// epilogue's business: a struct with `template <int R, int V> void operator()(int64_t row, Vec<T> (*acc)[V])`.
+// epilogue's business (common/epilogue.h).
 #pragma once
 
 #include "common/vec.h"
@@ -60,7 +60,7 @@ struct MultiplyRows {
   ND_INLINE void operator()(int64_t row) const {
     Vec<T> acc[R][V] = {};
     multiply_block<T, R, V>(a + row * row_stride, row_stride, k_stride, b, ldb, depth, acc);
-    epilogue.template operator()<R, V>(row, acc);
+    epilogue.template operator()<R, V>(row, 0, acc);
   }
 };
 

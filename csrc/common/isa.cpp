@@ -8,28 +8,28 @@
 namespace narrowdeep {
 
 namespace {
-constexpr Isa kBestFirst[] = {Isa::kAvx512, Isa::kAvx2, Isa::kNeon, Isa::kScalar};
+constexpr Isa kBestFirst[] = {Isa::avx512, Isa::avx2, Isa::neon, Isa::scalar};
 }
 
 const char* name_of(Isa isa) {
   switch (isa) {
-    case Isa::kAvx512: return "avx512";
-    case Isa::kAvx2: return "avx2";
-    case Isa::kNeon: return "neon";
+    case Isa::avx512: return "avx512";
+    case Isa::avx2: return "avx2";
+    case Isa::neon: return "neon";
     default: return "scalar";
   }
 }
 
 bool available(Isa isa) {
   switch (isa) {
-    case Isa::kScalar: return true;
+    case Isa::scalar: return true;
 #if defined(__x86_64__)
-    case Isa::kAvx2: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    case Isa::kAvx512:
+    case Isa::avx2: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    case Isa::avx512:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
 #elif defined(__aarch64__)
-    case Isa::kNeon: return true;
+    case Isa::neon: return true;
 #endif
     default: return false;
   }
@@ -43,7 +43,7 @@ Isa selected_isa() {
     if (!wanted || !*wanted || std::strcmp(wanted, name_of(isa)) == 0) return isa;
     names += std::string(names.empty() ? "" : ", ") + name_of(isa);
   }
-  throw std::invalid_argument(std::string("NARROWDEEP_ISA must be one of ") + names + " on this machine, got " + wanted);
+  throw std::runtime_error(std::string("NARROWDEEP_ISA must be one of ") + names + " on this machine, got " + wanted);
 }
 
 }  // namespace narrowdeep

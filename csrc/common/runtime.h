@@ -3,7 +3,7 @@
 
 #include <cstdint>
 #include <cstdlib>
-#include <new>
+#include <stdexcept>
 
 namespace narrowdeep {
 
@@ -31,7 +31,7 @@ namespace ND_ISA {
 class Buffer {
  public:
   explicit Buffer(int64_t bytes) : data_(nullptr) {
-    if (bytes > 0 && posix_memalign(&data_, 64, static_cast<size_t>(bytes)) != 0) throw std::bad_alloc();
+    if (bytes > 0 && posix_memalign(&data_, 64, static_cast<size_t>(bytes)) != 0) throw std::runtime_error("out of memory");
   }
   ~Buffer() { free(data_); }
   Buffer(const Buffer&) = delete;

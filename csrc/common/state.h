@@ -1,60 +1,215 @@
-// A chain state in three parts, h = (base + moved) + a, and its moves. The backward carries G = (R + moved) + g the
-// same way. narrowdeep/ops/reference.py has the legend and says why.
+// The legend of symbols, for all of csrc (narrowdeep/ops/reference.py has the mathematics and says why):
 //
-// Arrays are [unit][sample] with the samples of one tile contiguous. `floor` is -(base + moved): the value at which `a`
-// is clipped (h = a - floor is exactly 0 there).
+//   base, hi, lo  a hidden state is kept as h = (base + hi) + lo. `base` is made of x, [scale relu(x); 0; scale], and 0
+//                 in plain form; `hi` is what has been moved out of `lo`
+//   renormalise   every kRenormalisePeriod layers `lo` is moved into `hi` by an exact two-sum. Where depends on the
+//                 absolute number of a state alone, so results do not depend on how a chain is cut
+//   floor         -(base + hi): the value at which `lo` is clipped. h = lo - floor is exactly 0 there
+//   G = (R + hi) + lo   the gradient with respect to a pre-activation, R = [0; 0; r], r that of the output
+//   T = (D + hi) + lo   a tangent, D = [scale relu'(x) x_t; 0; 0]
+//   skip          the diagonal of the identity part of a hidden weight, as masks: all ones, or 0
+//   state j       follows hidden layer j - 1, and state 0 the first layer. Here states are counted within their span:
+//                 state j of it is the network's state start + j
+//   tile          some vectors of samples that go through many layers together
+//
+// Arrays of a tile are [unit][sample], a unit being a channel at a position: [channel][position] for images.
 #pragma once
 
+#include "common/args.h"
 #include "common/gemm.h"
 
 namespace narrowdeep {
 namespace ND_ISA {
 
-constexpr int64_t kMovePeriod = 32;  // layers between two moves; MOVE_PERIOD in reference.py
+constexpr int64_t kRenormalisePeriod = 32;  // RENORMALISE_PERIOD in reference.py
 
-// The first layer after `layer` (0-based hidden layer) before which no further move is due, at most `end`: layers
-// [layer, next_move(layer, end)) run without a move, which then follows if `moves_after` says so.
-ND_INLINE int64_t next_move(int64_t layer, int64_t end) { return min_of((layer / kMovePeriod + 1) * kMovePeriod, end); }
-ND_INLINE bool moves_after(int64_t layer) { return layer % kMovePeriod == 0; }
-
-// Adds `a` to `moved` exactly (two-sum, the rounding error stays in a). A unit at exactly 0 is put to moved = -base,
-// a = 0, so that it stays there. Only for units that are kept; the others stay as they are.
+// What every tile of one call shares: how the batch is cut, sizes in elements, masks.
 template <class T>
-inline void move_state(int64_t units, int64_t samples, const T* keep, const T* base, T* moved, T* floor, T* a) {
-  for (int64_t i = 0; i < units; ++i) {
-    if (keep[i] == T(0)) continue;
-    for (int64_t s = i * samples; s < (i + 1) * samples; ++s) {
-      const T old = moved[s], add = a[s];
-      const T total = old + add, t = total - old;
-      const T rest = (old - (total - t)) + (add - t);
-      const bool dead = add == floor[s];
-      moved[s] = dead ? -base[s] : total;
-      a[s] = dead ? T(0) : rest;
-      floor[s] = -(base[s] + moved[s]);
+struct Tiles {
+  ChainShape shape;
+  int64_t vectors, samples, count;  // of a tile, vectors * lanes; tiles
+  int64_t positions, units;         // of a channel, of a state
+  int64_t row, size;                // elements of a tile's channel, and of its state
+  Buffer masks;
+  T *skip, *every, *skip_units;  // (width) twice, (units)
+
+  // Tiles of 1, 2 or 4 vectors, at most `most`.
+  Tiles(const ChainShape& s, int64_t most, int64_t threads)
+      : shape(s),
+        vectors(vectors_of(ceil_div(ceil_div(s.batch, kLanes<T>), threads), most)),
+        samples(vectors * kLanes<T>),
+        count(ceil_div(s.batch, samples)),
+        positions(s.plane.height * s.plane.width),
+        units(s.width * positions),
+        row(positions * samples),
+        size(s.width * row),
+        masks((2 * s.width + units) * int64_t(sizeof(T))),
+        skip(masks.as<T>()),
+        every(skip + s.width),
+        skip_units(every + s.width) {
+    for (int64_t i = 0; i < s.width; ++i) {
+      every[i] = all_ones<T>();
+      skip[i] = s.offset && (i < in() || i >= right()) ? every[i] : T(0);
+      for (int64_t p = 0; p < positions; ++p) skip_units[i * positions + p] = skip[i];
+    }
+  }
+
+  static int64_t vectors_of(int64_t share, int64_t most) { return min_of(share >= 3 ? 4 : share == 2 ? 2 : 1, most); }
+  int64_t valid(int64_t tile) const { return min_of(samples, shape.batch - tile * samples); }
+  // Left units, and the first of the right ones, of the offset form.
+  int64_t in() const { return shape.width - 1 - shape.out; }
+  int64_t right() const { return shape.width - shape.out; }
+
+  // Elements of the whole batch's state (one word of it), and rows of one saved state.
+  int64_t state() const { return units * shape.batch; }
+  int64_t words() const { return shape.offset ? 2 : 1; }
+
+  // Whether the state after `layers` hidden layers is renormalised, and where the next one after it is, at most `end`.
+  bool renormalises(int64_t layers) const { return shape.offset && (shape.start + layers) % kRenormalisePeriod == 0; }
+  int64_t next_renormalisation(int64_t layers, int64_t end) const {
+    if (!shape.offset) return end;
+    return min_of(layers + kRenormalisePeriod - (shape.start + layers) % kRenormalisePeriod, end);
+  }
+  // The last one before it, at least `begin`.
+  int64_t last_renormalisation(int64_t layers, int64_t begin) const {
+    if (!shape.offset) return begin;
+    return max_of(layers - 1 - (shape.start + layers - 1) % kRenormalisePeriod, begin);
+  }
+};
+
+// The words of a state, a gradient or a tangent on one tile; every array [unit][sample].
+template <class T>
+struct State {
+  T *base, *hi, *floor, *lo;
+  static constexpr int kArrays = 4;
+  State(T* memory, int64_t size) : base(memory), hi(base + size), floor(hi + size), lo(floor + size) {}
+  State(T* base, T* hi, T* floor, T* lo) : base(base), hi(hi), floor(floor), lo(lo) {}
+
+  void set_floor(int64_t size) const {
+    for (int64_t e = 0; e < size; ++e) floor[e] = -(base[e] + hi[e]);
+  }
+  // The whole value.
+  void total(int64_t size, T* to) const {
+    for (int64_t e = 0; e < size; ++e) to[e] = lo[e] - floor[e];
+  }
+};
+
+template <class T>
+inline void fill(int64_t count, T value, T* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = value;
+}
+template <class T>
+inline void copy(int64_t count, const T* from, T* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+}
+template <class T>
+inline void add(int64_t count, const T* from, T* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] += from[i];
+}
+
+template <class T>
+ND_INLINE void swap(T*& a, T*& b) {
+  T* const c = a;
+  a = b;
+  b = c;
+}
+
+// Adds `lo` to `hi` exactly (two-sum, the rounding error stays in lo). A unit at exactly 0 is put to hi = -base, lo = 0,
+// so that it stays there. Only units with an identity part; the others stay as they are.
+template <class T>
+inline void renormalise(const Tiles<T>& tiles, const State<T>& state) {
+  for (int64_t i = 0; i < tiles.units; ++i) {
+    if (tiles.skip_units[i] == T(0)) continue;
+    for (int64_t s = i * tiles.samples; s < (i + 1) * tiles.samples; ++s) {
+      const T old = state.hi[s], more = state.lo[s];
+      const T sum = old + more, t = sum - old;
+      const T rest = (old - (sum - t)) + (more - t);
+      const bool dead = more == state.floor[s];
+      state.hi[s] = dead ? -state.base[s] : sum;
+      state.lo[s] = dead ? T(0) : rest;
+      state.floor[s] = -(state.base[s] + state.hi[s]);
     }
   }
 }
 
+// ---- between tensors and tiles --------------------------------------------------------------------------------------
+// The last tile is filled up with its last sample: what the lanes past the batch compute is thrown away, but never makes a
+// NaN that the data did not. Gradients are filled up with zeros, so that these lanes add nothing to sums over samples.
+
+// Samples of (batch, features), to [feature][sample], and back.
 template <class T>
-inline void set_floor(int64_t count, const T* base, const T* moved, T* floor) {
-  for (int64_t s = 0; s < count; ++s) floor[s] = -(base[s] + moved[s]);
+inline void load_samples(const Tiles<T>& tiles, int64_t tile, int64_t features, bool zeros, const T* from, T* to) {
+  const int64_t valid = tiles.valid(tile), samples = tiles.samples;
+  transpose(valid, features, from + tile * samples * features, features, to, samples);
+  for (int64_t k = 0; k < features; ++k)
+    for (int64_t s = valid; s < samples; ++s) to[k * samples + s] = zeros ? T(0) : to[k * samples + valid - 1];
+}
+template <class T>
+inline void store_samples(const Tiles<T>& tiles, int64_t tile, int64_t features, const T* from, T* to) {
+  transpose(features, tiles.valid(tile), from, tiles.samples, to + tile * tiles.samples * features, features);
 }
 
-// Copies `valid` samples of `units` rows from [unit][stride] and fills the tile's other samples with the last valid one,
-// whose values they then share: what they compute is thrown away, but never makes a NaN that the data did not.
+// One word of a state, (units, batch), `rows` units of it that stand `stride` units apart.
 template <class T>
-inline void load_rows(int64_t units, int64_t samples, int64_t valid, const T* from, int64_t stride, T* to) {
-  for (int64_t i = 0; i < units; ++i) {
-    const T* row = from + i * stride;
+inline void load_word(const Tiles<T>& tiles, int64_t tile, bool zeros, const T* from, T* to, int64_t rows,
+                      int64_t stride = 1) {
+  const int64_t valid = tiles.valid(tile), samples = tiles.samples;
+  for (int64_t i = 0; i < rows; ++i) {
+    const T* const row = from + i * stride * tiles.shape.batch + tile * samples;
     for (int64_t s = 0; s < valid; ++s) to[i * samples + s] = row[s];
-    for (int64_t s = valid; s < samples; ++s) to[i * samples + s] = row[valid - 1];
+    for (int64_t s = valid; s < samples; ++s) to[i * samples + s] = zeros ? T(0) : row[valid - 1];
+  }
+}
+template <class T>
+inline void store_word(const Tiles<T>& tiles, int64_t tile, const T* from, T* to) {
+  const int64_t valid = tiles.valid(tile), samples = tiles.samples;
+  for (int64_t i = 0; i < tiles.units; ++i) {
+    T* const row = to + i * tiles.shape.batch + tile * samples;
+    for (int64_t s = 0; s < valid; ++s) row[s] = from[i * samples + s];
   }
 }
 
+// hi and lo of a saved state, or lo alone in plain form.
 template <class T>
-inline void store_rows(int64_t units, int64_t samples, int64_t valid, const T* from, T* to, int64_t stride) {
-  for (int64_t i = 0; i < units; ++i)
-    for (int64_t s = 0; s < valid; ++s) to[i * stride + s] = from[i * samples + s];
+inline void save(const Tiles<T>& tiles, int64_t tile, const State<T>& state, T* to) {
+  if (tiles.shape.offset) {
+    store_word(tiles, tile, state.hi, to);
+    to += tiles.state();
+  }
+  store_word(tiles, tile, state.lo, to);
+}
+template <class T>
+inline void restore(const Tiles<T>& tiles, int64_t tile, bool zeros, const T* from, const State<T>& state) {
+  if (tiles.shape.offset) {
+    load_word(tiles, tile, zeros, from, state.hi, tiles.units);
+    from += tiles.state();
+  } else {
+    fill(tiles.size, T(0), state.hi);
+  }
+  load_word(tiles, tile, zeros, from, state.lo, tiles.units);
+}
+
+// All words of a state at the border of a span; its floor is left to the caller.
+template <class T>
+inline void store_state(const Tiles<T>& tiles, int64_t tile, const State<T>& state, T* to) {
+  if (tiles.shape.offset) {
+    store_word(tiles, tile, state.base, to);
+    to += tiles.state();
+  }
+  save(tiles, tile, state, to);
+}
+template <class T>
+inline void load_base(const Tiles<T>& tiles, int64_t tile, bool zeros, const T* from, const State<T>& state) {
+  if (tiles.shape.offset) {
+    load_word(tiles, tile, zeros, from, state.base, tiles.units);
+  } else {
+    fill(tiles.size, T(0), state.base);
+  }
+}
+template <class T>
+inline void load_state(const Tiles<T>& tiles, int64_t tile, bool zeros, const T* from, const State<T>& state) {
+  load_base(tiles, tile, zeros, from, state);
+  restore(tiles, tile, zeros, tiles.shape.offset ? from + tiles.state() : from, state);
 }
 
 }  // namespace ND_ISA

@@ -1,7 +1,6 @@
 // One SIMD vector of T and the operations the kernels need, for the instruction set of the translation unit.
 //
-// A kernel translation unit defines ND_ISA (its namespace) before including any kernel header: avx512, avx2, neon or
-// scalar. Everything lives in narrowdeep::ND_ISA, so that no inline function compiled for one instruction set can be
+// A kernel translation unit is compiled with -DND_ISA=<its namespace>: avx512, avx2, neon or scalar. Everything lives in narrowdeep::ND_ISA, so that no inline function compiled for one instruction set can be
 // merged by the linker with its twin of another. For the same reason kernel headers use no templates of the standard
 // library that emit code.
 #pragma once
@@ -13,7 +12,9 @@
 #include <cstddef>
 #include <cstdint>
 
-#if defined(ND_SCALAR)
+// ND_VECTOR_BYTES: vectors of so many bytes (0: one element) in the compiler's own terms, without intrinsics. The scalar
+// build is made with 0; 64 tries the shapes of AVX-512 on a machine without it.
+#if defined(ND_VECTOR_BYTES)
 #elif defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
 #elif defined(__ARM_NEON)
@@ -21,13 +22,15 @@
 #endif
 
 #define ND_INLINE inline __attribute__((always_inline))
+// GCC keeps an array of vectors in registers only where the loops over it are unrolled completely.
+#define ND_UNROLL _Pragma("GCC unroll 16")
 
 namespace narrowdeep {
 namespace ND_ISA {
 
-#if defined(ND_SCALAR)
-constexpr int kVectorBytes = 0;  // one element: no SIMD is assumed
-constexpr int kRegisters = 16;
+#if defined(ND_VECTOR_BYTES)
+constexpr int kVectorBytes = ND_VECTOR_BYTES;
+constexpr int kRegisters = kVectorBytes == 64 ? 32 : 16;
 #elif defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
 constexpr int kRegisters = 32;
@@ -38,7 +41,7 @@ constexpr int kRegisters = 16;
 constexpr int kVectorBytes = 16;
 constexpr int kRegisters = 32;
 #else
-#error "define ND_SCALAR, or compile for AVX-512, AVX2 or NEON"
+#error "define ND_VECTOR_BYTES, or compile for AVX-512, AVX2 or NEON"
 #endif
 
 template <class T>
@@ -82,7 +85,7 @@ ND_INLINE void store_first(T* p, Vec<T> v, int64_t count) {
 // clip(z, floor): floor > z ? floor : z. A NaN in z is kept, as torch.relu keeps it.
 // where_le0(h, a, b): h <= 0 ? a : b, lane by lane; a NaN in h takes b, as in torch's threshold_backward.
 // keep_if(mask, a): a & mask, with mask all ones or all zeros: exact for every a, also infinities.
-#if !defined(ND_SCALAR) && defined(__AVX512F__)
+#if !defined(ND_VECTOR_BYTES) && defined(__AVX512F__)
 ND_INLINE __m512 fma(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
 ND_INLINE __m512d fma(__m512d a, __m512d b, __m512d c) { return _mm512_fmadd_pd(a, b, c); }
 ND_INLINE __m512 clip(__m512 z, __m512 floor) { return _mm512_max_ps(floor, z); }
@@ -95,7 +98,7 @@ ND_INLINE __m512d where_le0(__m512d h, __m512d a, __m512d b) {
 }
 ND_INLINE __m512 keep_if(__m512 mask, __m512 a) { return _mm512_and_ps(mask, a); }
 ND_INLINE __m512d keep_if(__m512d mask, __m512d a) { return _mm512_and_pd(mask, a); }
-#elif !defined(ND_SCALAR) && defined(__AVX2__)
+#elif !defined(ND_VECTOR_BYTES) && defined(__AVX2__)
 ND_INLINE __m256 fma(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
 ND_INLINE __m256d fma(__m256d a, __m256d b, __m256d c) { return _mm256_fmadd_pd(a, b, c); }
 ND_INLINE __m256 clip(__m256 z, __m256 floor) { return _mm256_max_ps(floor, z); }
@@ -109,7 +112,7 @@ ND_INLINE __m256d where_le0(__m256d h, __m256d a, __m256d b) {
 ND_INLINE __m256 keep_if(__m256 mask, __m256 a) { return _mm256_and_ps(mask, a); }
 ND_INLINE __m256d keep_if(__m256d mask, __m256d a) { return _mm256_and_pd(mask, a); }
 #else
-#if !defined(ND_SCALAR) && defined(__ARM_NEON)
+#if !defined(ND_VECTOR_BYTES) && defined(__ARM_NEON)
 ND_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return (Vec<float>)vfmaq_f32(c, a, b); }
 ND_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return (Vec<double>)vfmaq_f64(c, a, b); }
 #else

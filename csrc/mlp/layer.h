@@ -1,104 +1,12 @@
-// One affine layer of any width, on a tile of samples: [unit][samples] arrays, `vectors` vectors of samples.
+// One layer of the MLP chain: a matrix product. Widths 2 to 8 run many layers in registers (narrow.h).
 #pragma once
 
+#include "common/epilogue.h"
 #include "common/state.h"
+#include "mlp/narrow.h"
 
 namespace narrowdeep {
 namespace ND_ISA {
-
-// Asks for row `row` of a weight that the next layer will read: its rows are too short for the processor to foresee, and
-// the backward reads it by columns.
-template <class T>
-ND_INLINE void prefetch_row(const T* weight, int64_t columns, int64_t row) {
-  for (int64_t c = 0; c < columns; c += 64 / int64_t(sizeof(T))) __builtin_prefetch(weight + row * columns + c, 0, 2);
-}
-
-// h_out = relu(W h_in + c) with the state carried in parts: a = clip(keep a + W h + c, floor), h = a - floor.
-template <class T>
-struct HiddenForward {
-  const T *bias, *keep, *floor;
-  T *a, *h_out;
-  int64_t samples;
-  const T* next_weight;  // to be fetched meanwhile, (width, next_columns), or nothing
-  int64_t next_columns;
-  template <int R, int V>
-  ND_INLINE void operator()(int64_t row, Vec<T> (*acc)[V]) const {
-    for (int r = 0; r < R; ++r) {
-      const int64_t i = row + r;
-      prefetch_row(next_weight, next_columns, i);
-      const Vec<T> c = broadcast(bias[i]), mask = broadcast(keep[i]);
-      for (int v = 0; v < V; ++v) {
-        const int64_t at = i * samples + v * kLanes<T>;
-        const Vec<T> low = load(floor + at);
-        const Vec<T> rest = clip((acc[r][v] + c) + keep_if(mask, load(a + at)), low);
-        store(a + at, rest);
-        store(h_out + at, rest - low);
-      }
-    }
-  }
-};
-
-// g = h <= 0 ? floor : keep g + W^T G, so that G = g - floor is 0 where the unit is off.
-template <class T>
-struct HiddenBackward {
-  const T *keep, *floor, *h;
-  T* g;
-  int64_t samples;
-  const T* next_weight;  // to be fetched meanwhile, (width, next_columns), or nothing
-  int64_t next_columns;
-  template <int R, int V>
-  ND_INLINE void operator()(int64_t row, Vec<T> (*acc)[V]) const {
-    for (int r = 0; r < R; ++r) {
-      const int64_t j = row + r;
-      prefetch_row(next_weight, next_columns, j);
-      const Vec<T> mask = broadcast(keep[j]);
-      for (int v = 0; v < V; ++v) {
-        const int64_t at = j * samples + v * kLanes<T>;
-        const Vec<T> next = acc[r][v] + keep_if(mask, load(g + at));
-        store(g + at, where_le0(load(h + at), load(floor + at), next));
-      }
-    }
-  }
-};
-
-// to = acc + bias + factor * from, `from` over the first `from_rows` rows only; both may be null.
-template <class T>
-struct Affine {
-  const T* bias;
-  const T* from;
-  int64_t from_rows;
-  T factor;
-  T* to;
-  int64_t samples;
-  template <int R, int V>
-  ND_INLINE void operator()(int64_t row, Vec<T> (*acc)[V]) const {
-    for (int r = 0; r < R; ++r) {
-      const int64_t i = row + r;
-      for (int v = 0; v < V; ++v) {
-        const int64_t at = i * samples + v * kLanes<T>;
-        Vec<T> z = acc[r][v];
-        if (bias) z = z + broadcast(bias[i]);
-        if (from && i < from_rows) z = fma(broadcast(factor), load(from + at), z);
-        store(to + at, z);
-      }
-    }
-  }
-};
-
-// to += acc
-template <class T>
-struct Accumulate {
-  T* to;
-  int64_t samples;
-  template <int R, int V>
-  ND_INLINE void operator()(int64_t row, Vec<T> (*acc)[V]) const {
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < V; ++v) {
-        T* at = to + (row + r) * samples + v * kLanes<T>;
-        store(at, load(at) + acc[r][v]);
-      }
-  }
-};
 
 // ---- weight gradients -----------------------------------------------------------------------------------------------
 
@@ -184,6 +92,233 @@ inline void weight_gradient(const GradientOf<T>& of, int64_t begin, int64_t end,
     }
   }
 }
+
+// ---- the layer ------------------------------------------------------------------------------------------------------
+
+// to = sum + factor * from, `from` over the first `rows` rows only; with factor 0 `from` may be null.
+template <class T>
+struct InputEpilogue {
+  const T* from;
+  int64_t rows;
+  T factor;
+  T* to;
+  int64_t stride;
+  template <int R, int V>
+  ND_INLINE void operator()(int64_t row, int64_t, Vec<T> (*sum)[V]) const {
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v) {
+        const int64_t at = (row + r) * stride + v * kLanes<T>;
+        store(to + at, row + r < rows ? fma(broadcast(factor), load(from + at), sum[r][v]) : sum[r][v]);
+      }
+  }
+};
+
+template <class T>
+class MlpLayer {
+ public:
+  using Element = T;
+  static constexpr int64_t kMostVectors = kTileVectors;
+  static constexpr bool kRunsOfTiles = false;
+  static constexpr bool kEndsTogether = true;  // a first or last layer is wide more often than the batch is large
+
+  MlpLayer(const Tiles<T>& tiles, const ChainParams<const T>& params)
+      : tiles_(tiles), shape_(tiles.shape), params_(params) {}
+
+  int64_t most_states() const { return INT64_MAX; }  // that a backward holds at once
+  int64_t hidden_weights() const { return shape_.width * shape_.width; }
+  int64_t first_weights() const { return shape_.width * shape_.in; }
+  int64_t last_weights() const { return shape_.out * shape_.width; }
+
+  // ---- forward
+  void first(const T* x, const State<T>& state, T* h) const {
+    product(params_.first_weight, shape_.width, shape_.in, x,
+            StateEpilogue<T>{params_.first_bias, tiles_.every, state.floor, state.lo, h, tiles_.samples, {}});
+  }
+  void step(int64_t l, const State<T>& state, const T* h, T* h_next) const {
+    const T* const weight = params_.hidden_weight + l * hidden_weights();
+    product(weight, shape_.width, shape_.width, h,
+            StateEpilogue<T>{params_.hidden_bias + l * shape_.width, tiles_.skip, state.floor, state.lo, h_next,
+                             tiles_.samples, {l + 1 < shape_.layers ? weight + hidden_weights() : weight, shape_.width}});
+  }
+  void last(const T* h, const State<T>& state, T* z) const {
+    product(params_.last_weight, shape_.out, shape_.width, h, WriteEpilogue<T>{params_.last_bias, z, tiles_.samples});
+    add_right(state, z);
+  }
+
+  // ---- backward: `full` is the gradient of a layer's output, `h` the value of its input, `g` becomes the gradient there
+  void last_back(const T* r, const T* h, const State<T>& g, T* full) const {
+    transposed(params_.last_weight, shape_.out, shape_.width, r,
+               GradientEpilogue<T>{h, tiles_.skip, g.floor, g.lo, full, tiles_.samples, {}});
+  }
+  void step_back(int64_t l, const T* full, const T* h, const State<T>& g, T* full_next) const {
+    const T* const weight = params_.hidden_weight + l * hidden_weights();
+    transposed(weight, shape_.width, shape_.width, full,
+               GradientEpilogue<T>{h, tiles_.skip, g.floor, g.lo, full_next, tiles_.samples,
+                                   {l > 0 ? weight - hidden_weights() : weight, shape_.width}});
+  }
+  void first_back(const T* full, T* grad_x) const {
+    transposed(params_.first_weight, shape_.width, shape_.in, full,
+               InputEpilogue<T>{full, shape_.offset ? shape_.in : 0, T(shape_.scale), grad_x, tiles_.samples});
+  }
+
+  int64_t gradient_scratch() const { return in_registers() ? 0 : tiles_.samples * padded_columns<T>(shape_.width); }
+  // Of the weight (rows, columns) and the bias of a layer; added to what is there, or written over it.
+  void gradient(int64_t rows, int64_t columns, int64_t valid, const T* full, const T* h, T* weight, T* bias, bool add,
+                T* scratch) const {
+    weight_gradient<T>({full, h, 0, 0, rows, columns, weight, bias, add}, 0, rows, tiles_.samples, 1, valid, scratch);
+  }
+
+  // The same from tiles [first, first + count), whose arrays stand `stride` apart, by all threads: shares of the rows.
+  void gradient_over_tiles(const Parallel& parallel, int64_t first, int64_t count, int64_t stride, GradientOf<T> of) const {
+    of.full_stride = of.h_stride = stride;
+    // None so small that transposing h again costs more than 1/16.
+    const int64_t blocks = max_of(1, min_of(of.rows / 64, 4 * parallel.threads)), block = ceil_div(of.rows, blocks);
+    const int64_t threads = min_of(parallel.threads, blocks);
+    parallel_for(parallel, threads, [&](int64_t thread) {
+      const Buffer scratch(int64_t(sizeof(T)) * count * tiles_.samples * padded_columns<T>(of.columns));
+      for (int64_t b = thread; b < blocks; b += threads)
+        weight_gradient(of, b * block, min_of((b + 1) * block, of.rows), tiles_.samples, count,
+                        tiles_.valid(first + count - 1), scratch.as<T>());
+    });
+  }
+
+  // ---- jvp
+  void first_tangent(const T* x, const T* x_tangent, const ChainParams<const T>& tangents, const T* h,
+                     const State<T>& tangent, T* full) const {
+    const T scale = T(shape_.scale);
+    fill(tiles_.size, T(0), tangent.base);
+    fill(tiles_.size, T(0), tangent.hi);
+    fill(tiles_.size, T(0), full);
+    if (x_tangent) {
+      product(params_.first_weight, shape_.width, shape_.in, x_tangent, WriteEpilogue<T>{nullptr, full, tiles_.samples});
+      for (int64_t e = 0; shape_.offset && e < shape_.in * tiles_.samples; ++e) {
+        if (x[e] <= T(0)) {
+          full[e] += scale * x_tangent[e];
+        } else {
+          tangent.base[e] = scale * x_tangent[e];
+        }
+      }
+    }
+    if (tangents.first_weight)
+      product(tangents.first_weight, shape_.width, shape_.in, x, AddEpilogue<T>{full, tiles_.samples});
+    tangent.set_floor(tiles_.size);
+    mask_tangent(tangents.first_bias, h, tangent, full);
+  }
+  void step_tangent(int64_t l, const ChainParams<const T>& tangents, const T* h, const T* h_next, const T* full,
+                    const State<T>& tangent, T* full_next) const {
+    const int64_t at = l * hidden_weights();
+    product(params_.hidden_weight + at, shape_.width, shape_.width, full,
+            WriteEpilogue<T>{nullptr, full_next, tiles_.samples});
+    if (tangents.hidden_weight)
+      product(tangents.hidden_weight + at, shape_.width, shape_.width, h, AddEpilogue<T>{full_next, tiles_.samples});
+    for (int64_t i = 0; i < shape_.width; ++i)
+      if (tiles_.skip[i] != T(0)) ND_ISA::add(tiles_.samples, tangent.lo + i * tiles_.samples, full_next + i * tiles_.samples);
+    mask_tangent(tangents.hidden_bias ? tangents.hidden_bias + l * shape_.width : nullptr, h_next, tangent, full_next);
+  }
+  void last_tangent(const ChainParams<const T>& tangents, const T* h, const T* full, const State<T>& tangent, T* z) const {
+    product(params_.last_weight, shape_.out, shape_.width, full, WriteEpilogue<T>{tangents.last_bias, z, tiles_.samples});
+    if (tangents.last_weight)
+      product(tangents.last_weight, shape_.out, shape_.width, h, AddEpilogue<T>{z, tiles_.samples});
+    add_right(tangent, z);
+  }
+
+  // ---- many layers in registers
+  bool in_registers() const { return shape_.width >= kNarrowest && shape_.width <= kWidestNarrow; }
+
+  // Layers [begin, end) without renormalisation; with `states`, the value after layer l goes to states + (l + 1 - begin)
+  // * size.
+  void forward_in_registers(int64_t begin, int64_t end, const State<T>& state, T* states) const {
+    of_width([&](auto width) {
+      constexpr int N = decltype(width)::value;
+      const T *w = params_.hidden_weight, *c = params_.hidden_bias;
+      const int vectors = int(tiles_.vectors);
+      if (shape_.offset && states)
+        narrow_forward<T, N, true, true>(w, c, begin, end, vectors, tiles_.skip, state.floor, state.lo, states);
+      else if (shape_.offset)
+        narrow_forward<T, N, true, false>(w, c, begin, end, vectors, tiles_.skip, state.floor, state.lo, nullptr);
+      else if (states)
+        narrow_forward<T, N, false, true>(w, c, begin, end, vectors, tiles_.skip, state.floor, state.lo, states);
+      else
+        narrow_forward<T, N, false, false>(w, c, begin, end, vectors, tiles_.skip, state.floor, state.lo, nullptr);
+    });
+  }
+  // Back through layers [begin, end); `states` holds the values before each. The gradients of layer l are added to
+  // packed + (l - begin) * packed_size(), unless that is null.
+  void backward_in_registers(int64_t begin, int64_t end, const State<T>& g, const T* states, T* packed) const {
+    of_width([&](auto width) {
+      constexpr int N = decltype(width)::value;
+      const int vectors = int(tiles_.vectors);
+      if (shape_.offset)
+        narrow_backward<T, N, true>(params_.hidden_weight, begin, end, vectors, tiles_.skip, g.floor, g.lo, states, packed);
+      else
+        narrow_backward<T, N, false>(params_.hidden_weight, begin, end, vectors, tiles_.skip, g.floor, g.lo, states, packed);
+    });
+  }
+  int64_t packed_size() const {
+    int64_t size = 0;
+    of_width([&](auto width) { size = NarrowEntries<T, decltype(width)::value>::kSize; });
+    return size;
+  }
+  // Gradients of layers [begin, end) from the sums of all workers, which stand `stride` apart.
+  void unpack(const T* packed, int64_t stride, int64_t workers, int64_t begin, int64_t end, T* weight, T* bias) const {
+    constexpr int64_t kMost = kWidestNarrow * (kWidestNarrow + 1), kAhead = 16;  // layers: other cores' sums come late
+    const int64_t weights = hidden_weights(), entries = weights + shape_.width, size = packed_size();
+    int64_t positions[kMost];
+    of_width([&](auto width) {
+      for (int64_t e = 0; e < entries; ++e) positions[e] = NarrowEntries<T, decltype(width)::value>::position(int(e));
+    });
+    T total[kMost + kLanes<T>];
+    for (int64_t l = begin; l < end; ++l) {
+      copy(size, packed + l * size, total);
+      for (int64_t worker = 1; worker < workers; ++worker) {
+        const T* const from = packed + worker * stride + l * size;
+        for (int64_t i = 0; i < size; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + kAhead * size + i);
+        ND_ISA::add(size, from, total);
+      }
+      for (int64_t e = 0; e < weights; ++e) weight[l * weights + e] = total[positions[e]];
+      for (int64_t e = 0; e < shape_.width; ++e) bias[l * shape_.width + e] = total[positions[weights + e]];
+    }
+  }
+
+ private:
+  const Tiles<T>& tiles_;
+  const ChainShape& shape_;
+  const ChainParams<const T>& params_;
+
+  template <int N>
+  struct Width {
+    static constexpr int value = N;
+  };
+  template <int N = kNarrowest, class Body>
+  ND_INLINE void of_width(const Body& body) const {
+    if constexpr (N <= kWidestNarrow) {
+      if (shape_.width == N) return body(Width<N>());
+      of_width<N + 1>(body);
+    }
+  }
+  template <class Epilogue>
+  void product(const T* weight, int64_t rows, int64_t columns, const T* h, const Epilogue& epilogue) const {
+    multiply<T>(int(tiles_.vectors), rows, weight, columns, 1, h, tiles_.samples, columns, epilogue);
+  }
+  template <class Epilogue>
+  void transposed(const T* weight, int64_t rows, int64_t columns, const T* full, const Epilogue& epilogue) const {
+    multiply<T>(int(tiles_.vectors), columns, weight, 1, columns, full, tiles_.samples, rows, epilogue);
+  }
+  // What the identity part of the last layer passes on, without the base.
+  void add_right(const State<T>& state, T* z) const {
+    const int64_t right = tiles_.right() * tiles_.samples;
+    for (int64_t e = 0; shape_.offset && e < shape_.out * tiles_.samples; ++e) z[e] += state.hi[right + e] + state.lo[right + e];
+  }
+  // lo = full + bias, or what makes the tangent 0 where h is 0; full becomes the whole tangent.
+  void mask_tangent(const T* bias, const T* h, const State<T>& tangent, T* full) const {
+    for (int64_t i = 0; i < shape_.width; ++i)
+      for (int64_t e = i * tiles_.samples; e < (i + 1) * tiles_.samples; ++e) {
+        const T value = bias ? full[e] + bias[i] : full[e];
+        tangent.lo[e] = h[e] <= T(0) ? tangent.floor[e] : value;
+        full[e] = tangent.lo[e] - tangent.floor[e];
+      }
+  }
+};
 
 }  // namespace ND_ISA
 }  // namespace narrowdeep

@@ -4,7 +4,7 @@
 // propagate, weight gradient); sums over lanes add about 45 operations a layer for a whole tile.
 #pragma once
 
-#include "common/state.h"
+#include "common/vec.h"
 
 namespace narrowdeep {
 namespace ND_ISA {
@@ -12,17 +12,17 @@ namespace ND_ISA {
 constexpr int kNarrowest = 2, kWidestNarrow = 8;
 constexpr int kTileVectors = 4;  // vectors in a tile at most
 
-// Hidden layers [begin, end) for V vectors of samples, without a move. Arrays start at the first of the V vectors.
+// Hidden layers [begin, end) for V vectors of samples, without renormalisation. Arrays start at the first of the V vectors.
 // With STORE, the state after layer l goes to states + (l - begin + 1) * N * samples.
 template <class T, int N, int V, bool OFFSET, bool STORE>
 inline void narrow_forward_block(const T* weight, const T* bias, int64_t begin, int64_t end, int64_t samples,
-                                 const T* keep, const T* floor, T* a_memory, T* states) {
+                                 const T* skip, const T* floor, T* lo_memory, T* states) {
   constexpr int lanes = kLanes<T>;
-  Vec<T> a[N][V], h[N][V];
+  Vec<T> lo[N][V], h[N][V];
   for (int i = 0; i < N; ++i)
     for (int v = 0; v < V; ++v) {
-      a[i][v] = load(a_memory + i * samples + v * lanes);
-      h[i][v] = OFFSET ? a[i][v] - load(floor + i * samples + v * lanes) : a[i][v];
+      lo[i][v] = load(lo_memory + i * samples + v * lanes);
+      h[i][v] = OFFSET ? lo[i][v] - load(floor + i * samples + v * lanes) : lo[i][v];
     }
   for (int64_t l = begin; l < end; ++l) {
     const T* w = weight + l * N * N;
@@ -42,9 +42,9 @@ inline void narrow_forward_block(const T* weight, const T* bias, int64_t begin, 
       for (int v = 0; v < V; ++v) {
         if (OFFSET) {
           const Vec<T> low = load(floor + i * samples + v * lanes);
-          // a comes in last: it is the one large term beside the small increments
-          a[i][v] = clip(z[i][v] + keep_if(broadcast(keep[i]), a[i][v]), low);
-          h[i][v] = a[i][v] - low;
+          // lo comes in last: it is the one large term beside the small increments
+          lo[i][v] = clip(z[i][v] + keep_if(broadcast(skip[i]), lo[i][v]), low);
+          h[i][v] = lo[i][v] - low;
         } else {
           h[i][v] = clip(z[i][v], Vec<T>{});
         }
@@ -52,24 +52,24 @@ inline void narrow_forward_block(const T* weight, const T* bias, int64_t begin, 
       }
   }
   for (int i = 0; i < N; ++i)
-    for (int v = 0; v < V; ++v) store(a_memory + i * samples + v * lanes, OFFSET ? a[i][v] : h[i][v]);
+    for (int v = 0; v < V; ++v) store(lo_memory + i * samples + v * lanes, OFFSET ? lo[i][v] : h[i][v]);
 }
 
 template <class T, int N, bool OFFSET, bool STORE>
-inline void narrow_forward(const T* weight, const T* bias, int64_t begin, int64_t end, int vectors, const T* keep,
-                           const T* floor, T* a, T* states) {
+inline void narrow_forward(const T* weight, const T* bias, int64_t begin, int64_t end, int vectors, const T* skip,
+                           const T* floor, T* lo, T* states) {
   constexpr int V = N * 6 <= kRegisters ? 2 : 1;
   const int64_t samples = vectors * kLanes<T>;
   int v = 0;
   for (; v + V <= vectors; v += V) {
     const int64_t at = v * kLanes<T>;
-    narrow_forward_block<T, N, V, OFFSET, STORE>(weight, bias, begin, end, samples, keep, floor + at, a + at,
+    narrow_forward_block<T, N, V, OFFSET, STORE>(weight, bias, begin, end, samples, skip, floor + at, lo + at,
                                                  STORE ? states + at : nullptr);
   }
   if constexpr (V > 1)
     for (; v < vectors; ++v) {
       const int64_t at = v * kLanes<T>;
-      narrow_forward_block<T, N, 1, OFFSET, STORE>(weight, bias, begin, end, samples, keep, floor + at, a + at,
+      narrow_forward_block<T, N, 1, OFFSET, STORE>(weight, bias, begin, end, samples, skip, floor + at, lo + at,
                                                    STORE ? states + at : nullptr);
     }
 }
@@ -119,10 +119,10 @@ ND_INLINE void narrow_reduce_groups(const T* full, const T* h, int vectors, T* p
   }
 }
 
-// Layers [begin, end) backwards for V vectors of samples, without a move; G of layer l goes to full + (l - begin) * N *
+// Layers [begin, end) backwards for V vectors of samples, without renormalisation; G of layer l goes to full + (l - begin) * N *
 // samples. `states` holds h of every state of the block, the first being the input of layer `begin`.
 template <class T, int N, int V, bool OFFSET>
-inline void narrow_propagate(const T* weight, int64_t begin, int64_t end, int64_t samples, const T* keep, const T* floor,
+inline void narrow_propagate(const T* weight, int64_t begin, int64_t end, int64_t samples, const T* skip, const T* floor,
                              T* g_memory, const T* states, T* full) {
   constexpr int lanes = kLanes<T>;
   Vec<T> g[N][V], low[N][V];
@@ -149,7 +149,7 @@ inline void narrow_propagate(const T* weight, int64_t begin, int64_t end, int64_
     }
     for (int j = 0; j < N; ++j)
       for (int v = 0; v < V; ++v) {
-        if (OFFSET) next[j][v] = next[j][v] + keep_if(broadcast(keep[j]), g[j][v]);
+        if (OFFSET) next[j][v] = next[j][v] + keep_if(broadcast(skip[j]), g[j][v]);
         g[j][v] = where_le0(load(h + j * samples + v * lanes), low[j][v], next[j][v]);
       }
   }
@@ -159,7 +159,7 @@ inline void narrow_propagate(const T* weight, int64_t begin, int64_t end, int64_
 
 // The same for a tile. `partial`, when not null, gains the weight gradients of layer l at (l - begin) * kSize.
 template <class T, int N, bool OFFSET>
-inline void narrow_backward(const T* weight, int64_t begin, int64_t end, int vectors, const T* keep, const T* floor, T* g,
+inline void narrow_backward(const T* weight, int64_t begin, int64_t end, int vectors, const T* skip, const T* floor, T* g,
                             const T* states, T* partial) {
   constexpr int V = N * 6 <= kRegisters ? 2 : 1;
   constexpr int64_t kLayers = 8;  // G of so many layers fits in the first-level cache beside their h
@@ -171,12 +171,12 @@ inline void narrow_backward(const T* weight, int64_t begin, int64_t end, int vec
     int v = 0;
     for (; v + V <= vectors; v += V) {
       const int64_t at = v * kLanes<T>;
-      narrow_propagate<T, N, V, OFFSET>(weight, start, stop, samples, keep, floor + at, g + at, h + at, full + at);
+      narrow_propagate<T, N, V, OFFSET>(weight, start, stop, samples, skip, floor + at, g + at, h + at, full + at);
     }
     if constexpr (V > 1)
       for (; v < vectors; ++v) {
         const int64_t at = v * kLanes<T>;
-        narrow_propagate<T, N, 1, OFFSET>(weight, start, stop, samples, keep, floor + at, g + at, h + at, full + at);
+        narrow_propagate<T, N, 1, OFFSET>(weight, start, stop, samples, skip, floor + at, g + at, h + at, full + at);
       }
     if (!partial) continue;
     for (int64_t l = start; l < stop; ++l) {

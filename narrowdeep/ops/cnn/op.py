@@ -11,12 +11,3 @@ from narrowdeep.ops import chain, engine, triton_dispatch
 ops = chain.define("cnn", "DeepNarrowCNN")
 engine.load()
 triton_dispatch.register_chain(chain.library, "cnn")
-
-import warnings  # TEMPORARY
-
-from narrowdeep.ops.cnn import layered  # TEMPORARY
-
-with warnings.catch_warnings():  # TEMPORARY
-    warnings.simplefilter("ignore")
-    for _name in ("forward", "backward", "jvp"):
-        chain.library.impl(f"cnn_{_name}", getattr(layered, f"cnn_{_name}"), "CPU")

@@ -11,12 +11,3 @@ from narrowdeep.ops import chain, engine, triton_dispatch
 ops = chain.define("mlp", "DeepNarrowMLP")
 engine.load()
 triton_dispatch.register_chain(chain.library, "mlp")
-
-import warnings  # TEMPORARY
-
-from narrowdeep.ops.mlp import layered  # TEMPORARY
-
-with warnings.catch_warnings():  # TEMPORARY
-    warnings.simplefilter("ignore")
-    for _name in ("forward", "backward", "jvp"):
-        chain.library.impl(f"mlp_{_name}", getattr(layered, f"mlp_{_name}"), "CPU")

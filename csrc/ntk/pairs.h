@@ -3,7 +3,7 @@
 #pragma once
 
 #include "common/vec.h"
-#include "gram/args.h"
+#include "ntk/args.h"
 
 namespace narrowdeep {
 namespace ND_ISA {

@@ -3,8 +3,7 @@
 
 #include <cstdint>
 
-#include "conv/args.h"
-#include "mlp/args.h"
+#include "common/args.h"
 
 namespace narrowdeep {
 
@@ -18,24 +17,19 @@ struct GramPairs {
   double* out;  // (N1, N2[, out[, out]]), zeroed by the caller
 };
 
-template <class Shape, class T>
+template <class T>
 struct ChainGram {
-  Shape shape;  // batch: all samples, N1 + N2, or N1 if symmetric; segment is not read
+  ChainShape shape;  // batch: all samples, N1 + N2, or N1 if symmetric; segment is not read
   ChainParams<const T> params;
   const T* x;         // (batch, in)[image]: x1, and after it x2 unless symmetric
   int64_t trainable;  // bit i: the i-th parameter counts
   GramPairs pairs;
 };
-template <class T>
-using MlpGram = ChainGram<MlpShape, T>;
-template <class T>
-using ConvGram = ChainGram<ConvShape, T>;
 
-// The entry points of one instruction set.
-template <class T>
+// The entry point of one family and one instruction set.
+template <class Family, class T>
 struct GramKernels {
-  void (*mlp)(const MlpGram<T>&, const Parallel&);
-  void (*conv)(const ConvGram<T>&, const Parallel&);
+  void (*gram)(const ChainGram<T>&, const Parallel&);
 };
 
 }  // namespace narrowdeep

@@ -5,17 +5,11 @@
 // stays in registers, so that a tap costs O + X loads for O X FMAs.
 #pragma once
 
-#include "common/vec.h"
-
-// GCC keeps an array of vectors in registers only where the loops over it are unrolled completely.
-#define ND_UNROLL _Pragma("GCC unroll 16")
+#include "common/args.h"
+#include "common/epilogue.h"
 
 namespace narrowdeep {
 namespace ND_ISA {
-
-struct Plane {
-  int64_t height, width;
-};
 
 // weight[o][c][i][j] at start + o * out_stride + c * in_stride + (i * size + j) * tap_stride.
 template <class T>
@@ -44,7 +38,7 @@ constexpr int kBlockChannels = kRegisters == 32 ? 4 : 3;
 ND_INLINE int64_t even_block(int64_t count, int64_t most) { return ceil_div(count, ceil_div(count, most)); }
 
 // Output channels [o, o + O) at row y, columns [x, x + X): sums of every tap inside the image, then the epilogue:
-// a struct with `template <int O, int X> void operator()(int64_t channel, int64_t position, Vec<T> (*sum)[X])`.
+// one of common/epilogue.h.
 template <class T, int O, int X, class Epilogue>
 void correlate_block(const Filter<T>& filter, int64_t channels, const Plane& plane, const T* in, int64_t o, int64_t y,
                      int64_t x, const Epilogue& epilogue) {
@@ -79,7 +73,7 @@ void correlate_block(const Filter<T>& filter, int64_t channels, const Plane& pla
       }
     }
   }
-  epilogue.template operator()<O, X>(o, y * plane.width + x, sum);
+  epilogue.template operator()<O, X>(o, (y * plane.width + x) * lanes, sum);
 }
 
 // The same for 3x3 filters, the taps of a row unrolled: only the block's first and last positions can see a column
@@ -109,7 +103,7 @@ void correlate_block3(const Filter<T>& filter, int64_t channels, const Plane& pl
       }
     }
   }
-  epilogue.template operator()<O, X>(o, y * plane.width + x, sum);
+  epilogue.template operator()<O, X>(o, (y * plane.width + x) * lanes, sum);
 }
 
 template <class T, int O, int X, class Epilogue>
@@ -151,67 +145,6 @@ inline void correlate(const Filter<T>& filter, int64_t channels, int64_t out_cha
         }
       }
 }
-
-// ---- what happens to the sums ---------------------------------------------------------------------------------------
-// Arrays are images [channel][position][lane]; `keep` is a mask a channel; `floor` is -(base + moved), or -(R + moved).
-
-// a = clip(keep a + (sum + bias), floor), h = a - floor.
-template <class T>
-struct StateEpilogue {
-  const T *bias, *keep, *floor;
-  T *a, *h;
-  int64_t positions;
-  template <int O, int X>
-  ND_INLINE void operator()(int64_t channel, int64_t position, Vec<T> (*sum)[X]) const {
-    ND_UNROLL for (int i = 0; i < O; ++i) {
-      const Vec<T> start = broadcast(bias[channel + i]), mask = broadcast(keep[channel + i]);
-      const int64_t at = ((channel + i) * positions + position) * kLanes<T>;
-      ND_UNROLL for (int b = 0; b < X; ++b) {
-        const Vec<T> low = load(floor + at + b * kLanes<T>);
-        // a comes in last: it is the one large term beside the small increments
-        const Vec<T> next = clip(keep_if(mask, load(a + at + b * kLanes<T>)) + (sum[i][b] + start), low);
-        store(a + at + b * kLanes<T>, next);
-        store(h + at + b * kLanes<T>, next - low);
-      }
-    }
-  }
-};
-
-// g = h <= 0 ? floor : keep g + sum, full = g - floor.
-template <class T>
-struct GradientEpilogue {
-  const T *h, *keep, *floor;
-  T *g, *full;
-  int64_t positions;
-  template <int O, int X>
-  ND_INLINE void operator()(int64_t channel, int64_t position, Vec<T> (*sum)[X]) const {
-    ND_UNROLL for (int i = 0; i < O; ++i) {
-      const Vec<T> mask = broadcast(keep[channel + i]);
-      const int64_t at = ((channel + i) * positions + position) * kLanes<T>;
-      ND_UNROLL for (int b = 0; b < X; ++b) {
-        const Vec<T> low = load(floor + at + b * kLanes<T>);
-        const Vec<T> sums = keep_if(mask, load(g + at + b * kLanes<T>)) + sum[i][b];
-        const Vec<T> next = where_le0(load(h + at + b * kLanes<T>), low, sums);
-        store(g + at + b * kLanes<T>, next);
-        store(full + at + b * kLanes<T>, next - low);
-      }
-    }
-  }
-};
-
-// to += sum.
-template <class T>
-struct AddEpilogue {
-  T* to;
-  int64_t positions;
-  template <int O, int X>
-  ND_INLINE void operator()(int64_t channel, int64_t position, Vec<T> (*sum)[X]) const {
-    ND_UNROLL for (int i = 0; i < O; ++i) {
-      T* row = to + ((channel + i) * positions + position) * kLanes<T>;
-      ND_UNROLL for (int b = 0; b < X; ++b) store(row + b * kLanes<T>, load(row + b * kLanes<T>) + sum[i][b]);
-    }
-  }
-};
 
 // ---- weight gradients -----------------------------------------------------------------------------------------------
 // sums[o][c][tap] (a vector each) = sum over positions of full[o][y][x] h[c][y + i - size / 2][x + j - size / 2].
@@ -297,9 +230,9 @@ inline void bias_sums(int64_t rows, int64_t positions, const T* full, T* sums) {
   }
 }
 
-// grad[e] += the first `valid` lanes of sums[e], all of them added up, for `count` entries.
+// grad[e] = (or += with `add`) the sum of the first `valid` lanes of sums[e], for `count` entries.
 template <class T>
-inline void add_lanes(int64_t count, int64_t valid, const T* sums, T* grad) {
+inline void sum_samples(int64_t count, int64_t valid, const T* sums, T* grad, bool add) {
   constexpr int lanes = kLanes<T>;
   alignas(64) T mask_memory[lanes], tail[lanes];
   for (int64_t s = 0; s < lanes; ++s) mask_memory[s] = s < valid ? all_ones<T>() : T(0);
@@ -311,10 +244,10 @@ inline void add_lanes(int64_t count, int64_t valid, const T* sums, T* grad) {
     }
     const Vec<T> total = sum_lanes<T, lanes>(group);
     if (e + lanes <= count) {
-      store(grad + e, load(grad + e) + total);
+      store(grad + e, add ? load(grad + e) + total : total);
     } else {
       store(tail, total);
-      for (int64_t k = 0; e + k < count; ++k) grad[e + k] += tail[k];
+      for (int64_t k = 0; e + k < count; ++k) grad[e + k] = add ? grad[e + k] + tail[k] : tail[k];
     }
   }
 }

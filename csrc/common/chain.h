@@ -1,0 +1,231 @@
+// The chain of any family for one instruction set: forward and jvp of a span (backward.h has its way back). A tile of
+// samples goes through all layers before the next tile does, so that its states stay in the cache; threads share out the
+// tiles. Symbols as in common/state.h.
+//
+// What one layer does is the business of a class Layer (mlp/layer.h, cnn/layer.h), made of Tiles and parameters:
+//
+//   T, kMostVectors, kRunsOfTiles   number type; vectors of a tile at most; whether a thread's tiles are a run, or strided
+//   in_registers()                  whether `forward_in_registers` and `backward_in_registers` run many layers at once
+//   first, step, last               x to state 0; state l to l + 1; the last state to the outputs at every position
+//   last_back, step_back, first_back, gradient        their transposes, and the gradient of a weight and its bias
+//   first_tangent, step_tangent, last_tangent         their tangents
+#pragma once
+
+#include "common/epilogue.h"
+#include "common/state.h"
+
+namespace narrowdeep {
+namespace ND_ISA {
+
+// The tiles of one worker: every `workers`-th, or a run.
+struct Share {
+  int64_t first, stride, count;
+  Share(int64_t tiles, int64_t workers, int64_t worker, bool run)
+      : first(run ? worker * tiles / workers : worker),
+        stride(run ? 1 : workers),
+        count(run ? (worker + 1) * tiles / workers - first : ceil_div(tiles - worker, workers)) {}
+  int64_t operator[](int64_t i) const { return first + i * stride; }
+};
+
+// base = [scale relu(x); 0; scale], hi = 0 and lo = what the base left out of scale * x, from x as [feature][sample].
+template <class T>
+inline void start_state(const Tiles<T>& tiles, const T* x, const State<T>& state) {
+  fill(tiles.size, T(0), state.base);
+  fill(tiles.size, T(0), state.hi);
+  fill(tiles.size, T(0), state.lo);
+  if (!tiles.shape.offset) return;
+  const T scale = T(tiles.shape.scale);
+  for (int64_t e = 0; e < tiles.shape.in * tiles.row; ++e) {
+    const T left = scale * x[e];
+    state.base[e] = left < T(0) ? T(0) : left;
+    state.lo[e] = left < T(0) ? left : T(0);
+  }
+  fill(tiles.shape.out * tiles.row, scale, state.base + tiles.right() * tiles.row);
+}
+
+// State 0 of a tile, `h` its value. A span with the first layer leaves x, as [feature][sample], in `x`.
+template <class Layer, class T>
+inline void enter(const Tiles<T>& tiles, const Layer& layer, int64_t tile, const T* input, T* x, const State<T>& state,
+                  T* h) {
+  if (tiles.shape.first) {
+    load_samples(tiles, tile, tiles.shape.in * tiles.positions, false, input, x);
+    start_state(tiles, x, state);
+    state.set_floor(tiles.size);
+    layer.first(x, state, h);
+  } else {
+    load_state(tiles, tile, false, input, state);
+    state.set_floor(tiles.size);
+    state.total(tiles.size, h);
+  }
+}
+
+// Hidden layers [begin, end). Values of states begin .. end go to h, h + size, ... if there is no `spare`; with one, the
+// present value is in turn in h and in the spare, or in neither where layers stay in registers.
+template <class Layer, class T>
+inline void run(const Tiles<T>& tiles, const Layer& layer, int64_t begin, int64_t end, const State<T>& state, T* h,
+                T* spare) {
+  state.total(tiles.size, h);
+  while (begin < end) {
+    const int64_t stop = tiles.next_renormalisation(begin, end);
+    if (layer.in_registers()) {
+      layer.forward_in_registers(begin, stop, state, spare ? nullptr : h);
+      if (!spare) h += (stop - begin) * tiles.size;
+    } else {
+      for (int64_t l = begin; l < stop; ++l) {
+        T* const next = spare ? spare : h + tiles.size;
+        layer.step(l, state, h, next);
+        if (spare) spare = h;
+        h = next;
+      }
+    }
+    if (tiles.renormalises(stop)) {
+      renormalise(tiles, state);
+      if (!spare || !layer.in_registers()) state.total(tiles.size, h);
+    }
+    begin = stop;
+  }
+}
+
+// A long sum one after another loses digits: it is made of sums of so many terms, which depends on their number alone.
+constexpr int64_t kBlock = 32;
+ND_INLINE int64_t block_of(int64_t terms) {
+  int64_t block = kBlock;
+  while (block * block < terms) ++block;
+  return min_of(block, max_of(1, terms));
+}
+
+// mean over positions of the outputs at z, [output][position][sample], to (batch, out).
+template <class T>
+inline void store_outputs(const Tiles<T>& tiles, int64_t tile, T* z, T* to) {
+  const int64_t positions = tiles.positions, samples = tiles.samples;
+  if (positions > 1) {
+    for (int64_t i = 0; i < tiles.shape.out; ++i)
+      for (int64_t s = 0; s < samples; s += kLanes<T>) {
+        const T* const from = z + i * tiles.row + s;
+        Vec<T> total{};
+        for (int64_t begin = 0; begin < positions; begin += 64) {
+          Vec<T> sum{};
+          for (int64_t p = begin; p < min_of(begin + 64, positions); ++p) sum = sum + load(from + p * samples);
+          total = total + sum;
+        }
+        store(z + i * samples + s, total / broadcast(T(positions)));
+      }
+  }
+  store_samples(tiles, tile, tiles.shape.out, z, to);
+}
+
+// Row of `saved` that holds state j, with `every` state or every segment-th saved: the input of a span that starts at a
+// state is not saved again.
+template <class T>
+inline int64_t saved_row(const Tiles<T>& tiles, int64_t j) {
+  const int64_t row = tiles.shape.segment == 1 ? j : j / tiles.shape.segment;
+  return tiles.shape.first ? row : row - 1;
+}
+
+template <class Layer, class T = typename Layer::Element>
+void chain_forward(const ChainForward<T>& args, const Parallel& parallel) {
+  const Tiles<T> tiles(args.shape, Layer::kMostVectors, parallel.threads);
+  const Layer layer(tiles, args.params);
+  const ChainShape& s = tiles.shape;
+  const int64_t workers = min_of(parallel.threads, tiles.count), size = tiles.size;
+  // Where every state is saved, so many as stay in the cache are run before they are written.
+  const int64_t fitting = max_of(1, min_of(kRenormalisePeriod, (int64_t(1) << 18) / (size * int64_t(sizeof(T)))));
+  const int64_t step = s.segment == 0 ? max_of(1, s.layers) : s.segment == 1 ? fitting : s.segment;
+  const int64_t held = s.segment == 1 ? step + 1 : 2;
+  parallel_for(parallel, workers, [&](int64_t worker) {
+    const Buffer memory(int64_t(sizeof(T)) *
+                        ((State<T>::kArrays + held) * size + (s.in + s.out) * tiles.row));
+    const State<T> state(memory.as<T>(), size);
+    T* const h = state.lo + size;
+    T* const x = h + held * size;
+    T* const z = x + s.in * tiles.row;
+    const Share share(tiles.count, workers, worker, Layer::kRunsOfTiles);
+    for (int64_t i = 0; i < share.count; ++i) {
+      const int64_t tile = share[i];
+      enter(tiles, layer, tile, args.input, x, state, h);
+      for (int64_t begin = 0; begin < max_of(1, s.layers); begin += step) {
+        const int64_t end = min_of(begin + step, s.layers);
+        const bool saved = s.first || begin > 0;  // else the input itself
+        if (s.segment > 1 && saved)
+          save(tiles, tile, state, args.saved + saved_row(tiles, begin) * tiles.words() * tiles.state());
+        run(tiles, layer, begin, end, state, h, s.segment == 1 ? nullptr : h + size);
+        if (s.segment != 1) continue;
+        for (int64_t j = begin; j < end; ++j)
+          if (s.first || j > 0)
+            store_word(tiles, tile, h + (j - begin) * size, args.saved + saved_row(tiles, j) * tiles.state());
+      }
+      if (s.last) {
+        state.total(size, h);
+        if (s.segment == 1 && (s.first || s.layers > 0))
+          store_word(tiles, tile, h, args.saved + saved_row(tiles, s.layers) * tiles.state());
+        layer.last(h, state, z);
+        store_outputs(tiles, tile, z, args.output);
+      } else {
+        store_state(tiles, tile, state, args.output);
+      }
+    }
+  });
+}
+
+template <class Layer, class T = typename Layer::Element>
+void chain_jvp(const ChainJvp<T>& args, const Parallel& parallel) {
+  const Tiles<T> tiles(args.shape, Layer::kMostVectors, parallel.threads);
+  const Layer layer(tiles, args.params);
+  const ChainShape& s = tiles.shape;
+  const int64_t workers = min_of(parallel.threads, tiles.count), size = tiles.size;
+  parallel_for(parallel, workers, [&](int64_t worker) {
+    const int64_t rows = 2 * s.in + s.out;
+    const Buffer memory(int64_t(sizeof(T)) *
+                        ((2 * State<T>::kArrays + 4) * size + rows * tiles.row));
+    const State<T> state(memory.as<T>(), size), tangent(state.lo + size, size);
+    T* h = tangent.lo + size;
+    T* h_next = h + size;
+    T* full = h_next + size;
+    T* full_next = full + size;
+    T* const x = tangent.lo + 5 * size;
+    T* const x_tangent = x + s.in * tiles.row;
+    T* const z = x_tangent + s.in * tiles.row;
+    const Share share(tiles.count, workers, worker, Layer::kRunsOfTiles);
+    for (int64_t i = 0; i < share.count; ++i) {
+      const int64_t tile = share[i];
+      enter(tiles, layer, tile, args.input, x, state, h);
+      if (s.first) {
+        if (args.input_tangent)
+          load_samples(tiles, tile, s.in * tiles.positions, false, args.input_tangent, x_tangent);
+        layer.first_tangent(x, args.input_tangent ? x_tangent : nullptr, args.tangents, h, tangent, full);
+      } else {
+        if (args.input_tangent) {
+          load_state(tiles, tile, false, args.input_tangent, tangent);
+        } else {
+          fill(State<T>::kArrays * size, T(0), tangent.base);
+        }
+        tangent.set_floor(size);
+        tangent.total(size, full);
+      }
+      for (int64_t l = 0; l < s.layers; ++l) {
+        layer.step(l, state, h, h_next);
+        const bool due = tiles.renormalises(l + 1);
+        if (due) {
+          renormalise(tiles, state);
+          state.total(size, h_next);
+        }
+        layer.step_tangent(l, args.tangents, h, h_next, full, tangent, full_next);
+        if (due) {
+          renormalise(tiles, tangent);
+          tangent.total(size, full_next);
+        }
+        swap(h, h_next);
+        swap(full, full_next);
+      }
+      if (s.last) {
+        layer.last_tangent(args.tangents, h, full, tangent, z);
+        store_outputs(tiles, tile, z, args.output);
+      } else {
+        store_state(tiles, tile, tangent, args.output);
+      }
+    }
+  });
+}
+
+}  // namespace ND_ISA
+}  // namespace narrowdeep

@@ -1,7 +1,0 @@
-#include "gram/gram.h"
-
-#include "common/select.h"
-
-namespace narrowdeep {
-ND_SELECT(gram, GramKernels)
-}

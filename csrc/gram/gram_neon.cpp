@@ -1,6 +1,0 @@
-// The empirical tangent kernel, compiled for one instruction set.
-#define ND_ISA neon
-#include "common/select.h"
-#include "gram/kernels.h"
-
-ND_ENTRY_POINTS(gram, GramKernels)

@@ -1,7 +1,0 @@
-// The empirical tangent kernel, compiled for one instruction set.
-#define ND_SCALAR
-#define ND_ISA scalar
-#include "common/select.h"
-#include "gram/kernels.h"
-
-ND_ENTRY_POINTS(gram, GramKernels)

@@ -1,7 +1,0 @@
-#include "mlp/mlp.h"
-
-#include "common/select.h"
-
-namespace narrowdeep {
-ND_SELECT(mlp, MlpKernels)
-}

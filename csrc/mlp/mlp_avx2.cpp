@@ -1,6 +1,0 @@
-// The MLP chain, compiled for one instruction set.
-#define ND_ISA avx2
-#include "common/select.h"
-#include "mlp/kernels.h"
-
-ND_ENTRY_POINTS(mlp, MlpKernels)
