@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from narrowdeep.ops.precision import at_full_precision
 from narrowdeep.ops.reference import MOVE_PERIOD, advance_saved_shape, saved_shape, two_sum
 
 Params = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -231,6 +232,7 @@ def _step(layer: Layer, state: Parts, weight: Tensor, bias: Tensor, h: Tensor, z
         state.move()
 
 
+@at_full_precision
 def forward(
     layer: Layer,
     x: Tensor,
@@ -264,6 +266,7 @@ def forward(
     return last_output(layer, state, h, last_weight, last_bias), saved
 
 
+@at_full_precision
 def backward(
     layer: Layer,
     grad_out: Tensor,
@@ -370,6 +373,7 @@ def left(parts: Parts) -> Tensor:
     return parts.a.unsqueeze(0).clone() if parts.base is None else torch.stack((parts.moved, parts.a))
 
 
+@at_full_precision
 def advance(
     layer: Layer,
     state: Tensor,
@@ -395,6 +399,7 @@ def advance(
     return left(parts), saved
 
 
+@at_full_precision
 def retreat(
     layer: Layer,
     grad_state: Tensor,
@@ -443,6 +448,7 @@ def retreat(
     return left(gradient), grad_weight, grad_bias
 
 
+@at_full_precision
 def jvp(
     layer: Layer,
     x: Tensor,

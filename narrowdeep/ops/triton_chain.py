@@ -44,6 +44,7 @@ from narrowdeep.ops.triton_common import (
     read_bias,
     read_moved,
     read_state,
+    scratch_bytes,
     write_state,
     zeros_like_state,
 )
@@ -346,6 +347,7 @@ def chain_backward(
     matrix = WIDTH * batch
     h_ptr -= first * matrix
     g_ptr -= (first + 1) * matrix
+    prefetch(weight_ptr, tl.maximum(last - MOVE_PERIOD, 0) * LAYER, layers * LAYER, MOVE_PERIOD * LAYER, PREFETCH)
     if OFFSET:
         moved = read_moved(grad_in_ptr, column, batch, MIDDLE, WIDTH, ROWS)
         base = add_states(read_state(fixed_ptr, column, batch, WIDTH, ROWS), moved, COUNT)
@@ -466,10 +468,6 @@ def chain_jvp(
         write_state(final_ptr, a, column, batch, WIDTH, ROWS)
         write_state(final_ptr + matrix, tau, column, batch, WIDTH, ROWS)
 
-
-SCRATCH_BYTES = 32 << 20
-"""What the states and gradients of a group of segments may take: they then stay in the second-level cache (40 MiB on
-an A100, 50 MiB on an H100) between the kernel that writes them and the one that reads them. One segment always fits."""
 
 MOST_SEGMENTS = 65_535
 """Of a group: CUDA's limit for the second dimension of a grid."""
@@ -617,10 +615,10 @@ class Descent:
         self.full = parts[0] if gradient.base is None else (gradient.base + parts[0]) + parts[1]
 
 
-def layers_a_group(state: Tensor, segment: int) -> int:
-    """Layers whose states and gradients fit ``SCRATCH_BYTES``, a multiple of ``segment``; ``state`` is one of them."""
+def layers_a_group(state: Tensor, segment: int, device: torch.device) -> int:
+    """Layers whose states and gradients fit ``scratch_bytes``, a multiple of ``segment``; ``state`` is one of them."""
     bytes_a_layer = (1 if segment == 1 else 2) * state.numel() * state.element_size()
-    return min(MOST_SEGMENTS, max(1, SCRATCH_BYTES // (bytes_a_layer * segment))) * segment
+    return min(MOST_SEGMENTS, max(1, scratch_bytes(device) // (bytes_a_layer * segment))) * segment
 
 
 def workspace(family: Family, x: Tensor, weight: Tensor, offset: bool, segment: int) -> int | None:
@@ -632,7 +630,7 @@ def workspace(family: Family, x: Tensor, weight: Tensor, offset: bool, segment: 
         return None
     layers, width = weight.shape[:2]
     state = x.new_empty(width, *x.shape[2:], x.shape[0], device="meta")
-    step = layers_a_group(state, segment)
+    step = layers_a_group(state, segment, x.device)
 
     def scratch(kernel: str, segments: int) -> int:
         blocks: list[Block] = []
@@ -675,7 +673,7 @@ def backward(
         segment = max(2, round(hidden_weight.shape[0] ** 0.5))
         saved = forward(family, x, *params, scale, offset, segment)[1]
     grads = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in params] if need_params else []
-    step = layers_a_group(saved[0, 0], segment)
+    step = layers_a_group(saved[0, 0], segment, x.device)
     descent = Descent(family, x, params, saved, scale, offset, segment, step)
     for first, last, h, g in descent.groups(grad_out, need_params):
         if need_params:

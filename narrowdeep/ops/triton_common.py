@@ -9,6 +9,7 @@ tile of 16 units, shape (16, BLOCK), weights are tiles of ``tl.dot``. Matrices i
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,11 +21,14 @@ from torch import Tensor
 from triton import knobs
 
 from narrowdeep.ops.reference import MOVE_PERIOD as _MOVE_PERIOD
+from narrowdeep.ops.triton_dispatch import KernelError
 
 MOVE_PERIOD = tl.constexpr(_MOVE_PERIOD)
 
-PREFETCH = not knobs.runtime.interpret
-"""The interpreter knows no inline assembly."""
+_INTERPRETED = knobs.runtime.interpret
+
+_PREFETCH_BYTES = 64 << 10
+"""Weights of MOVE_PERIOD layers are asked for ahead if they fit the first-level cache beside the states."""
 
 TILE = 16
 """Units a tile of the ``tl.dot`` layout holds: the least ``tl.dot`` takes."""
@@ -32,6 +36,9 @@ TILE = 16
 
 MULTIPROCESSORS = 132
 """Assumed where there is no device to ask (H100)."""
+
+SCRATCH_BYTES = 32 << 20
+"""The same of ``scratch_bytes``."""
 
 _best: dict[Any, Block] = {}
 _autotune = False
@@ -60,17 +67,38 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def scratch_bytes(device: torch.device) -> int:
+    """What the states and gradients of a group of layers may take: two thirds of the second-level cache.
+
+    They then stay in it between the kernel that writes them and the one that reads them.
+    """
+    if device.type != "cuda":
+        return SCRATCH_BYTES
+    return torch.cuda.get_device_properties(device).L2_cache_size * 2 // 3
+
+
+def prefetched(weight: Tensor) -> bool:
+    """Whether hidden weights (layers, n, n, ...) are asked for ahead. The interpreter knows no inline assembly."""
+    return not _INTERPRETED and math.prod(weight.shape[1:]) * _MOVE_PERIOD * weight.element_size() <= _PREFETCH_BYTES
+
+
 def empty(like: Tensor, *shape: int) -> Tensor:
     """Memory that a kernel fills (tests replace this to see that it does)."""
     return like.new_empty(shape)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, **constants: Any) -> None:
-    """``kernel[grid](*args)`` on the device of the first tensor (tests replace this to run the PTX on a CPU)."""
+    """``kernel[grid](*args)`` on the device of the first tensor (tests replace this to run the PTX on a CPU).
+
+    Raises: KernelError when Triton cannot compile or start it.
+    """
     device = next(a for a in args if isinstance(a, Tensor)).device
     if device.type == "cuda":
         with torch.cuda.device(device):
-            kernel[grid](*args, num_warps=num_warps, enable_fp_fusion=True, **constants)
+            try:
+                kernel[grid](*args, num_warps=num_warps, enable_fp_fusion=True, **constants)
+            except Exception as error:
+                raise KernelError(kernel.fn.__name__, error) from error
     else:  # the interpreter
         kernel[grid](*args, num_warps=num_warps, **constants)
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 import narrowdeep
-from narrowdeep.ops import triton_common
 from narrowdeep.ops.conv.op import ops as conv_ops
 from narrowdeep.ops.gram.op import conv_gram, mlp_gram
 from narrowdeep.ops.gram.reference import DIAGONAL, FULL, TRACE
@@ -110,6 +109,8 @@ def test_results_repeat_bit_for_bit() -> None:
 
 @pytest.mark.gpu
 def test_autotuned_blocks_give_the_same_result() -> None:
+    from narrowdeep.ops import triton_common
+
     model = narrowdeep.DeepNarrowMLP(3, 2, 100).cuda()
     x = torch.rand(5000, 3, device="cuda")
     expected = model(x)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("triton", reason="needs Triton")
+
 from tests.gpu.interpreted import CASES, GRAMS
 
 

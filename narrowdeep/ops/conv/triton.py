@@ -13,15 +13,16 @@ from torch import Tensor
 
 from narrowdeep.ops import triton_chain, triton_common
 from narrowdeep.ops.conv.layered import CONVOLUTION
-from narrowdeep.ops.triton_common import PREFETCH, Block, empty, launch
+from narrowdeep.ops.triton_common import Block, empty, launch, prefetched
 
 
-@triton.jit(do_not_specialize=["batch"])
+@triton.jit(do_not_specialize=["batch", "splits"])
 def weight_gradient(
     g_ptr,
     h_ptr,
     partial_ptr,
     batch,
+    splits,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     TAP: tl.constexpr,
@@ -30,7 +31,7 @@ def weight_gradient(
     SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """sum over samples and positions of G h^T. Program (layer, row group * input channel, split).
+    """sum over samples and positions of G h^T. Program (layer and split, row group * input channel).
 
     g, h: (layers, n, positions * B); partial: (splits, layers, row groups * ROWS, n, f * f).
     """
@@ -38,10 +39,12 @@ def weight_gradient(
     TAPS: tl.constexpr = TAP * TAP
     batch = batch.to(tl.int64)
     columns = batch * (HEIGHT * LENGTH)
-    layer = tl.program_id(0).to(tl.int64)
+    # Layers and splits share the one dimension of a grid that takes more than 65,535.
+    layers = tl.num_programs(0) // splits
+    layer = (tl.program_id(0) // splits).to(tl.int64)
+    split = (tl.program_id(0) % splits).to(tl.int64)
     row = tl.program_id(1) // WIDTH * ROWS
     channel = tl.program_id(1) % WIDTH
-    split = tl.program_id(2).to(tl.int64)
     g_ptr += layer * WIDTH * columns
     h_ptr += (layer * WIDTH + channel) * columns
     sums = ()
@@ -67,7 +70,7 @@ def weight_gradient(
         sums = new
     groups = tl.num_programs(1) // WIDTH
     for i in tl.static_range(ROWS):
-        cell = ((split * tl.num_programs(0) + layer) * (groups * ROWS) + row + i) * WIDTH + channel
+        cell = ((split * layers + layer) * (groups * ROWS) + row + i) * WIDTH + channel
         for t in tl.static_range(TAPS):
             tl.store(partial_ptr + cell * TAPS + t, tl.sum(sums[i * TAPS + t], axis=0))
 
@@ -83,9 +86,6 @@ _MOST_TAP = 5
 
 _SPLIT = 8192
 """Columns that a program of ``weight_gradient`` sums: constant, so that the shape alone fixes the order of the sum."""
-
-_PREFETCH_BYTES = 64 << 10
-"""Weights of MOVE_PERIOD layers are asked for ahead if they fit the first-level cache beside the states."""
 
 
 def supported(kernel: str, x: Tensor, weight: Tensor) -> bool:
@@ -117,9 +117,8 @@ def blocks(kernel: str, x: Tensor, weight: Tensor, offset: bool) -> list[Block]:
 
 
 def _constants(kernel: str, x: Tensor, weight: Tensor) -> dict[str, Any]:
-    near = weight[0].numel() * 32 * weight.element_size() <= _PREFETCH_BYTES
     shape = {"TAP": weight.shape[-1], "HEIGHT": x.shape[2], "LENGTH": x.shape[3]}
-    return {"ROWS": 1, "PREFETCH": PREFETCH and near} | shape
+    return {"ROWS": 1, "PREFETCH": prefetched(weight)} | shape
 
 
 def weight_gradient_rows(channels: int, tap: int) -> int:
@@ -136,8 +135,8 @@ def sum_weight_gradients(g: Tensor, h: Tensor, weight_grad: Tensor, bias_grad: T
     groups = triton.cdiv(channels, rows)
     partial_sums = empty(g, splits, layers, groups * rows, channels, tap, tap)
     constants = {"WIDTH": channels, "ROWS": rows, "TAP": tap, "HEIGHT": height, "LENGTH": length, "SPLIT": _SPLIT}
-    grid = (layers, groups * channels, splits)
-    launch(weight_gradient, grid, g, h, partial_sums, batch, num_warps=4, BLOCK=128, **constants)
+    grid = (layers * splits, groups * channels)
+    launch(weight_gradient, grid, g, h, partial_sums, batch, splits, num_warps=4, BLOCK=128, **constants)
     torch.sum(partial_sums[:, :, :channels], dim=0, out=weight_grad)
     torch.sum(g.flatten(2), dim=2, out=bias_grad)
 

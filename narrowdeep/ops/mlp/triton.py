@@ -13,31 +13,34 @@ from torch import Tensor
 
 from narrowdeep.ops import triton_chain, triton_common
 from narrowdeep.ops.mlp.layered import LINEAR
-from narrowdeep.ops.triton_common import PREFETCH, TILE, Block, empty, launch, read_state
+from narrowdeep.ops.triton_common import TILE, Block, empty, launch, prefetched, read_state
 
 
-@triton.jit(do_not_specialize=["batch"])
+@triton.jit(do_not_specialize=["batch", "splits"])
 def weight_gradient(
     g_ptr,
     h_ptr,
     partial_ptr,
     batch,
+    splits,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """sum over samples of G h^T and of G. Program (layer, rows, split): ROWS rows of one layer over SPLIT samples.
+    """sum over samples of G h^T and of G. Program (layer and split, rows): ROWS rows of a layer over SPLIT samples.
 
     g, h: (layers, n, B); partial: (splits, layers, row groups * ROWS, n + 1), the last column is the bias.
     """
     batch = batch.to(tl.int64)
     if ALIGNED:
         batch = tl.multiple_of(batch, 4)
-    layer = tl.program_id(0).to(tl.int64)
+    # Layers and splits share the one dimension of a grid that takes more than 65,535.
+    layers = tl.num_programs(0) // splits
+    layer = (tl.program_id(0) // splits).to(tl.int64)
+    split = (tl.program_id(0) % splits).to(tl.int64)
     row = tl.program_id(1) * ROWS
-    split = tl.program_id(2).to(tl.int64)
     g_ptr += layer * WIDTH * batch
     h_ptr += layer * WIDTH * batch
     sums = ()
@@ -54,7 +57,7 @@ def weight_gradient(
                 new = new + (sums[i * (WIDTH + 1) + k] + g * h[k],)
             new = new + (sums[i * (WIDTH + 1) + WIDTH] + g,)
         sums = new
-    partial_ptr += ((split * tl.num_programs(0) + layer) * (tl.num_programs(1) * ROWS) + row) * (WIDTH + 1)
+    partial_ptr += ((split * layers + layer) * (tl.num_programs(1) * ROWS) + row) * (WIDTH + 1)
     for i in tl.static_range(ROWS):
         for k in tl.static_range(WIDTH + 1):
             tl.store(partial_ptr + i * (WIDTH + 1) + k, tl.sum(sums[i * (WIDTH + 1) + k], axis=0))
@@ -130,7 +133,7 @@ def blocks(kernel: str, x: Tensor, weight: Tensor, offset: bool) -> list[Block]:
 
 def _constants(kernel: str, x: Tensor, weight: Tensor) -> dict[str, Any]:
     rows = 1 if weight.shape[1] <= _NARROW[kernel] else TILE
-    return {"ROWS": rows, "TAP": 0, "HEIGHT": 1, "LENGTH": 1, "PREFETCH": PREFETCH}
+    return {"ROWS": rows, "TAP": 0, "HEIGHT": 1, "LENGTH": 1, "PREFETCH": prefetched(weight)}
 
 
 def weight_gradient_block(width: int, dtype: torch.dtype) -> tuple[int, int]:
@@ -154,7 +157,7 @@ def sum_weight_gradients(g: Tensor, h: Tensor, weight_grad: Tensor, bias_grad: T
     groups = triton.cdiv(width, rows)
     partial_sums = empty(g, splits, layers, groups * rows, width + 1)
     constants = {"WIDTH": width, "ROWS": rows, "SPLIT": _SPLIT, "BLOCK": samples, "ALIGNED": batch % 4 == 0}
-    launch(weight_gradient, (layers, groups, splits), g, h, partial_sums, batch, num_warps=4, **constants)
+    launch(weight_gradient, (layers * splits, groups), g, h, partial_sums, batch, splits, num_warps=4, **constants)
     total = partial_sums[0] if splits == 1 else partial_sums.sum(0)
     weight_grad.copy_(total[:, :width, :width])
     bias_grad.copy_(total[:, :width, width])
