@@ -1,6 +1,6 @@
 """Differentiable deep narrow chains, as functions of their data and parameters.
 
-One ``autograd.Function`` serves every family of chain ops and every device: one graph node for all layers. It works
+One graph node for all layers, or one a chunk, of every family and device (``narrowdeep.chain.autograd``). It works
 under ``backward``, ``torch.autograd.grad``, ``torch.func.{grad, vjp, jvp, jacrev, jacfwd, vmap}`` and
 ``torch.compile(fullgraph=True)`` (of a model and its gradients; transforms of torch.func run outside of the compiled
 function). First derivatives only: a second one raises an error that says so.
@@ -14,131 +14,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
-from narrowdeep import parts
-from narrowdeep.ops.chain import ChainOps
-from narrowdeep.ops.conv.op import ops as _conv_ops
-from narrowdeep.ops.mlp.op import ops as _mlp_ops
+from narrowdeep.chain import autograd
+from narrowdeep.chain.params import Affine
 
 Form = Literal["offset", "plain"]
-
-_OPS: dict[str, ChainOps] = {"mlp": _mlp_ops, "conv": _conv_ops}
-_SECOND_ORDER = (
-    "narrowdeep differentiates its chains once: second derivatives (create_graph=True, torch.func.hessian, jvp of grad)"
-    " are not supported; use model.to_sequential() for them"
-)
-
-
-class _ChainBackward(torch.autograd.Function):
-    """The backward op as a node of its own, so that differentiating it again raises instead of returning zeros."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(family: str, *args: Any) -> tuple[Tensor, ...]:
-        return _OPS[family].backward(*args)
-
-    @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise NotImplementedError(_SECOND_ORDER)
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor) -> Any:
-        raise NotImplementedError(_SECOND_ORDER)
-
-
-class _ChainJvp(torch.autograd.Function):
-    """The jvp op as a node of its own, for the same reason."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(family: str, *args: Any) -> Tensor:
-        return _OPS[family].jvp(*args)
-
-    @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise NotImplementedError(_SECOND_ORDER)
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor) -> Any:
-        raise NotImplementedError(_SECOND_ORDER)
-
-
-class _Chain(torch.autograd.Function):
-    """forward(family, x, 6 parameters, scale, offset, segment) -> (out, saved). Dynamo traces this one."""
-
-    @staticmethod
-    def forward(family: str, *args: Any) -> tuple[Tensor, Tensor]:
-        return _OPS[family].forward(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        ctx.family, ctx.settings = inputs[0], inputs[8:]
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[1:8], output[1])
-        ctx.save_for_forward(*inputs[1:8])
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor | None, grad_saved: None) -> tuple[Tensor | None, ...]:
-        if grad_out is None:
-            return (None,) * 11
-        *inputs, saved = ctx.saved_tensors
-        need_input = ctx.needs_input_grad[1]
-        need_params = any(ctx.needs_input_grad[2:8])
-        args = (grad_out, *inputs, saved, *ctx.settings, need_input, need_params)
-        if torch.compiler.is_compiling():
-            grads = _OPS[ctx.family].backward(*args)
-        else:
-            grads = _ChainBackward.apply(ctx.family, *args)
-        needed = ctx.needs_input_grad[1:8]
-        return (None, *(g if n else None for g, n in zip(grads, needed, strict=True)), None, None, None)
-
-
-class _TransformableChain(_Chain):
-    """Adds what torch.func needs and Dynamo refuses."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def jvp(ctx: Any, _: None, *tangents: Any) -> tuple[Tensor, None]:
-        scale, offset, _segment = ctx.settings
-        inputs = ctx.saved_tensors[:7]
-        return _ChainJvp.apply(ctx.family, *inputs, *tangents[:7], scale, offset), None
-
-
-def _apply(
-    family: str,
-    x: Tensor,
-    params: dict[str, Tensor],
-    chunks: list[tuple[Tensor, Tensor]] | None,
-    scale: float,
-    form: Form,
-    segment: int,
-    snapshots: int | None,
-) -> Tensor:
-    first_weight, first_bias, hidden_weight, hidden_bias, last_weight, last_bias = params.values()
-    # Transformed or compiled, a chain saves every boundary: its one node is what they know.
-    plain = not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
-    scheduled = snapshots is not None and snapshots * segment < hidden_weight.shape[0]
-    if chunks is None and scheduled and plain:
-        chunks = [(hidden_weight, hidden_bias)]
-    if chunks is not None:
-        ends = (first_weight, first_bias), (last_weight, last_bias)
-        return parts.chain(family, x, ends[0], chunks, ends[1], float(scale), form == "offset", segment, snapshots)
-    function = _Chain if torch.compiler.is_compiling() else _TransformableChain
-    out, _ = function.apply(family, x, *params.values(), float(scale), form == "offset", segment)
-    return out
 
 
 def check_settings(*, scale: float, form: str, segment: int) -> None:
@@ -184,11 +64,11 @@ def check_tensors(x: Tensor, params: dict[str, Tensor]) -> None:
             raise ValueError(f"x and {name} must be on the same device, got {x.device} and {param.device}")
 
 
-def _pairs(hidden_weight: Any, hidden_bias: Any) -> list[tuple[Tensor, Tensor]]:
+def _pairs(hidden_weight: Any, hidden_bias: Any) -> list[Affine]:
     """Pairs of a weight and a bias, one a chunk; one pair where both are tensors."""
     sequences = [isinstance(value, (list, tuple)) for value in (hidden_weight, hidden_bias)]
     if not any(sequences):
-        return [(hidden_weight, hidden_bias)]
+        return [Affine(hidden_weight, hidden_bias)]
     if not all(sequences) or len(hidden_weight) != len(hidden_bias) or not hidden_weight:
         raise ValueError(
             "hidden_weight and hidden_bias must both be tensors, or lists of as many chunks, at least one, got "
@@ -197,7 +77,7 @@ def _pairs(hidden_weight: Any, hidden_bias: Any) -> list[tuple[Tensor, Tensor]]:
     for i, weight in enumerate(hidden_weight):
         if isinstance(weight, Tensor) and weight.dim() and weight.shape[0] == 0:
             raise ValueError(f"hidden_weight[{i}] must have at least one layer, got shape {tuple(weight.shape)}")
-    return list(zip(hidden_weight, hidden_bias, strict=True))
+    return [Affine(*pair) for pair in zip(hidden_weight, hidden_bias, strict=True)]
 
 
 def _length(value: Any) -> str:
@@ -260,15 +140,15 @@ def mlp_chain(
         x: (*, in), float32 or float64.
         first_weight, first_bias: (n, in) and (n,).
         hidden_weight, hidden_bias: (L-2, n, n) and (L-2, n), L >= 2; or lists of chunks of consecutive layers, each a
-            graph node of its own (``narrowdeep.parts``), differentiable by ``backward`` alone.
+            graph node of its own, so that their gradients never exist at once.
         last_weight, last_bias: (out, n) and (out,).
         scale: C_L, finite and positive. Read in offset form only.
         form: "offset": the parameters hold Delta = W - E and c, and n must be in + 1 + out. "plain": W and b.
         segment: layers between two saved states for the backward; 1 saves every state, 0 none (the backward then
             runs the forward again). Changes memory and time, never the result.
         snapshots: states kept at most (in each chunk), at least 1, under a binomial schedule over the segments
-            (Griewank and Walther, ACM TOMS 26(1), 2000), differentiable by ``backward`` alone; compiled or in a
-            transform of torch.func, every boundary is kept. None: every boundary.
+            (Griewank and Walther, ACM TOMS 26(1), 2000); compiled or in a transform of torch.func, every boundary is
+            kept. None: every boundary.
 
     Returns: (*, out), dtype and device of x.
 
@@ -276,7 +156,6 @@ def mlp_chain(
         differentiated twice.
     """
     pairs = _pairs(hidden_weight, hidden_bias)
-    chunks = None if isinstance(hidden_weight, Tensor) else pairs
     params: dict[str, Any] = {
         "first_weight": first_weight,
         "first_bias": first_bias,
@@ -294,7 +173,9 @@ def mlp_chain(
     if x.dim() == 0 or x.shape[-1] != in_features:
         got = x.shape[-1] if x.dim() else "a scalar"
         raise ValueError(f"x must have {in_features} features in its last dimension, got {got}")
-    out = _apply("mlp", x.reshape(-1, in_features), params, chunks, scale, form, segment, snapshots)
+    ends = Affine(first_weight, first_bias), Affine(last_weight, last_bias)
+    settings = (float(scale), form == "offset", segment, snapshots)
+    out = autograd.chain("mlp", x.reshape(-1, in_features), ends[0], pairs, ends[1], *settings)
     return out.reshape(*x.shape[:-1], out_features)
 
 
@@ -321,15 +202,15 @@ def conv_chain(
         x: (*, c, H, W), float32 or float64; H and W at least 1.
         first_weight, first_bias: (n, c, f, f) and (n,), f odd.
         hidden_weight, hidden_bias: (L-2, n, n, f, f) and (L-2, n), L >= 2; or lists of chunks of consecutive layers,
-            each a graph node of its own (``narrowdeep.parts``), differentiable by ``backward`` alone.
+            each a graph node of its own, so that their gradients never exist at once.
         last_weight, last_bias: (k, n, f, f) and (k,).
         scale: C_L, finite and positive. Read in offset form only.
         form: "offset": the parameters hold Delta = W - E and c, and n must be c + 1 + k. "plain": W and b.
         segment: layers between two saved states for the backward; 1 saves every state, 0 none (the backward then
             runs the forward again). Changes memory and time, never the result.
         snapshots: states kept at most (in each chunk), at least 1, under a binomial schedule over the segments
-            (Griewank and Walther, ACM TOMS 26(1), 2000), differentiable by ``backward`` alone; compiled or in a
-            transform of torch.func, every boundary is kept. None: every boundary.
+            (Griewank and Walther, ACM TOMS 26(1), 2000); compiled or in a transform of torch.func, every boundary is
+            kept. None: every boundary.
 
     Returns: (*, k), dtype and device of x.
 
@@ -337,7 +218,6 @@ def conv_chain(
         differentiated twice.
     """
     pairs = _pairs(hidden_weight, hidden_bias)
-    chunks = None if isinstance(hidden_weight, Tensor) else pairs
     params: dict[str, Any] = {
         "first_weight": first_weight,
         "first_bias": first_bias,
@@ -361,5 +241,7 @@ def conv_chain(
         raise ValueError(f"x must have shape (*, {in_channels}, H, W), got {tuple(x.shape)}")
     if x.shape[-2] < 1 or x.shape[-1] < 1:
         raise ValueError(f"x must have images of at least 1x1 pixels, got {x.shape[-2]}x{x.shape[-1]}")
-    out = _apply("conv", x.reshape(-1, *x.shape[-3:]), params, chunks, scale, form, segment, snapshots)
+    ends = Affine(first_weight, first_bias), Affine(last_weight, last_bias)
+    settings = (float(scale), form == "offset", segment, snapshots)
+    out = autograd.chain("cnn", x.reshape(-1, *x.shape[-3:]), ends[0], pairs, ends[1], *settings)
     return out.reshape(*x.shape[:-3], out_channels)

@@ -18,11 +18,11 @@ from tests.ops.chains import NAMES, Case, arguments, eager
 # torch's own, on the first forward-mode derivative in a process
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning")
 
-CHAINS = {"mlp": mlp_chain, "conv": conv_chain}
+CHAINS = {"mlp": mlp_chain, "cnn": conv_chain}
 CASES = [Case(3, 2, 7, 4), Case(1, 2, 6, 4, 3, (3, 2))]
 SCALE = 3.0
 
-both_families = pytest.mark.parametrize("case", CASES, ids=["mlp", "conv"])
+both_families = pytest.mark.parametrize("case", CASES, ids=["mlp", "cnn"])
 both_forms = pytest.mark.parametrize("form", ["offset", "plain"])
 
 

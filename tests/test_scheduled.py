@@ -14,7 +14,7 @@ from torch import Tensor
 from narrowdeep import DeepNarrowCNN, DeepNarrowMLP, parts
 from narrowdeep.functional import conv_chain, mlp_chain
 from narrowdeep.memory import BudgetError, plan
-from narrowdeep.memory.schedule import fewest_advances, first_snapshots
+from narrowdeep.chain.schedule import fewest_advances, first_snapshots
 
 KINDS = ["mlp", "conv"]
 

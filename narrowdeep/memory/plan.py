@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from narrowdeep.memory import schedule
+from narrowdeep.chain import schedule
 from narrowdeep.ops import engine, triton_dispatch
 
 if TYPE_CHECKING:  # models plan by what is here, not the other way round

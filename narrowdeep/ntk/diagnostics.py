@@ -18,7 +18,7 @@ from narrowdeep.ntk.empirical import (
     trainable_bits,
 )
 from narrowdeep.ops.gram import reference
-from narrowdeep.ops.reference import _column, _identity, _kept, _states
+from narrowdeep.ops.reference import base_and_rest, column, initial, skip_mask, skipped, states
 
 
 def _narrow(name: str, model: nn.Module) -> reference.Family:
@@ -102,16 +102,17 @@ def _preactivations(model: Narrow, family: reference.Family, x: Tensor) -> Itera
 
     Keeping the two apart lets the difference of two states survive a base of size C_L.
     """
-    x = x.detach().double().movedim(0, -1)
-    params = tuple(param.detach().double() for param in model.stacked())
-    offset = model.form == "offset"
-    first_weight, first_bias, hidden_weight, hidden_bias, last_weight, _ = params
-    _, carry, keep = _identity(x, first_weight.shape[0], last_weight.shape[0], model.scale, offset)
-    kept, h = carry, x
-    for t, base, moved, a in _states(family.affine, x, params, model.scale, offset):
-        weight, bias = (first_weight, first_bias) if t == 1 else (hidden_weight[t - 2], hidden_bias[t - 2])
-        yield base, kept + family.affine.apply(weight, h) + _column(bias, h)
-        kept, h = _kept(keep, moved + a), (base + moved) + a
+    first_weight, first_bias, hidden_weight, hidden_bias, last_weight, _ = (
+        param.detach().double() for param in model.stacked()
+    )
+    x, outputs, offset = x.detach().double(), last_weight.shape[0], model.form == "offset"
+    base, rest = base_and_rest(x.movedim(0, -1), first_weight.shape[0], outputs, model.scale, offset)
+    yield base, rest + (family.affine(first_weight, x.movedim(0, -1)) + column(first_bias, base))
+    _, hi, lo = initial(family.affine, x, first_weight, first_bias, outputs, model.scale, offset)
+    skip = skip_mask(base, outputs, offset)
+    through = states(family.affine, base, hi, lo, hidden_weight, hidden_bias, outputs, offset)
+    for (_, hi, lo), weight, bias in zip(through, hidden_weight, hidden_bias, strict=False):  # noqa: B020
+        yield base, skipped(skip, hi + lo) + (family.affine(weight, (base + hi) + lo) + column(bias, base))
 
 
 @torch.no_grad()

@@ -127,7 +127,7 @@ def empirical_ntk(
 
     def gram(rows: Tensor, columns: Tensor, symmetric: bool) -> Tensor:
         settings = (model.scale, model.form == "offset", symmetric, trainable_bits(model), _REDUCE[reduce])
-        return (op.mlp_gram if family is reference.MLP else op.conv_gram)(rows, columns, *params, *settings)
+        return (op.mlp_gram if family is reference.MLP else op.cnn_gram)(rows, columns, *params, *settings)
 
     size = _samples_at_once(model, x1) // 2
     kernel = _in_blocks(gram, x1.detach(), None if x2 is None else x2.detach(), size, _REDUCE[reduce])
@@ -195,7 +195,7 @@ def jacobian(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
         }
         if x.shape[0] == 0:
             return result
-        factors = reference.layer_factors(family.affine, x.detach(), params, model.scale, model.form == "offset")
+        factors = reference.layer_factors(family, x.detach(), params, model.scale, model.form == "offset")
         for layer, h, b in factors:
             part = {1: "first", model.depth: "last"}.get(layer, "hidden")
             where = (slice(None), slice(None), layer - 2) if part == "hidden" else ...

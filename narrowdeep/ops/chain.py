@@ -1,9 +1,30 @@
-"""What the chain ops of both families (MLP and convolution) share: schemas, fakes, vmap rules.
+"""The raw ops of both families (MLP and convolution): schemas, fakes, vmap rules.
 
-Both families take the same arguments: ``x``, the six stacked parameters, ``scale`` (C_L), ``offset`` (offset or plain
-form) and ``segment`` (layers between two saved states; 0 saves nothing, 1 saves every state). Both save states with
-the batch in the last dimension. Autograd is not registered here: ``narrowdeep.functional`` wraps these ops in one
-``autograd.Function``, which torch.func can transform and a registered formula cannot.
+An op goes through a *span*: consecutive layers of a chain. A span may begin with the chain's first layer, and takes x
+then, or with a state; it may end with the last layer, and gives f(x) then, or with a state. A whole network is one span
+with both ends.
+
+    forward(input, params, scale, offset, outputs, start, segment) -> (output, saved)
+    backward(grad, input, params, saved, scale, offset, outputs, start, segment, need_input, need_params)
+        -> (gradient of input, gradients of the six params)
+    jvp(input, params, input_t, tangents of the six params, scale, offset, outputs, start) -> tangent of output
+
+=====================  ================================================================================================
+``input``              x, (B, in, *positions), where the first layer is there; else a state
+``params``             six: first_weight (n, in, *tap), first_bias (n,), hidden_weight (m, n, n, *tap), hidden_bias (m, n),
+                       last_weight (out, n, *tap), last_bias (out,); None where an end is missing
+``output``             (B, out) where the last layer is there; else a state
+state                  (3, n, *positions, B) in offset form, (1, n, *positions, B) in plain form: see ``reference``
+``grad``               the gradient of ``output``, in its shape
+``saved``              checkpoints: ``reference.saved_shape``
+``scale``, ``offset``  C_L, and whether the parameters hold W - E (offset form) or W (plain form)
+``outputs``            outputs of the whole network: with the width, which units are left, middle and right
+``start``              number of the state before the first hidden layer: 0 where the first layer is there
+``segment``            layers between two checkpoints; 1 saves every state, 0 none
+=====================  ================================================================================================
+
+What is not needed comes back empty, shape (0,). Autograd is not registered here: ``narrowdeep.chain.autograd`` wraps
+these ops in one ``autograd.Function``, which torch.func can transform and a registered formula cannot.
 """
 
 from __future__ import annotations
@@ -15,27 +36,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from narrowdeep.ops.reference import advance_saved_shape
+from narrowdeep.ops.reference import saved_shape
 
-_PARAMS = ("first_weight", "first_bias", "hidden_weight", "hidden_bias", "last_weight", "last_bias")
-_PARAM_SCHEMA = ", ".join(f"Tensor {name}" for name in _PARAMS)
-_TANGENT_SCHEMA = ", ".join(f"Tensor? {name}_t" for name in ("x", *_PARAMS))
+PARAMS = ("first_weight", "first_bias", "hidden_weight", "hidden_bias", "last_weight", "last_bias")
 
-FORWARD_SCHEMA = f"(Tensor x, {_PARAM_SCHEMA}, float scale, bool offset, int segment) -> (Tensor, Tensor)"
-BACKWARD_SCHEMA = (
-    f"(Tensor grad_out, Tensor x, {_PARAM_SCHEMA}, Tensor saved, float scale, bool offset, int segment, "
-    "bool need_input, bool need_params) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-ADVANCE_SCHEMA = (
-    "(Tensor state, Tensor x, Tensor hidden_weight, Tensor hidden_bias, int outputs, float scale, bool offset, "
-    "int first, int segment) -> (Tensor, Tensor)"
-)
-RETREAT_SCHEMA = (
-    "(Tensor grad_state, Tensor grad_out, Tensor state, Tensor x, Tensor hidden_weight, Tensor hidden_bias, "
-    "Tensor saved, int outputs, float scale, bool offset, int first, int segment, bool need_params) -> "
-    "(Tensor, Tensor, Tensor)"
-)
-JVP_SCHEMA = f"(Tensor x, {_PARAM_SCHEMA}, {_TANGENT_SCHEMA}, float scale, bool offset) -> Tensor"
+_HIDDEN = PARAMS[2:4]
+_PARAMS = ", ".join(f"Tensor{'' if name in _HIDDEN else '?'} {name}" for name in PARAMS)
+_TANGENTS = ", ".join(f"Tensor? {name}_t" for name in ("input", *PARAMS))
+_SETTINGS = "float scale, bool offset, int outputs, int start"
+_SCHEMAS = {
+    "forward": f"(Tensor input, {_PARAMS}, {_SETTINGS}, int segment) -> (Tensor, Tensor)",
+    "backward": f"(Tensor grad, Tensor input, {_PARAMS}, Tensor saved, {_SETTINGS}, int segment, bool need_input, "
+    "bool need_params) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "jvp": f"(Tensor input, {_PARAMS}, {_TANGENTS}, {_SETTINGS}) -> Tensor",
+}
 
 library = torch.library.Library("narrowdeep", "DEF")
 
@@ -47,59 +61,47 @@ class ChainOps:
     forward: Callable[..., Any]
     backward: Callable[..., Any]
     jvp: Callable[..., Any]
-    advance: Callable[..., Any]
-    """Some of the hidden layers alone, from one state to another."""
-    retreat: Callable[..., Any]
-    """The way back of ``advance``."""
 
 
-_SCHEMAS = {
-    "forward": FORWARD_SCHEMA,
-    "backward": BACKWARD_SCHEMA,
-    "jvp": JVP_SCHEMA,
-    "advance": ADVANCE_SCHEMA,
-    "retreat": RETREAT_SCHEMA,
-}
-
-
-def define(family: str, saved_shape: Callable[[Tensor, Tensor, Tensor, bool, int], tuple[int, ...]]) -> ChainOps:
-    """Define ``narrowdeep::{family}_forward`` and its likes (``ChainOps``) with their fakes and vmap rules.
-
-    ``saved_shape(x, hidden_weight, last_weight, offset, segment)`` is the shape of the forward's second output.
-    """
+def define(family: str) -> ChainOps:
+    """Define ``narrowdeep::{family}_forward``, ``_backward`` and ``_jvp`` with their fakes and vmap rules."""
     for name, schema in _SCHEMAS.items():
         library.define(f"{family}_{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     ops = ChainOps(**{name: getattr(torch.ops.narrowdeep, f"{family}_{name}").default for name in _SCHEMAS})
 
+    def new_output(input: Tensor, first: Tensor | None, hidden: Tensor, last: Tensor | None, offset: bool) -> Tensor:
+        batch = input.shape[-1] if first is None else input.shape[0]
+        if last is not None:
+            return input.new_empty(batch, last.shape[0])
+        positions = input.shape[2:-1] if first is None else input.shape[2:]
+        return input.new_empty(3 if offset else 1, hidden.shape[1], *positions, batch)
+
     @torch.library.register_fake(f"narrowdeep::{family}_forward")
-    def _(x, w1, b1, wh, bh, wl, bl, scale, offset, segment):
-        return x.new_empty(x.shape[0], wl.shape[0]), x.new_empty(saved_shape(x, wh, wl, offset, segment))
+    def _(input, w1, b1, wh, bh, wl, bl, scale, offset, outputs, start, segment):
+        state = tuple(new_output(input, w1, wh, None, offset).shape[1:])
+        saved = saved_shape(wh.shape[0], state, offset, segment, w1 is not None, wl is not None)
+        return new_output(input, w1, wh, wl, offset), input.new_empty(saved)
 
     @torch.library.register_fake(f"narrowdeep::{family}_backward")
-    def _(grad_out, x, w1, b1, wh, bh, wl, bl, saved, scale, offset, segment, need_input, need_params):
-        params = (w1, b1, wh, bh, wl, bl)
-        grad_x = x.new_empty(x.shape) if need_input else x.new_empty(0)
-        return (grad_x, *(p.new_empty(p.shape) if need_params else p.new_empty(0) for p in params))
+    def _(grad, input, w1, b1, wh, bh, wl, bl, saved, scale, offset, outputs, start, segment, need_input, need_params):
+        grads = [input.new_empty(p.shape if need_params and p is not None else 0) for p in (w1, b1, wh, bh, wl, bl)]
+        return input.new_empty(input.shape if need_input else 0), *grads
 
     @torch.library.register_fake(f"narrowdeep::{family}_jvp")
-    def _(x, w1, b1, wh, bh, wl, *rest):
-        return x.new_empty(x.shape[0], wl.shape[0])
-
-    @torch.library.register_fake(f"narrowdeep::{family}_advance")
-    def _(state, x, wh, bh, outputs, scale, offset, first, segment):
-        saved = advance_saved_shape(wh.shape[0], state.shape[1:], offset, segment)
-        return x.new_empty(state.shape), x.new_empty(saved)
-
-    @torch.library.register_fake(f"narrowdeep::{family}_retreat")
-    def _(grad_state, grad_out, state, x, wh, bh, saved, outputs, scale, offset, first, segment, need_params):
-        return (x.new_empty(state.shape), *(p.new_empty(p.shape if need_params else 0) for p in (wh, bh)))
+    def _(input, w1, b1, wh, bh, wl, *rest):
+        return new_output(input, w1, wh, wl, rest[9])
 
     _register_vmap(family, ops)
     return ops
 
 
 def _fold(tensor: Tensor, dim: int | None, size: int, batch_dim: int) -> Tensor:
-    """Merge a vmapped dimension (or a broadcast one) into the batch dimension ``batch_dim``, vmapped index first."""
+    """Merge a vmapped dimension (or a broadcast one) into the batch dimension ``batch_dim``, vmapped index first.
+
+    ``batch_dim`` counts in the tensor without the vmapped dimension; -1 is the last.
+    """
+    if batch_dim < 0:
+        batch_dim += tensor.dim() - (dim is not None)
     if dim is None:
         tensor = tensor.unsqueeze(batch_dim).expand(
             *tensor.shape[:batch_dim], size, *tensor.shape[batch_dim:]
@@ -107,6 +109,12 @@ def _fold(tensor: Tensor, dim: int | None, size: int, batch_dim: int) -> Tensor:
     else:
         tensor = tensor.movedim(dim, batch_dim)
     return tensor.flatten(batch_dim, batch_dim + 1)
+
+
+def _unfold(tensor: Tensor, size: int, batch_dim: int) -> tuple[Tensor, int]:
+    """The way back: the tensor with its vmapped dimension, and where that is."""
+    batch_dim %= tensor.dim()
+    return tensor.unflatten(batch_dim, (size, tensor.shape[batch_dim] // size)), batch_dim
 
 
 def _loop(op: Callable[..., Any], info: Any, in_dims: tuple, args: tuple) -> tuple[Any, Any]:
@@ -122,55 +130,40 @@ def _loop(op: Callable[..., Any], info: Any, in_dims: tuple, args: tuple) -> tup
 def _register_vmap(family: str, ops: ChainOps) -> None:
     """Samples are independent: a vmap over data alone is a larger batch; a vmap over parameters is a loop."""
 
+    def batch_dims(params: tuple[Tensor | None, ...]) -> tuple[int, int]:
+        """The batch dimension of the input and of the output: first of x and f(x), last of states."""
+        return (-1 if params[0] is None else 0), (-1 if params[4] is None else 0)
+
     @torch.library.register_vmap(f"narrowdeep::{family}_forward")
-    def _(info, in_dims, x, *rest):
+    def _(info, in_dims, input, *rest):
+        size = info.batch_size
         if any(d is not None for d in in_dims[1:]):
-            return _loop(ops.forward, info, in_dims, (x, *rest))
-        out, saved = ops.forward(_fold(x, in_dims[0], info.batch_size, 0), *rest)
-        batch = saved.shape[-1] // info.batch_size
-        return (out.unflatten(0, (info.batch_size, batch)), saved.unflatten(-1, (info.batch_size, batch))), (
-            0,
-            saved.dim() - 1,
-        )
+            return _loop(ops.forward, info, in_dims, (input, *rest))
+        before, after = batch_dims(rest[:6])
+        out, saved = ops.forward(_fold(input, in_dims[0], size, before), *rest)
+        (out, out_dim), (saved, saved_dim) = _unfold(out, size, after), _unfold(saved, size, -1)
+        return (out, saved), (out_dim, saved_dim)
 
     @torch.library.register_vmap(f"narrowdeep::{family}_backward")
-    def _(info, in_dims, grad_out, x, *rest):
-        params, (saved, scale, offset, segment, need_input, need_params) = rest[:6], rest[6:]
+    def _(info, in_dims, grad, input, *rest):
+        size, params, saved, need_input, need_params = info.batch_size, rest[:6], rest[6], rest[12], rest[13]
         if need_params or any(d is not None for d in in_dims[2:8]):
-            return _loop(ops.backward, info, in_dims, (grad_out, x, *rest))
-        saved_dim = in_dims[8]
-        saved = _fold(saved, saved_dim, info.batch_size, saved.dim() - (1 if saved_dim is None else 2))
-        grad_x, *empty = ops.backward(
-            _fold(grad_out, in_dims[0], info.batch_size, 0),
-            _fold(x, in_dims[1], info.batch_size, 0),
-            *params,
-            saved,
-            scale,
-            offset,
-            segment,
-            need_input,
-            need_params,
-        )
+            return _loop(ops.backward, info, in_dims, (grad, input, *rest))
+        before, after = batch_dims(params)
+        folded = (_fold(grad, in_dims[0], size, after), _fold(input, in_dims[1], size, before))
+        grad_input, *empty = ops.backward(*folded, *params, _fold(saved, in_dims[8], size, -1), *rest[7:])
+        grad_dim = None
         if need_input:
-            grad_x = grad_x.unflatten(0, (info.batch_size, grad_x.shape[0] // info.batch_size))
-        return (grad_x, *empty), (0 if need_input else None, *[None] * 6)
-
-    # Parts of a chain are never transformed (narrowdeep.functional), only differentiated for a batch of gradients.
-    @torch.library.register_vmap(f"narrowdeep::{family}_advance")
-    def _(info, in_dims, *args):
-        return _loop(ops.advance, info, in_dims, args)
-
-    @torch.library.register_vmap(f"narrowdeep::{family}_retreat")
-    def _(info, in_dims, *args):
-        return _loop(ops.retreat, info, in_dims, args)
+            grad_input, grad_dim = _unfold(grad_input, size, before)
+        return (grad_input, *empty), (grad_dim, *[None] * 6)
 
     @torch.library.register_vmap(f"narrowdeep::{family}_jvp")
-    def _(info, in_dims, x, *rest):
-        x_t = rest[6]
+    def _(info, in_dims, input, *rest):
+        size, input_t = info.batch_size, rest[6]
         if any(d is not None for i, d in enumerate(in_dims) if i not in (0, 7)):
-            return _loop(ops.jvp, info, in_dims, (x, *rest))
-        if x_t is not None:
-            x_t = _fold(x_t, in_dims[7], info.batch_size, 0)
-        x = _fold(x, in_dims[0], info.batch_size, 0)
-        out = ops.jvp(x, *rest[:6], x_t, *rest[7:])
-        return out.unflatten(0, (info.batch_size, out.shape[0] // info.batch_size)), 0
+            return _loop(ops.jvp, info, in_dims, (input, *rest))
+        before, after = batch_dims(rest[:6])
+        if input_t is not None:
+            input_t = _fold(input_t, in_dims[7], size, before)
+        out = ops.jvp(_fold(input, in_dims[0], size, before), *rest[:6], input_t, *rest[7:])
+        return _unfold(out, size, after)

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from narrowdeep.memory import schedule
-from narrowdeep.memory.schedule import Action, Op, ScheduleError
+from narrowdeep.chain import schedule
+from narrowdeep.chain.schedule import Action, Op, ScheduleError
 
 lengths = st.integers(1, 300)
 

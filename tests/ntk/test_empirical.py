@@ -336,7 +336,7 @@ def test_op_is_registered_correctly() -> None:
     images = torch.rand(3, 1, 2, 3, dtype=torch.float64)
     for model, x, gram in (
         (mlp, torch.rand(3, 2, dtype=torch.float64), torch.ops.narrowdeep.mlp_gram.default),
-        (cnn, images, torch.ops.narrowdeep.conv_gram.default),
+        (cnn, images, torch.ops.narrowdeep.cnn_gram.default),
     ):
         params = [p.detach() for p in model.stacked()]
         for symmetric in (False, True):

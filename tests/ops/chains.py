@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -12,13 +12,61 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (the name torch's own documentation uses)
 
 from narrowdeep.ops.chain import ChainOps
-from narrowdeep.ops.conv import reference as conv_reference
-from narrowdeep.ops.conv.op import ops as conv_ops
-from narrowdeep.ops.mlp import reference as mlp_reference
+from narrowdeep.ops.cnn.op import ops as cnn_ops
+from narrowdeep.ops.cnn.reference import cnn_forward
 from narrowdeep.ops.mlp.op import ops as mlp_ops
+from narrowdeep.ops.mlp.reference import mlp_forward
 
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-11}
 NAMES = ("x", "first_weight", "first_bias", "hidden_weight", "hidden_bias", "last_weight", "last_bias")
+
+
+class Whole:
+    """Ops of whole networks: spans with both ends, which begin at state 0."""
+
+    def __init__(self, ops: Any) -> None:
+        self.raw = ops
+
+    def forward(self, x: Tensor, *rest: Any) -> Any:
+        *params, scale, offset, segment = rest
+        return self.raw.forward(x, *params, scale, offset, params[4].shape[0], 0, segment)
+
+    def backward(self, grad_out: Tensor, x: Tensor, *rest: Any) -> Any:
+        *params, saved, scale, offset, segment, need_input, need_params = rest
+        settings = (scale, offset, params[4].shape[0], 0, segment)
+        return self.raw.backward(grad_out, x, *params, saved, *settings, need_input, need_params)
+
+    def jvp(self, x: Tensor, *rest: Any) -> Any:
+        return self.raw.jvp(x, *rest, rest[4].shape[0], 0)
+
+
+def truths(forward: Callable[..., tuple[Tensor, Tensor]]) -> ChainOps:
+    """The ops of a reference: its gradients are autograd's, its tangents ``torch.func.jvp``'s."""
+
+    def backward(grad: Tensor, input: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        params, settings, need_input, need_params = rest[:6], rest[7:12], *rest[12:]
+        leaves = [None if t is None else t.detach().clone().requires_grad_() for t in (input, *params)]
+        wanted = [leaf for leaf in leaves if leaf is not None]
+        with torch.enable_grad():
+            out = forward(*leaves, *settings)[0]
+            grads = iter(torch.autograd.grad(out, wanted, grad, materialize_grads=True))
+        found = [input.new_empty(0) if leaf is None else next(grads) for leaf in leaves]
+        needed = [need_input, *[need_params] * 6]
+        return tuple(g if need else input.new_empty(0) for g, need in zip(found, needed, strict=True))
+
+    def jvp(input: Tensor, *rest: Any) -> Tensor:
+        primals, tangents, settings = (input, *rest[:6]), rest[6:13], rest[13:]
+        moving = [i for i, t in enumerate(tangents) if t is not None]
+
+        def function(*values: Tensor) -> Tensor:
+            every = list(primals)
+            for i, value in zip(moving, values, strict=True):
+                every[i] = value
+            return forward(*every, *settings, 0)[0]
+
+        return torch.func.jvp(function, tuple(primals[i] for i in moving), tuple(tangents[i] for i in moving))[1]
+
+    return ChainOps(forward, backward, jvp)
 
 
 @dataclass(frozen=True)
@@ -26,8 +74,8 @@ class Family:
     """One family of chain ops, its twin in plain torch, and one of its layers in eager torch."""
 
     name: str
-    ops: Any  # ChainOps of the OpOverloads that opcheck takes
-    reference: ChainOps
+    ops: Whole
+    reference: Whole
     layer: Callable[[Tensor, Tensor, Tensor], Tensor]
     """(x, weight, bias) -> z, batch first."""
 
@@ -36,22 +84,8 @@ def _convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
 
 
-def _reference(module: Any, name: str) -> ChainOps:
-    return ChainOps(**{field.name: getattr(module, f"{name}_{field.name}") for field in fields(ChainOps)})
-
-
-MLP = Family(
-    "mlp",
-    mlp_ops,
-    _reference(mlp_reference, "mlp"),
-    F.linear,
-)
-CONV = Family(
-    "conv",
-    conv_ops,
-    _reference(conv_reference, "conv"),
-    _convolution,
-)
+MLP = Family("mlp", Whole(mlp_ops), Whole(truths(mlp_forward)), F.linear)
+CONV = Family("cnn", Whole(cnn_ops), Whole(truths(cnn_forward)), _convolution)
 
 
 class Case(NamedTuple):

@@ -118,7 +118,7 @@ def test_engine_is_the_reference(
     for segment in SEGMENTS:
         got, saved = ops.forward(*wanted.args, 7.0, offset, segment)
         state = (case.width, *case.image, case.batch)
-        assert saved.shape == saved_shape(case.depth, state, offset, segment)
+        assert saved.shape == saved_shape(case.depth - 2, state, offset, segment)
         if segment == 1:
             assert_close(saved, wanted.states, tolerance)
         grads = ops.backward(wanted.grad_out, *wanted.args, saved, 7.0, offset, segment, True, True)
@@ -289,14 +289,15 @@ def test_a_bad_parameter_spoils_every_sample(case: Case, isa: str, monkeypatch: 
 @pytest.mark.parametrize("segment", [0, 1, 8])
 def test_opcheck(case: Case, segment: int) -> None:
     ops, args = case.family.ops, arguments(case, torch.float64, True)
-    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(ops.forward, (*args, 3.0, True, segment), test_utils=tests)
+    tests, raw = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"), ops.raw
+    settings = (3.0, True, case.outputs, 0)
+    torch.library.opcheck(raw.forward, (*args, *settings, segment), test_utils=tests)
     out, saved = ops.forward(*args, 3.0, True, segment)
-    torch.library.opcheck(ops.backward, (out, *args, saved, 3.0, True, segment, True, True), test_utils=tests)
+    torch.library.opcheck(raw.backward, (out, *args, saved, *settings, segment, True, True), test_utils=tests)
     if segment == 0:
-        torch.library.opcheck(ops.jvp, (*args, *args, 3.0, True), test_utils=tests)
+        torch.library.opcheck(raw.jvp, (*args, *args, *settings), test_utils=tests)
         some = (None, *args[1:4], None, *args[5:])
-        torch.library.opcheck(ops.jvp, (*args, *some, 3.0, True), test_utils=tests)
+        torch.library.opcheck(raw.jvp, (*args, *some, *settings), test_utils=tests)
 
 
 def _permuted(t: Tensor) -> Tensor:

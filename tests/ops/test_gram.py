@@ -127,7 +127,7 @@ def test_engine_is_the_product_of_explicit_jacobians(
     isa: str, case: Case, columns: int, offset: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NARROWDEEP_ISA", isa)
-    check(op.conv_gram if case.filter else op.mlp_gram, case, columns, dtype, offset)
+    check(op.cnn_gram if case.filter else op.mlp_gram, case, columns, dtype, offset)
 
 
 @settings(max_examples=40)
@@ -154,7 +154,7 @@ def test_any_shape(
     every: tuple[Any, ...] = (x1, x2, *params, SCALE, offset, symmetric, trainable, reduce)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NARROWDEEP_ISA", isa)
-        got = (op.conv_gram if filter else op.mlp_gram)(*every)
+        got = (op.cnn_gram if filter else op.mlp_gram)(*every)
     assert_close(got, reference.gram(reference.CNN if filter else reference.MLP, *every), 1e-12)
 
 
@@ -162,7 +162,7 @@ def test_any_shape(
 @pytest.mark.parametrize("case", [Case(2, 2, 90, 150), Case(1, 2, 20, 50, 3, (5, 5))], ids=str)
 def test_threads_change_nothing(case: Case) -> None:
     x, *params = arguments(case, torch.float32, True)
-    gram = op.conv_gram if case.filter else op.mlp_gram
+    gram = op.cnn_gram if case.filter else op.mlp_gram
     results = []
     for count in (1, 2, 2, 3):
         torch.set_num_threads(count)
@@ -175,7 +175,7 @@ def test_threads_change_nothing(case: Case) -> None:
 @pytest.mark.parametrize("case", [Case(2, 2, 9, 4), Case(1, 2, 5, 4, 3, (3, 2))], ids=str)
 def test_inputs_need_not_be_contiguous(case: Case) -> None:
     x, *params = arguments(case, torch.float64, True)
-    gram = op.conv_gram if case.filter else op.mlp_gram
+    gram = op.cnn_gram if case.filter else op.mlp_gram
     settings = (SCALE, True, False, reference.ALL_TRAINABLE, reference.FULL)
     want = gram(x, x[:3], *params, *settings)
     strided = [torch.stack((t, t), -1)[..., 0] for t in (x, x[:3], *params)]
@@ -186,7 +186,7 @@ def test_inputs_need_not_be_contiguous(case: Case) -> None:
 @pytest.mark.parametrize("case", [Case(2, 1, 5, 4), Case(1, 1, 5, 4, 3, (3, 3))], ids=str)
 def test_bad_arguments_are_refused(case: Case) -> None:
     x, *params = arguments(case, torch.float32, True)
-    gram = op.conv_gram if case.filter else op.mlp_gram
+    gram = op.cnn_gram if case.filter else op.mlp_gram
     every = reference.ALL_TRAINABLE
     with pytest.raises(RuntimeError, match="x2 must have size .* in dimension 1, got"):
         gram(x, torch.cat((x, x), 1), *params, SCALE, True, False, every, 0)

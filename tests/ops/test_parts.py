@@ -11,7 +11,7 @@ from torch import Tensor
 
 from narrowdeep.ops import engine
 from narrowdeep.ops.chain import ChainOps
-from narrowdeep.ops.conv import layered as conv_layered
+from narrowdeep.ops.cnn import layered as conv_layered
 from narrowdeep.ops.mlp import layered as mlp_layered
 from narrowdeep.ops.reference import advance_saved_shape
 from tests.ops.chains import TOLERANCE, Case, assert_close, truth

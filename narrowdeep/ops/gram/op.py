@@ -1,4 +1,4 @@
-"""The empirical tangent kernel's raw ops: ``narrowdeep::mlp_gram`` and ``narrowdeep::conv_gram``.
+"""The empirical tangent kernel's raw ops: ``narrowdeep::mlp_gram`` and ``narrowdeep::cnn_gram``.
 
 ``x1`` is (N1, in) or (N1, C, H, W) and ``x2`` alike; the six parameters are stacked as in the modules. The CPU engine
 (``csrc/``) and the Triton kernels implement them; ``reference.py`` says what they compute, and what ``trainable`` and
@@ -40,5 +40,5 @@ def _define(name: str, family: reference.Family) -> Callable[..., Tensor]:
 
 
 mlp_gram = _define("mlp_gram", reference.MLP)
-conv_gram = _define("conv_gram", reference.CNN)
+cnn_gram = _define("cnn_gram", reference.CNN)
 engine.load()

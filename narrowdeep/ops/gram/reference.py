@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from narrowdeep.ops.conv.reference import CONV, _patches
-from narrowdeep.ops.mlp.reference import LINEAR
-from narrowdeep.ops.reference import MOVE_PERIOD, Affine, _identity, _kept, _move, _states
+from narrowdeep.ops.cnn.reference import convolution, patches
+from narrowdeep.ops.mlp.reference import linear
+from narrowdeep.ops.reference import RENORMALISE_PERIOD, Affine, initial, renormalise, skip_mask, skipped, states
 
 Factors = tuple[int, Tensor, Tensor]
 """(l, h, B): layer 1 .. L, its input (m, *positions, N), and df/dz_l, (n, *positions, out, N)."""
@@ -30,18 +30,18 @@ ALL_TRAINABLE = 0b111111
 
 
 def layer_factors(
-    affine: Affine, x: Tensor, params: tuple[Tensor, ...], scale: float, offset: bool
+    family: Family, x: Tensor, params: tuple[Tensor, ...], scale: float, offset: bool
 ) -> Iterator[Factors]:
     """The factors of every layer, from the last to the first; ``x`` is (N, in, *positions).
 
     B is carried in offset form as in the chain's backward, for the output gradients r = e_a of all outputs at once.
     """
-    x = x.movedim(0, -1)
-    hidden_weight, last_weight = params[2], params[4]
+    first_weight, first_bias, hidden_weight, hidden_bias, last_weight, _ = params
     outputs, width = last_weight.shape[:2]
-    samples, positions = x.shape[-1], x.shape[1:-1]
-    states = [(base + moved) + a for _, base, moved, a in _states(affine, x, params, scale, offset)]
-    _, _, keep = _identity(x, width, outputs, scale, offset)
+    base, hi, lo = initial(family.affine, x, first_weight, first_bias, outputs, scale, offset)
+    hidden = hidden_weight, hidden_bias
+    values = [(base + h_hi) + h_lo for _, h_hi, h_lo in states(family.affine, base, hi, lo, *hidden, outputs, offset)]
+    samples, positions = x.shape[0], x.shape[2:]
 
     def split(b: Tensor) -> Tensor:
         return b.unflatten(-1, (outputs, samples))
@@ -53,19 +53,28 @@ def layer_factors(
     r = torch.eye(outputs, dtype=x.dtype, device=x.device) / math.prod(positions)
     r = r.reshape(outputs, *(1 for _ in positions), outputs, 1)
     r = r.expand(outputs, *positions, outputs, samples).flatten(-2)
-    big_r = x.new_zeros(width, *r.shape[1:])
+    base = x.new_zeros(width, *r.shape[1:])  # of the gradient, from here on
     if offset:
-        big_r[width - outputs :] = r
-    moved, h = torch.zeros_like(big_r), states[-1]
-    yield len(states) + 1, h, split(r)
-    g = torch.where(dead(h), -big_r, affine.transpose(last_weight, r))
-    for t in range(len(states), 1, -1):  # here B = (big_r + moved) + g is the gradient with respect to z_t
-        full, h = (big_r + moved) + g, states[t - 2]
-        yield t, h, split(full)
-        g = torch.where(dead(h), -(big_r + moved), _kept(keep, g) + affine.transpose(hidden_weight[t - 2], full))
-        if offset and t > 2 and (t - 2) % MOVE_PERIOD == 0:
-            moved, g = _move(big_r, moved, g, keep)
-    yield 1, x, split((big_r + moved) + g)
+        base[width - outputs :] = r
+    skip = skip_mask(base, outputs, offset)
+    hi, h = torch.zeros_like(base), values[-1]
+    yield len(values) + 1, h, split(r)
+    lo = torch.where(dead(h), -base, family.transpose(last_weight, r))
+    for j in range(len(values) - 2, -1, -1):  # here B is the gradient of state j + 1, with respect to z of layer j + 2
+        full, h = (base + hi) + lo, values[j]
+        yield j + 2, h, split(full)
+        lo = torch.where(dead(h), -(base + hi), skipped(skip, lo) + family.transpose(hidden_weight[j], full))
+        if offset and j > 0 and j % RENORMALISE_PERIOD == 0:
+            hi, lo = renormalise(base, hi, lo, skip)
+    yield 1, x.movedim(0, -1), split((base + hi) + lo)
+
+
+def _linear_transpose(weight: Tensor, g: Tensor) -> Tensor:
+    return weight.t() @ g
+
+
+def _conv_transpose(weight: Tensor, g: Tensor) -> Tensor:
+    return convolution(weight.flip(2, 3).transpose(0, 1), g)
 
 
 def _linear_weight_jacobian(b: Tensor, h: Tensor, weight: Tensor) -> Tensor:
@@ -73,7 +82,7 @@ def _linear_weight_jacobian(b: Tensor, h: Tensor, weight: Tensor) -> Tensor:
 
 
 def _conv_weight_jacobian(b: Tensor, h: Tensor, weight: Tensor) -> Tensor:
-    return torch.einsum("nyxai,mrsyxi->ianmrs", b, _patches(h, weight.shape[-1]))
+    return torch.einsum("nyxai,mrsyxi->ianmrs", b, patches(h, weight.shape[-1]))
 
 
 def bias_jacobian(b: Tensor) -> Tensor:
@@ -105,14 +114,16 @@ class Family:
     """What the kernels of the two kinds of chain differ in."""
 
     affine: Affine
+    transpose: Affine
+    """(weight, gradient of z) -> gradient of h"""
     weight_jacobian: Callable[[Tensor, Tensor, Tensor], Tensor]
     """(B, h, weight) -> (N, out, *weight.shape), of which only the filter size is read"""
     layer_gram: Callable[[Factors, Factors, Tensor, bool, bool], Tensor]
     """(factors of x1, factors of x2, weight, whether it is trained, whether the bias is) -> (N1, N2, out, out)"""
 
 
-MLP = Family(LINEAR, _linear_weight_jacobian, _linear_layer_gram)
-CNN = Family(CONV, _conv_weight_jacobian, _conv_layer_gram)
+MLP = Family(linear, _linear_transpose, _linear_weight_jacobian, _linear_layer_gram)
+CNN = Family(convolution, _conv_transpose, _conv_weight_jacobian, _conv_layer_gram)
 
 
 def layer_grams(
@@ -130,8 +141,8 @@ def layer_grams(
     Layers with nothing trained are left out.
     """
     depth = params[2].shape[0] + 2
-    right_factors = iter(()) if symmetric else layer_factors(family.affine, x2, params, scale, offset)
-    for left in layer_factors(family.affine, x1, params, scale, offset):
+    right_factors = iter(()) if symmetric else layer_factors(family, x2, params, scale, offset)
+    for left in layer_factors(family, x1, params, scale, offset):
         right = left if symmetric else next(right_factors)
         which = {1: 0, depth: 4}.get(left[0], 2)
         has_weight, has_bias = bool(trainable >> which & 1), bool(trainable >> (which + 1) & 1)

@@ -27,5 +27,3 @@ LINEAR = layered.Layer(apply=_apply, transpose=_transpose, weight_grad=_weight_g
 mlp_forward = partial(layered.forward, LINEAR)
 mlp_backward = partial(layered.backward, LINEAR)
 mlp_jvp = partial(layered.jvp, LINEAR)
-mlp_advance = partial(layered.advance, LINEAR)
-mlp_retreat = partial(layered.retreat, LINEAR)

@@ -32,8 +32,6 @@ def _weight_grad(g: Tensor, h: Tensor, out: Tensor) -> Tensor:
 
 CONVOLUTION = layered.Layer(apply=_apply, transpose=_transpose, weight_grad=_weight_grad)
 
-conv_forward = partial(layered.forward, CONVOLUTION)
-conv_backward = partial(layered.backward, CONVOLUTION)
-conv_jvp = partial(layered.jvp, CONVOLUTION)
-conv_advance = partial(layered.advance, CONVOLUTION)
-conv_retreat = partial(layered.retreat, CONVOLUTION)
+cnn_forward = partial(layered.forward, CONVOLUTION)
+cnn_backward = partial(layered.backward, CONVOLUTION)
+cnn_jvp = partial(layered.jvp, CONVOLUTION)

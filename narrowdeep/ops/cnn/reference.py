@@ -7,9 +7,7 @@ The identity part of a weight is the centre tap, which never reaches into the pa
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +15,7 @@ from torch import Tensor
 from narrowdeep.ops import reference
 
 
-def _patches(h: Tensor, size: int) -> Tensor:
+def patches(h: Tensor, size: int) -> Tensor:
     """(n, H, W, B) -> (n, f, f, H, W, B): what each filter tap (i, j) sees at each position, 0 outside the image."""
     height, width = h.shape[1:3]
     padded = torch.nn.functional.pad(h, (0, 0, size // 2, size // 2, size // 2, size // 2))
@@ -25,22 +23,9 @@ def _patches(h: Tensor, size: int) -> Tensor:
     return torch.stack(rows, dim=1)
 
 
-def _apply(weight: Tensor, h: Tensor) -> Tensor:
-    return torch.einsum("ocij,cijhwb->ohwb", weight, _patches(h, weight.shape[-1]))
+def convolution(weight: Tensor, h: Tensor) -> Tensor:
+    """(rows, columns, f, f), (columns, H, W, B) -> (rows, H, W, B)."""
+    return torch.einsum("ocij,cijhwb->ohwb", weight, patches(h, weight.shape[-1]))
 
 
-def _transpose(weight: Tensor, g: Tensor) -> Tensor:
-    return _apply(weight.flip(2, 3).transpose(0, 1), g)
-
-
-def _weight_grad(weight: Tensor, g: Tensor, h: Tensor) -> Tensor:
-    return torch.einsum("ohwb,cijhwb->ocij", g, _patches(h, weight.shape[-1]))
-
-
-CONV = reference.Affine(apply=_apply, transpose=_transpose, weight_grad=_weight_grad)
-
-conv_forward: Callable[..., Any] = partial(reference.forward, CONV)
-conv_backward: Callable[..., Any] = partial(reference.backward, CONV)
-conv_jvp: Callable[..., Any] = partial(reference.jvp, CONV)
-conv_advance: Callable[..., Any] = partial(reference.advance, CONV)
-conv_retreat: Callable[..., Any] = partial(reference.retreat, CONV)
+cnn_forward = partial(reference.forward, convolution)
