@@ -31,7 +31,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from narrowdeep.ops import triton_chain, triton_common
-from narrowdeep.ops.conv import triton as conv
+from narrowdeep.ops.cnn import triton as cnn
 from narrowdeep.ops.gram import triton as gram
 from narrowdeep.ops.mlp import triton as mlp
 from narrowdeep.ops.triton_common import Block
@@ -90,7 +90,7 @@ class Figures:
 def _tensors(entry: Entry) -> tuple[torch.Tensor, torch.Tensor]:
     """An x and hidden weights of the entry's shape, without memory."""
     n = entry.width
-    if entry.family == "conv":
+    if entry.family == "cnn":
         x, weight = torch.empty(128, 1, 7, 7, device="meta"), torch.empty(8, n, n, 3, 3, device="meta")
     else:
         x, weight = torch.empty(128, 1, device="meta"), torch.empty(8, n, n, device="meta")
@@ -101,8 +101,8 @@ def entries() -> Iterator[Entry]:
     """Every supported combination: offset form for all targets, for the MLP on sm_90 plain form as well."""
     for target in (*TARGETS, *CONSUMER_TARGETS):
         dtypes = DTYPES if target in TARGETS else (torch.float32,)
-        for family, widths in ((mlp.FAMILY, WIDTHS), (conv.FAMILY, CHANNELS)):
-            name = "mlp" if family is mlp.FAMILY else "conv"
+        for family, widths in ((mlp.FAMILY, WIDTHS), (cnn.FAMILY, CHANNELS)):
+            name = "mlp" if family is mlp.FAMILY else "cnn"
             for width in widths:
                 for dtype in dtypes:
                     for kernel in _CHAIN:
@@ -118,7 +118,7 @@ def entries() -> Iterator[Entry]:
                         gram_kernel = "gram_sums" if name == "mlp" else "filter_jacobians"
                         yield Entry(name, gram_kernel, dtype, None, width, target)
         for dtype in dtypes:
-            yield Entry("conv", "pair_sums", dtype, None, 0, target)
+            yield Entry("cnn", "pair_sums", dtype, None, 0, target)
 
 
 def _kernel(entry: Entry) -> tuple[Any, dict[str, Any], Block]:
@@ -127,11 +127,12 @@ def _kernel(entry: Entry) -> tuple[Any, dict[str, Any], Block]:
     image = {"TAP": 3, "HEIGHT": 7, "LENGTH": 7}
     if entry.kernel in _CHAIN:
         x, weight = _tensors(entry)
-        family = mlp.FAMILY if entry.family == "mlp" else conv.FAMILY
+        family = mlp.FAMILY if entry.family == "mlp" else cnn.FAMILY
         function, more = _CHAIN[entry.kernel]
         with mock.patch.object(triton_common, "capability", return_value=entry.target):
             block = family.blocks(entry.kernel, x, weight, bool(entry.offset))[0]
-        options = triton_chain.constants(family, entry.kernel, x, weight, bool(entry.offset), block) | more
+        middle = 1 if entry.offset else -1
+        options = triton_chain.constants(family, entry.kernel, x, weight, middle, block) | more
         return function, options, block
     if entry.kernel == "gram_sums":
         options = {"WEIGHT": True, "BIAS": True, "DIAGONAL": False, "WIDTH": n, "LAYERS": 64, "PAIRS": gram.PAIRS}
@@ -143,11 +144,11 @@ def _kernel(entry: Entry) -> tuple[Any, dict[str, Any], Block]:
         rows, samples = mlp.weight_gradient_block(n, entry.dtype)
         options = {"WIDTH": n, "ROWS": rows, "SPLIT": 4096, "BLOCK": samples, "ALIGNED": True}
         return mlp.weight_gradient, options, Block(samples, 4)
-    options = image | {"ROWS": conv.weight_gradient_rows(n, 3), "BLOCK": 128}
+    options = image | {"ROWS": cnn.weight_gradient_rows(n, 3), "BLOCK": 128}
     if entry.kernel == "filter_jacobians":
         options |= {"WEIGHT": True, "BIAS": True, "UNITS": n, "CHANNELS": n}
         return gram.filter_jacobians, options, Block(128, 4)
-    return conv.weight_gradient, options | {"WIDTH": n, "SPLIT": 8192}, Block(128, 4)
+    return cnn.weight_gradient, options | {"WIDTH": n, "SPLIT": 8192}, Block(128, 4)
 
 
 def _sources(function: Any, found: dict[str, str]) -> dict[str, str]:

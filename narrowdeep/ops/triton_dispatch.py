@@ -121,16 +121,11 @@ def register(library: torch.library.Library, name: str, kernels: str, otherwise:
 
 
 def register_chain(library: torch.library.Library, family: str) -> None:
-    """``register`` forward, backward and jvp of a family; ``layered.py`` takes the place of missing kernels.
-
-    Parts of a chain run one layer at a time always.
-    """
+    """``register`` forward, backward and jvp of a family; ``layered.py`` takes the place of missing kernels."""
     layered = importlib.import_module(f"narrowdeep.ops.{family}.layered")
     for op in ("forward", "backward", "jvp"):
         name = f"{family}_{op}"
         register(library, name, f"narrowdeep.ops.{family}.triton", getattr(layered, name))
-    for op in ("advance", "retreat"):
-        library.impl(f"{family}_{op}", getattr(layered, f"{family}_{op}"), "CUDA")
 
 
 def backward_workspace(x: Tensor, hidden_weight: Tensor, offset: bool, segment: int) -> int | None:
@@ -141,10 +136,10 @@ def backward_workspace(x: Tensor, hidden_weight: Tensor, offset: bool, segment: 
     if unusable(x.device):
         return None
     from narrowdeep.ops import triton_chain
-    from narrowdeep.ops.conv.triton import FAMILY as CONV
+    from narrowdeep.ops.cnn.triton import FAMILY as CNN
     from narrowdeep.ops.mlp.triton import FAMILY as MLP
 
-    return triton_chain.workspace(CONV if x.dim() == 4 else MLP, x, hidden_weight, offset, segment)
+    return triton_chain.workspace(CNN if x.dim() == 4 else MLP, x, hidden_weight, offset, segment)
 
 
 def triton_status() -> dict[str, Any]:
@@ -166,7 +161,7 @@ def triton_status() -> dict[str, Any]:
             reason = unusable(torch.device("cuda")) or "; ".join(_failures.values()) or None
     kernels = {}
     if version is not None:
-        from narrowdeep.ops.conv.triton import limits as conv_limits
+        from narrowdeep.ops.cnn.triton import limits as cnn_limits
         from narrowdeep.ops.gram.triton import WIDEST
         from narrowdeep.ops.mlp.triton import widest
         from narrowdeep.ops.triton_common import capability
@@ -177,9 +172,9 @@ def triton_status() -> dict[str, Any]:
             most = {str(d).removeprefix("torch."): widest(kernel, d, target) for d in DTYPES}
             widths = ", ".join(f"width <= {width} in {dtype}" for dtype, width in most.items())
             kernels[f"mlp {kernel}"] = f"{widths}; {past} (cuBLAS)"
-            kernels[f"conv {kernel}"] = f"{conv_limits(kernel)}; {past} (cuDNN)"
+            kernels[f"cnn {kernel}"] = f"{cnn_limits(kernel)}; {past} (cuDNN)"
         kernels["mlp gram"] = f"width <= {WIDEST}; {past}"
-        kernels["conv gram"] = f"{conv_limits('backward')}; {past}"
+        kernels["cnn gram"] = f"{cnn_limits('backward')}; {past}"
     return {
         "available": reason is None,
         "reason": reason,

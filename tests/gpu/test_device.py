@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import narrowdeep
-from narrowdeep.ops.conv.op import ops as conv_ops
-from narrowdeep.ops.gram.op import conv_gram, mlp_gram
+from narrowdeep.ops.cnn.op import ops as cnn_ops
+from narrowdeep.ops.gram.op import cnn_gram, mlp_gram
 from narrowdeep.ops.gram.reference import DIAGONAL, FULL, TRACE
 from narrowdeep.ops.mlp.op import ops as mlp_ops
 from tests.gpu.cases import Case, GramCase, Ops, check, check_gram
@@ -70,7 +70,7 @@ def test_large_batch(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [F32, F64])
 @pytest.mark.parametrize(("outputs", "image", "tap"), [(1, (7, 7), 3), (2, (3, 5), 1), (1, (4, 6), 5)])
 def test_conv(outputs: int, image: tuple[int, int], tap: int, dtype: torch.dtype, segment: int, device: str) -> None:
-    check(Case(1, outputs, 36, 5, True, dtype, segment, image=image, tap=tap), ops_of(conv_ops, device))
+    check(Case(1, outputs, 36, 5, True, dtype, segment, image=image, tap=tap), ops_of(cnn_ops, device))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -80,7 +80,7 @@ def test_conv(outputs: int, image: tuple[int, int], tap: int, dtype: torch.dtype
 @pytest.mark.parametrize("image", [(), (7, 5)])
 def test_tangent_kernel(image: tuple[int, ...], dtype: torch.dtype, others: int, reduce: int, device: str) -> None:
     case = Case(1, 2, 37, 17, True, dtype, 0, image=image)
-    check_gram(GramCase(case, others, reduce), through(conv_gram if image else mlp_gram, device))
+    check_gram(GramCase(case, others, reduce), through(cnn_gram if image else mlp_gram, device))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("triton", reason="needs Triton")
 
 from narrowdeep.ops import layered, triton_chain, triton_dispatch
-from narrowdeep.ops.conv import triton as conv
+from narrowdeep.ops.cnn import triton as cnn
 from narrowdeep.ops.gram import triton as gram
 from narrowdeep.ops.mlp import triton as mlp
 from narrowdeep.ops.triton_common import Block, choose_block
@@ -71,7 +71,7 @@ def test_no_batch_is_beyond_a_grid(image: tuple[int, ...]) -> None:
     batch, layers, width, taps = 10**9, 3, 3, (3, 3) if image else ()
     state = torch.empty(layers, width, *image, batch, device="meta")
     grads = torch.empty(layers, width, width, *taps, device="meta"), torch.empty(layers, width, device="meta")
-    module, family = (conv, gram.CNN) if image else (mlp, gram.MLP)
+    module, family = (cnn, gram.CNN) if image else (mlp, gram.MLP)
     grids = Grids()
     with (
         mock.patch.multiple(module, launch=grids.launch, empty=grids.empty),
@@ -105,7 +105,7 @@ def test_workspace_is_what_a_backward_allocates(image: tuple[int, ...], segment:
     case = Case(1, 1, 9, 5, True, torch.float64, segment, image=image)
     inputs: Any = draw_inputs(case)
     x, params = inputs[0], inputs[1:]
-    family = conv.FAMILY if image else mlp.FAMILY
+    family = cnn.FAMILY if image else mlp.FAMILY
     most = 0
 
     def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **_: Any) -> None:
@@ -117,12 +117,12 @@ def test_workspace_is_what_a_backward_allocates(image: tuple[int, ...], segment:
         if kernel.fn.__name__ in ("chain_recompute", "chain_backward"):
             most = max(most, sum(t.numel() * t.element_size() for t in [*held, *padded]))
 
-    arguments: Any = (*inputs, 10.0, True, segment)
+    settings = (10.0, True, 1, 0, segment)
+    arguments: Any = (*inputs, *settings)
     saved = layered.forward(family.layer, *arguments)[1]
     with mock.patch.multiple(triton_chain, launch=launch, scratch_bytes=lambda device: 2000):
-        walk = triton_chain.Descent(
-            family, x, params, saved, 10.0, True, segment, triton_chain.layers_a_group(saved[0, 0], segment, x.device)
-        )
+        step = triton_chain.layers_a_group(saved[0, 0], segment, x.device)
+        walk = triton_chain.Descent(family, x, params, saved, *settings, step)
         list(walk.groups(torch.ones(5, 1, dtype=torch.float64), True))
         assert triton_chain.workspace(family, x, params[2], True, segment) == most
 
@@ -146,7 +146,7 @@ def test_what_kernels_take(kernel: str) -> None:
     assert mlp.supported(kernel, x, torch.empty(1, widest, widest))
     assert not mlp.supported(kernel, x, torch.empty(1, widest + 1, widest + 1))
     image = torch.empty(2, 1, 7, 7)
-    assert conv.supported(kernel, image, torch.empty(1, 3, 3, 3, 3))
-    assert not conv.supported(kernel, image, torch.empty(1, 3, 3, 7, 7))
-    assert not conv.supported(kernel, image, torch.empty(1, 17, 17, 3, 3))
-    assert not conv.supported(kernel, torch.empty(2, 1, 33, 33), torch.empty(1, 3, 3, 3, 3))
+    assert cnn.supported(kernel, image, torch.empty(1, 3, 3, 3, 3))
+    assert not cnn.supported(kernel, image, torch.empty(1, 3, 3, 7, 7))
+    assert not cnn.supported(kernel, image, torch.empty(1, 17, 17, 3, 3))
+    assert not cnn.supported(kernel, torch.empty(2, 1, 33, 33), torch.empty(1, 3, 3, 3, 3))

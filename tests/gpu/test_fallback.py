@@ -19,6 +19,8 @@ from narrowdeep.ops.mlp import layered
 from tests.gpu.cases import Case, draw_inputs
 
 CUDA = torch.device("cuda", 0)
+SETTINGS = (10.0, True, 1, 0, 2)
+"""scale, offset, outputs, start, segment"""
 
 
 class Recorder:
@@ -133,16 +135,16 @@ def test_a_kernel_that_does_not_compile_is_tried_once() -> None:
     from narrowdeep.ops import triton_chain
 
     inputs = draw_inputs(Case(1, 1, 9, 5, True, torch.float64, 0))
-    expected = layered.mlp_forward(*inputs, 10.0, True, 2)
+    expected = layered.mlp_forward(*inputs, *SETTINGS)
     failing = mock.Mock(side_effect=triton_dispatch.KernelError("chain_forward", ValueError("too many registers\nat")))
     forward = registered(layered.mlp_forward)
     with mock.patch.object(triton_chain, "launch", failing):
         reason = "Triton failed at chain_forward: ValueError: too many registers"
         with pytest.warns(RuntimeWarning, match=f"one at a time .*: {reason}$"):
-            first = forward(*inputs, 10.0, True, 2)
+            first = forward(*inputs, *SETTINGS)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            second = forward(*inputs, 10.0, True, 2)
+            second = forward(*inputs, *SETTINGS)
     assert failing.call_count == 1
     for result in (first, second):
         assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
@@ -164,7 +166,7 @@ def test_our_own_errors_are_not_taken_for_a_kernels() -> None:
     inputs = draw_inputs(Case(1, 1, 9, 5, True, torch.float64, 0))
     failing = mock.Mock(side_effect=torch.OutOfMemoryError("full"))
     with mock.patch.object(triton_chain, "empty", failing), pytest.raises(torch.OutOfMemoryError):
-        registered(layered.mlp_forward)(*inputs, 10.0, True, 2)
+        registered(layered.mlp_forward)(*inputs, *SETTINGS)
 
 
 def test_whatever_triton_raises_is_a_kernel_error() -> None:

@@ -11,12 +11,12 @@ import torch
 pytest.importorskip("triton", reason="needs Triton")
 
 from narrowdeep.ops import triton_chain
-from narrowdeep.ops.conv import triton as conv
+from narrowdeep.ops.cnn import triton as cnn
 from narrowdeep.ops.gram import triton as gram
 from narrowdeep.ops.mlp import triton as mlp
 from narrowdeep.ops.triton_common import Block
 from tests.gpu.cases import Case, GramCase, check, check_gram
-from tests.gpu.interpreted import CONV, MLP
+from tests.gpu.interpreted import CNN, MLP
 from tests.gpu.simulator import Simulator, load
 
 F32, F64 = torch.float32, torch.float64
@@ -61,9 +61,9 @@ def run(case: Case, simulator: Simulator, **limits: Any) -> None:
     with (
         mock.patch.multiple(triton_chain, **stand_ins | limits),
         mock.patch.multiple(mlp, **stand_ins | {"_SPLIT": 512}),
-        mock.patch.multiple(conv, **stand_ins | {"_SPLIT": 128}),
+        mock.patch.multiple(cnn, **stand_ins | {"_SPLIT": 128}),
     ):
-        check(case, CONV if case.image else MLP)
+        check(case, CNN if case.image else MLP)
     assert {"chain_forward", "chain_backward"} <= set(simulator.launches)
 
 
@@ -110,7 +110,7 @@ def run_gram(case: GramCase, simulator: Simulator, **limits: Any) -> None:
     load()
     stand_ins: dict[str, Any] = {"launch": simulator.launch, "empty": simulator.empty}
     with mock.patch.multiple(triton_chain, **stand_ins | limits), mock.patch.multiple(gram, **stand_ins):
-        check_gram(case, gram.conv_gram if case.case.image else gram.mlp_gram)
+        check_gram(case, gram.cnn_gram if case.case.image else gram.mlp_gram)
     expected = {"filter_jacobians", "pair_sums"} if case.case.image else {"gram_sums"}
     assert expected <= set(simulator.launches)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from narrowdeep.ops import layered, triton_dispatch
-from narrowdeep.ops.conv.layered import CONVOLUTION
+from narrowdeep.ops.cnn.layered import CONVOLUTION
 from narrowdeep.ops.mlp.layered import LINEAR
 from narrowdeep.ops.precision import _PARENTS_FIRST, at_full_precision, full_precision
 from tests.gpu.cases import Case, draw, draw_inputs
@@ -85,11 +85,12 @@ def chain(layer: layered.Layer, image: tuple[int, ...]) -> list[Tensor]:
     """Results of every entry point that multiplies."""
     case = Case(2, 1, 6, 3, True, torch.float32, 2, image=image)
     inputs: Any = draw_inputs(case)
-    out, saved = layered.forward(layer, *inputs, 10.0, True, 2)
+    settings = (10.0, True, 1, 0)
+    out, saved = layered.forward(layer, *inputs, *settings, 2)
     grad = draw(*out.shape, dtype=torch.float32, seed=8)
-    gradients = layered.backward(layer, grad, *inputs, saved, 10.0, True, 2, True, True)
+    gradients = layered.backward(layer, grad, *inputs, saved, *settings, 2, True, True)
     tangents: Any = [draw(*t.shape, dtype=torch.float32, seed=20 + i) for i, t in enumerate(inputs)]
-    return [out, *gradients, layered.jvp(layer, *inputs, *tangents, 10.0, True)]
+    return [out, *gradients, layered.jvp(layer, *inputs, *tangents, *settings)]
 
 
 @pytest.mark.usefixtures("_user")

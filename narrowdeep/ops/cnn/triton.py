@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from narrowdeep.ops import triton_chain, triton_common
-from narrowdeep.ops.conv.layered import CONVOLUTION
+from narrowdeep.ops.cnn.layered import CONVOLUTION
 from narrowdeep.ops.triton_common import Block, empty, launch, prefetched
 
 
@@ -20,7 +20,8 @@ from narrowdeep.ops.triton_common import Block, empty, launch, prefetched
 def weight_gradient(
     g_ptr,
     h_ptr,
-    partial_ptr,
+    weight_ptr,
+    bias_ptr,
     batch,
     splits,
     WIDTH: tl.constexpr,
@@ -31,9 +32,9 @@ def weight_gradient(
     SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """sum over samples and positions of G h^T. Program (layer and split, row group * input channel).
+    """sum over samples and positions of G h^T and of G. Program (layer and split, row group * input channel).
 
-    g, h: (layers, n, positions * B); partial: (splits, layers, row groups * ROWS, n, f * f).
+    g, h: (layers, n, positions * B); weight: (splits, layers, n, n, f * f); bias: (splits, layers, n).
     """
     RADIUS: tl.constexpr = TAP // 2
     TAPS: tl.constexpr = TAP * TAP
@@ -48,7 +49,7 @@ def weight_gradient(
     g_ptr += layer * WIDTH * columns
     h_ptr += (layer * WIDTH + channel) * columns
     sums = ()
-    for _ in tl.static_range(ROWS * TAPS):
+    for _ in tl.static_range(ROWS * (TAPS + 1)):
         sums = sums + (tl.zeros((BLOCK,), g_ptr.dtype.element_ty),)
     for start in range(split * SPLIT, tl.minimum(split * SPLIT + SPLIT, columns), BLOCK):
         column = start + tl.arange(0, BLOCK)
@@ -66,13 +67,16 @@ def weight_gradient(
             unit = tl.minimum(row + i, WIDTH - 1)  # rows past the last are computed and dropped
             g = tl.load(g_ptr + unit * columns + column, mask=column < columns, other=0.0)
             for t in tl.static_range(TAPS):
-                new = new + (tl.fma(g, values[t], sums[i * TAPS + t]),)
+                new = new + (tl.fma(g, values[t], sums[i * (TAPS + 1) + t]),)
+            new = new + (sums[i * (TAPS + 1) + TAPS] + g,)
         sums = new
-    groups = tl.num_programs(1) // WIDTH
     for i in tl.static_range(ROWS):
-        cell = ((split * layers + layer) * (groups * ROWS) + row + i) * WIDTH + channel
+        cell = (split * layers + layer) * WIDTH + row + i
         for t in tl.static_range(TAPS):
-            tl.store(partial_ptr + cell * TAPS + t, tl.sum(sums[i * TAPS + t], axis=0))
+            place = (cell * WIDTH + channel) * TAPS + t
+            tl.store(weight_ptr + place, tl.sum(sums[i * (TAPS + 1) + t], axis=0), row + i < WIDTH)
+        total = tl.sum(sums[i * (TAPS + 1) + TAPS], axis=0)
+        tl.store(bias_ptr + cell, total, (row + i < WIDTH) & (channel == 0))
 
 
 _MOST_LANES = 1024
@@ -122,8 +126,8 @@ def _constants(kernel: str, x: Tensor, weight: Tensor) -> dict[str, Any]:
 
 
 def weight_gradient_rows(channels: int, tap: int) -> int:
-    """Rows of a filter a program of ``weight_gradient`` sums: rows f^2 sums a lane have to fit the registers."""
-    return max(1, min(channels, 54 // tap**2))
+    """Rows of a filter a program of ``weight_gradient`` sums: rows (f^2 + 1) sums a lane have to fit the registers."""
+    return max(1, min(channels, 60 // (tap**2 + 1)))
 
 
 def sum_weight_gradients(g: Tensor, h: Tensor, weight_grad: Tensor, bias_grad: Tensor) -> None:
@@ -133,16 +137,19 @@ def sum_weight_gradients(g: Tensor, h: Tensor, weight_grad: Tensor, bias_grad: T
     splits = triton.cdiv(height * length * batch, _SPLIT)
     rows = weight_gradient_rows(channels, tap)
     groups = triton.cdiv(channels, rows)
-    partial_sums = empty(g, splits, layers, groups * rows, channels, tap, tap)
+    whole = splits == 1  # the one sum is the gradient
+    weights = weight_grad if whole else empty(g, splits, layers, channels, channels, tap, tap)
+    biases = bias_grad if whole else empty(g, splits, layers, channels)
     constants = {"WIDTH": channels, "ROWS": rows, "TAP": tap, "HEIGHT": height, "LENGTH": length, "SPLIT": _SPLIT}
     grid = (layers * splits, groups * channels)
-    launch(weight_gradient, grid, g, h, partial_sums, batch, splits, num_warps=4, BLOCK=128, **constants)
-    torch.sum(partial_sums[:, :, :channels], dim=0, out=weight_grad)
-    torch.sum(g.flatten(2), dim=2, out=bias_grad)
+    launch(weight_gradient, grid, g, h, weights, biases, batch, splits, num_warps=4, BLOCK=128, **constants)
+    if not whole:
+        torch.sum(weights, dim=0, out=weight_grad)
+        torch.sum(biases, dim=0, out=bias_grad)
 
 
 FAMILY = triton_chain.Family(CONVOLUTION, supported, blocks, _constants, sum_weight_gradients)
 
-conv_forward = partial(triton_chain.forward, FAMILY)
-conv_backward = partial(triton_chain.backward, FAMILY)
-conv_jvp = partial(triton_chain.jvp, FAMILY)
+cnn_forward = partial(triton_chain.forward, FAMILY)
+cnn_backward = partial(triton_chain.backward, FAMILY)
+cnn_jvp = partial(triton_chain.jvp, FAMILY)

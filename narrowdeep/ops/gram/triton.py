@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from narrowdeep.ops import triton_chain
-from narrowdeep.ops.conv import triton as conv
+from narrowdeep.ops.cnn import triton as cnn
 from narrowdeep.ops.gram import reference
 from narrowdeep.ops.mlp import triton as mlp
 from narrowdeep.ops.triton_common import MULTIPROCESSORS, empty, launch
@@ -271,7 +271,7 @@ def _entries(side: Side, terms: Terms) -> int:
 def _jacobians(side: Side, terms: Terms) -> Tensor:
     """(layers * entries, out N)."""
     (layers, units, height, length, columns), channels = side.g.shape, side.h.shape[1] if terms.weight else 1
-    rows = conv.weight_gradient_rows(units, terms.tap)
+    rows = cnn.weight_gradient_rows(units, terms.tap)
     jacobians = empty(side.g, layers * _entries(side, terms), columns)
     samples = min(128, max(32, triton.next_power_of_2(columns)))
     blocks = triton.cdiv(columns, samples)
@@ -314,7 +314,7 @@ class Kernels:
 
 
 MLP = Kernels(mlp.FAMILY, WIDEST, _add_linear, reference.MLP)
-CNN = Kernels(conv.FAMILY, WIDEST, _add_filters, reference.CNN)
+CNN = Kernels(cnn.FAMILY, WIDEST, _add_filters, reference.CNN)
 
 
 def gram(
@@ -339,8 +339,7 @@ def gram(
     layers, count1, count2 = hidden_weight.shape[0], x1.shape[0], x2.shape[0]
     chain = kernels.chain
     if count1 == 0 or count2 == 0 or width > kernels.widest or not chain.supported("backward", x1, hidden_weight):
-        settings = (scale, offset, symmetric, trainable, reduce)
-        return reference.gram(kernels.reference, x1, x2, *params, *settings)
+        return reference.gram(kernels.reference, x1, x2, *params, scale, offset, symmetric, trainable, reduce)
     segment = max(2, round(layers**0.5))
     states = x1.new_empty(width, *x1.shape[2:], outputs * max(count1, count2), device="meta")
     step = triton_chain.layers_a_group(states, segment, x1.device)
@@ -353,9 +352,10 @@ def gram(
     walks, iterators = [], []
     for x in [x1] if symmetric else [x1, x2]:  # the backward from every output at once
         repeated = x.repeat(outputs, *(1 for _ in x.shape[1:]))
-        saved = triton_chain.forward(chain, repeated, *params, scale, offset, segment)[1]
+        settings = (scale, offset, outputs, 0, segment)
+        saved = triton_chain.forward(chain, repeated, *params, *settings)[1]
         seeds = torch.eye(outputs, dtype=x.dtype, device=x.device).repeat_interleave(x.shape[0], 0)
-        walks.append(triton_chain.Descent(chain, repeated, params, saved, scale, offset, segment, step))
+        walks.append(triton_chain.Descent(chain, repeated, params, saved, *settings, step))
         iterators.append(walks[-1].groups(seeds, True))
     total = x1.new_zeros(terms(0).cells, count1, count2, dtype=torch.float64)
 
@@ -369,9 +369,8 @@ def gram(
     for walk in walks:
         assert walk.h_last is not None
         assert walk.r is not None
-        assert walk.full is not None
         tops.append(Side(walk.h_last[None], walk.r[None]))
-        bottoms.append(Side(walk.x.movedim(0, -1).contiguous()[None], walk.full[None]))
+        bottoms.append(Side(walk.input.movedim(0, -1).contiguous()[None], walk.full()[None]))
     add(tops, terms(4))
     add(bottoms, terms(0))
     kernel = total.permute(1, 2, 0)
@@ -386,4 +385,4 @@ def gram(
 
 
 mlp_gram = partial(gram, MLP)
-conv_gram = partial(gram, CNN)
+cnn_gram = partial(gram, CNN)

@@ -20,7 +20,8 @@ from narrowdeep.ops.triton_common import TILE, Block, empty, launch, prefetched,
 def weight_gradient(
     g_ptr,
     h_ptr,
-    partial_ptr,
+    weight_ptr,
+    bias_ptr,
     batch,
     splits,
     WIDTH: tl.constexpr,
@@ -31,7 +32,7 @@ def weight_gradient(
 ):
     """sum over samples of G h^T and of G. Program (layer and split, rows): ROWS rows of a layer over SPLIT samples.
 
-    g, h: (layers, n, B); partial: (splits, layers, row groups * ROWS, n + 1), the last column is the bias.
+    g, h: (layers, n, B); weight: (splits, layers, n, n); bias: (splits, layers, n).
     """
     batch = batch.to(tl.int64)
     if ALIGNED:
@@ -57,10 +58,11 @@ def weight_gradient(
                 new = new + (sums[i * (WIDTH + 1) + k] + g * h[k],)
             new = new + (sums[i * (WIDTH + 1) + WIDTH] + g,)
         sums = new
-    partial_ptr += ((split * layers + layer) * (tl.num_programs(1) * ROWS) + row) * (WIDTH + 1)
+    cell = (split * layers + layer) * WIDTH + row
     for i in tl.static_range(ROWS):
-        for k in tl.static_range(WIDTH + 1):
-            tl.store(partial_ptr + i * (WIDTH + 1) + k, tl.sum(sums[i * (WIDTH + 1) + k], axis=0))
+        for k in tl.static_range(WIDTH):
+            tl.store(weight_ptr + (cell + i) * WIDTH + k, tl.sum(sums[i * (WIDTH + 1) + k], axis=0), row + i < WIDTH)
+        tl.store(bias_ptr + cell + i, tl.sum(sums[i * (WIDTH + 1) + WIDTH], axis=0), row + i < WIDTH)
 
 
 _NARROW = {"forward": 16, "recompute": 16, "backward": 16, "jvp": 8}
@@ -154,13 +156,15 @@ def sum_weight_gradients(g: Tensor, h: Tensor, weight_grad: Tensor, bias_grad: T
         return
     splits = triton.cdiv(batch, _SPLIT)
     rows, samples = weight_gradient_block(width, g.dtype)
-    groups = triton.cdiv(width, rows)
-    partial_sums = empty(g, splits, layers, groups * rows, width + 1)
+    grid = (layers * splits, triton.cdiv(width, rows))
+    whole = splits == 1  # the one sum is the gradient
+    weights = weight_grad if whole else empty(g, splits, layers, width, width)
+    biases = bias_grad if whole else empty(g, splits, layers, width)
     constants = {"WIDTH": width, "ROWS": rows, "SPLIT": _SPLIT, "BLOCK": samples, "ALIGNED": batch % 4 == 0}
-    launch(weight_gradient, (layers * splits, groups), g, h, partial_sums, batch, splits, num_warps=4, **constants)
-    total = partial_sums[0] if splits == 1 else partial_sums.sum(0)
-    weight_grad.copy_(total[:, :width, :width])
-    bias_grad.copy_(total[:, :width, width])
+    launch(weight_gradient, grid, g, h, weights, biases, batch, splits, num_warps=4, **constants)
+    if not whole:
+        torch.sum(weights, dim=0, out=weight_grad)
+        torch.sum(biases, dim=0, out=bias_grad)
 
 
 FAMILY = triton_chain.Family(LINEAR, supported, blocks, _constants, sum_weight_gradients)
