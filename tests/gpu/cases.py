@@ -162,6 +162,23 @@ def check_spans(case: Case, ops: Ops, cuts: tuple[int, ...]) -> None:
     assert torch.equal(grad, gradients[0])
 
 
+def check_state(case: Case, ops: Ops, start: int) -> None:
+    """Hidden layers alone from a state that no chain need have made: output and tangent against float64."""
+    (forward, _, jvp), truth = ops, CNN_TRUTH if case.image else MLP_TRUTH
+    _, *params = draw_inputs(case)
+    hidden = [None, None, *params[2:4], None, None]
+    tangents = [draw(*t.shape, dtype=case.dtype, seed=30 + i) for i, t in enumerate(params[2:4])]
+    shape = (3 if case.offset else 1, case.hidden, *case.image, case.batch)
+    state, state_t = draw(*shape, dtype=case.dtype, seed=40), draw(*shape, dtype=case.dtype, seed=41)
+    settings = (SCALE, case.offset, case.out_features, start)
+    out, _ = forward(state, *hidden, *settings, case.segment)
+    expected, _ = truth.forward(*doubled((state, *hidden, *settings)), case.segment)
+    assert torch.equal(out[0], expected[0].to(case.dtype)) or not case.offset
+    assert_close(out.sum(0), expected.sum(0).to(case.dtype), "state")
+    arguments = (state, *hidden, state_t, None, None, *tangents, None, None, *settings)
+    assert_close(jvp(*arguments).sum(0), truth.jvp(*doubled(arguments)).sum(0).to(case.dtype), "tangent")
+
+
 @dataclass(frozen=True)
 class GramCase:
     """The tangent kernel of the case's samples with ``others`` more, or with themselves if 0."""

@@ -7,7 +7,9 @@ import torch
 
 from narrowdeep.ops.cnn import layered as cnn
 from narrowdeep.ops.mlp import layered as mlp
-from tests.gpu.cases import Case, Ops, check, check_spans, draw, draw_inputs
+from tests.gpu.cases import Case, Ops, check, check_spans, check_state, draw, draw_inputs
+
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # in torch.func.jvp
 
 MLP: Ops = (mlp.mlp_forward, mlp.mlp_backward, mlp.mlp_jvp)
 CNN: Ops = (cnn.cnn_forward, cnn.cnn_backward, cnn.cnn_jvp)
@@ -34,6 +36,13 @@ def test_conv(depth: int, image: tuple[int, int], tap: int, offset: bool, segmen
 @pytest.mark.parametrize(("ops", "image"), [(MLP, ()), (CNN, (2, 3))], ids=["mlp", "cnn"])
 def test_spans(ops: Ops, image: tuple[int, ...], cuts: tuple[int, ...], offset: bool, segment: int) -> None:
     check_spans(Case(2, 1, 68, 3, offset, torch.float32, segment, image=image), ops, cuts)
+
+
+@pytest.mark.parametrize("offset", [True, False], ids=["offset", "plain"])
+@pytest.mark.parametrize("start", [0, 31, 2**40 + 5])
+@pytest.mark.parametrize(("ops", "image"), [(MLP, ()), (CNN, (2, 3))], ids=["mlp", "cnn"])
+def test_a_state_from_anywhere(ops: Ops, image: tuple[int, ...], start: int, offset: bool) -> None:
+    check_state(Case(2, 1, 6, 5, offset, torch.float64, 2, image=image), ops, start)
 
 
 def test_results_do_not_depend_on_the_segment() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -15,7 +17,7 @@ from narrowdeep.ops.cnn import triton as cnn
 from narrowdeep.ops.gram import triton as gram
 from narrowdeep.ops.mlp import triton as mlp
 from narrowdeep.ops.triton_common import Block
-from tests.gpu.cases import Case, GramCase, check, check_gram
+from tests.gpu.cases import Case, GramCase, check, check_gram, check_spans, check_state
 from tests.gpu.interpreted import CNN, MLP
 from tests.gpu.simulator import Simulator, load
 
@@ -55,7 +57,11 @@ SLOW = [
 ]
 
 
-def run(case: Case, simulator: Simulator, **limits: Any) -> None:
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # in torch.func.jvp
+
+
+@contextmanager
+def simulated(simulator: Simulator, **limits: Any) -> Iterator[None]:
     load()
     stand_ins: dict[str, Any] = {"launch": simulator.launch, "empty": simulator.empty}
     with (
@@ -63,6 +69,11 @@ def run(case: Case, simulator: Simulator, **limits: Any) -> None:
         mock.patch.multiple(mlp, **stand_ins | {"_SPLIT": 512}),
         mock.patch.multiple(cnn, **stand_ins | {"_SPLIT": 128}),
     ):
+        yield
+
+
+def run(case: Case, simulator: Simulator, **limits: Any) -> None:
+    with simulated(simulator, **limits):
         check(case, CNN if case.image else MLP)
     assert {"chain_forward", "chain_backward"} <= set(simulator.launches)
 
@@ -80,6 +91,37 @@ def test_kernels(case: Case, target: int) -> None:
 @pytest.mark.parametrize("case", SLOW, ids=str)
 def test_more_shapes(case: Case, target: int) -> None:
     run(case, Simulator(target))
+
+
+@pytest.mark.parametrize(
+    ("case", "cuts"),
+    [
+        (Case(1, 1, 70, 5, True, F32, 5), (20, 33)),
+        (Case(1, 1, 37, 3, False, F64, 1), (17,)),
+        (Case(1, 1, 37, 3, True, F64, 1), (1, 33)),
+        (Case(2, 1, 12, 5, True, F32, 0), (5,)),
+        (Case(10, 7, 6, 5, True, F32, 2), (1, 3)),  # tiles
+        (Case(1, 1, 36, 2, True, F32, 4, image=(2, 3)), (10, 33)),
+        (Case(1, 1, 8, 2, False, F64, 1, image=(2, 3)), (3, 4)),
+    ],
+    ids=str,
+)
+def test_spans(case: Case, cuts: tuple[int, ...]) -> None:
+    simulator = Simulator(90)
+    with simulated(simulator):
+        check_spans(case, CNN if case.image else MLP, cuts)
+    spans = 1 + len(cuts)
+    assert simulator.launches.count("chain_forward") == (1 + spans) * (2 if case.segment == 0 else 1)
+    assert simulator.launches.count("chain_backward") == 1 + spans
+
+
+@pytest.mark.parametrize("offset", [True, False], ids=["offset", "plain"])
+@pytest.mark.parametrize("start", [0, 31, 2**40 + 5])
+@pytest.mark.parametrize(("inputs", "image"), [(1, ()), (10, ()), (1, (2, 3))], ids=["lanes", "tiles", "cnn"])
+def test_a_state_from_anywhere(inputs: int, image: tuple[int, ...], start: int, offset: bool) -> None:
+    case = Case(inputs, 6 if inputs > 1 else 1, 6, 5, offset, F64, 2, image=image)
+    with simulated(Simulator(80)):
+        check_state(case, CNN if image else MLP, start)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
