@@ -1,9 +1,9 @@
 """Registers, memory and instruction mix of every Triton kernel, without a GPU: compiled and disassembled.
 
-``python -m benchmarks.gpu.static_figures`` writes the installed Triton's part of docs/gpu_static.json, {version: {kernel:
-figures}}: all of it with --fresh (minutes), else what has changed since. Every row has the key of what was compiled, so that a test can tell without
-compiling that none is out of date. Instruction counts are those of the innermost loop, over layers, samples,
-positions or entries, as issued by one warp.
+``python -m benchmarks.gpu.static_figures`` writes the installed Triton's part of docs/gpu_static.json, {version:
+{kernel: figures}}: all of it with --fresh (minutes), else what has changed since. Every row has the key of what was
+compiled, so that a test can tell without compiling that none is out of date. Instruction counts are those of the
+innermost loop, over layers, samples, positions or entries, as issued by one warp.
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ def measure(entry: Entry) -> Figures:
     compiled = triton.compile(
         ASTSource(fn=function, signature=signature, constexprs=constants, attrs=hints),
         target=GPUTarget("cuda", entry.target, 32),
-        options={"num_warps": block.warps, "enable_fp_fusion": True},
+        options={"num_warps": block.warps, "maxnreg": block.registers, "enable_fp_fusion": True},
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

@@ -46,10 +46,14 @@ _autotune = False
 
 @dataclass(frozen=True)
 class Block:
-    """Samples of a program and its warps."""
+    """Samples of a program, its warps, and the registers a thread may have.
+
+    Without a limit ptxas takes fewer than a chain needs so that more programs fit a multiprocessor, and spills.
+    """
 
     samples: int
     warps: int
+    registers: int | None = None
 
 
 def autotune(enabled: bool = True) -> None:
@@ -88,7 +92,9 @@ def empty(like: Tensor, *shape: int) -> Tensor:
     return like.new_empty(shape)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, **constants: Any) -> None:
+def launch(
+    kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, registers: int | None = None, **constants: Any
+) -> None:
     """``kernel[grid](*args)`` on the device of the first tensor (tests replace this to run the PTX on a CPU).
 
     Raises: KernelError when Triton cannot compile or start it.
@@ -97,7 +103,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, **con
     if device.type == "cuda":
         with torch.cuda.device(device):
             try:
-                kernel[grid](*args, num_warps=num_warps, enable_fp_fusion=True, **constants)
+                kernel[grid](*args, num_warps=num_warps, maxnreg=registers, enable_fp_fusion=True, **constants)
             except Exception as error:
                 raise KernelError(kernel.fn.__name__, error) from error
     else:  # the interpreter

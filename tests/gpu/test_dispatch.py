@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="needs Triton")
 
@@ -86,6 +89,87 @@ def test_no_batch_is_beyond_a_grid(image: tuple[int, ...]) -> None:
         first, second, third = (*grid, 1, 1)[:3]
         assert first < 2**31
         assert max(second, third) <= 65_535
+
+
+class Work(TorchDispatchMode):
+    """In place of ``launch``, too: the kernels that a call starts, ours by name and torch's by operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels: list[str] = []
+        self.allocated: list[int] = []
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, **_: Any) -> None:
+        self.kernels.append(kernel.fn.__name__)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        name = function.overloadpacket.__name__
+        if name in ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"):
+            self.allocated.append(result.numel() * result.element_size())
+        elif not function.is_view:
+            self.kernels.append(name)
+        return result
+
+
+@contextmanager
+def counted() -> Iterator[Work]:
+    work = Work()
+    replaced = {"launch": work.launch}
+    with (
+        mock.patch.multiple(triton_chain, **replaced),
+        mock.patch.multiple(mlp, **replaced),
+        mock.patch.multiple(cnn, **replaced),
+        work,
+    ):
+        yield work
+
+
+@pytest.mark.parametrize("offset", [True, False], ids=["offset", "plain"])
+@pytest.mark.parametrize("image", [(), (2, 2)], ids=["mlp", "cnn"])
+def test_kernels_of_a_span_between_two_states(image: tuple[int, ...], offset: bool) -> None:
+    """A forward is one; a backward recomputes, goes back and sums. Nothing is copied or converted around them."""
+    case = Case(1, 1, 22, 4, offset, torch.float32, 5, image=image)
+    _, *params = draw_inputs(case)
+    hidden: list[Any] = [None, None, *params[2:4], None, None]
+    state = torch.rand(3 if offset else 1, 3, *image, 4)
+    forward, backward, jvp = (cnn.cnn_forward, cnn.cnn_backward, cnn.cnn_jvp) if image else _MLP
+    settings = (10.0, offset, 1, 40)
+    zeros = ["new_zeros"] if image else []  # a convolution's border
+    with counted() as work:
+        out, saved = forward(state, *hidden, *settings, 5)
+    assert work.kernels == [*zeros, "chain_forward"]
+    with counted() as work:
+        backward(out, state, *hidden, saved, *settings, 5, True, True)
+    assert work.kernels == [*zeros, "chain_recompute", *zeros, "chain_backward", "weight_gradient"]
+    with counted() as work:
+        jvp(state, *hidden, state, None, None, *params[2:4], None, None, *settings)
+    assert work.kernels == [*zeros, "chain_jvp"]
+
+
+_MLP = (mlp.mlp_forward, mlp.mlp_backward, mlp.mlp_jvp)
+_WAITING = {"_local_scalar_dense", "item", "nonzero", "masked_select", "_unique2", "equal", "is_nonzero", "_to_copy"}
+"""Operators for which the host waits, or which copy between host and device."""
+
+
+@pytest.mark.parametrize("segment", [0, 1, 4])
+@pytest.mark.parametrize("image", [(), (2, 2)], ids=["mlp", "cnn"])
+def test_a_second_call_waits_for_nothing(image: tuple[int, ...], segment: int) -> None:
+    """What a CUDA graph can capture: kernels, and torch's allocations, the same in every call of one shape."""
+    case = Case(2, 1, 22, 4, True, torch.float32, segment, image=image)
+    inputs: list[Any] = list(draw_inputs(case))
+    forward, backward, jvp = (cnn.cnn_forward, cnn.cnn_backward, cnn.cnn_jvp) if image else _MLP
+    settings = (10.0, True, 1, 0)
+    calls = []
+    for _ in range(2):
+        with counted() as work, mock.patch("torch.cuda.synchronize") as synchronize:
+            out, saved = forward(*inputs, *settings, segment)
+            backward(out, *inputs, saved, *settings, segment, True, True)
+            jvp(*inputs, *inputs, *settings)
+        assert not _WAITING & set(work.kernels)
+        synchronize.assert_not_called()
+        calls.append((work.kernels, work.allocated))
+    assert calls[0] == calls[1]
 
 
 @pytest.mark.parametrize(

@@ -108,15 +108,22 @@ def limits(kernel: str) -> str:
 
 
 def blocks(kernel: str, x: Tensor, weight: Tensor, offset: bool) -> list[Block]:
-    """As many columns a lane as the registers take without spills; one sample a program where the batch is small."""
+    """As many columns a lane as the registers take without spills; one sample a program where the batch is small.
+
+    168 registers let three programs of four warps share a multiprocessor.
+    """
     lanes = triton.next_power_of_2(x.shape[2] * x.shape[3])
-    a_lane = (2 if weight.shape[1] <= 4 else 1) * (2 if x.dtype == torch.float32 else 1)
-    if triton_common.capability(x.device) >= 100:
+    target, narrow = triton_common.capability(x.device), weight.shape[1] <= 4
+    a_lane = (2 if narrow else 1) * (2 if x.dtype == torch.float32 else 1)
+    if target >= 100:
         a_lane = min(a_lane, 2)  # four spill up to 32 bytes there
+    if target < 80 and not narrow:
+        a_lane = 1  # two spill 8 bytes there
     samples = max(1, 128 * a_lane // lanes)
+    limit = 168 if narrow else None
     return [
-        Block(samples, max(1, min(8, lanes * samples // (32 * a_lane)))),
-        Block(1, max(1, min(8, lanes // 32))),
+        Block(samples, max(1, min(8, lanes * samples // (32 * a_lane))), limit),
+        Block(1, max(1, min(8, lanes // 32)), limit),
     ]
 
 

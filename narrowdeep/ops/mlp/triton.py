@@ -125,12 +125,13 @@ def blocks(kernel: str, x: Tensor, weight: Tensor, offset: bool) -> list[Block]:
     width = weight.shape[1]
     if width > _NARROW[kernel]:
         if kernel == "recompute" and width > 64:
-            return [Block(16, 8)]  # 32 samples spill 24 bytes on sm_80
+            return [Block(16, 8, 255)]  # 32 samples spill 24 bytes on sm_80
         return [Block(32, 4 if width <= 32 and kernel != "jvp" else 8)]
     table = _SAMPLES | (_SAMPLES_BLACKWELL if triton_common.capability(x.device) >= 100 else {})
     most = table[kernel, x.dtype, offset][0 if width <= 4 else 1 if width <= 8 else 2]
     sizes = [most >> i for i in range(4) if most >> i]
-    return [Block(128 * size, 4) for size in sizes] + [Block(32, 1)]
+    limit = 255 if kernel == "backward" and x.dtype == torch.float64 else None
+    return [Block(128 * size, 4, limit) for size in sizes] + [Block(32, 1, 255)]
 
 
 def _constants(kernel: str, x: Tensor, weight: Tensor) -> dict[str, Any]:
