@@ -580,7 +580,7 @@ class Span:
             grid = (triton.cdiv(batch, block.samples), segments)
             scratch = x.new_zeros(_padded(x, weight, block, segments)) if x.dim() == 4 else tensors[0]
             values = constants(self.family, name, x, weight, self.middle, block) | more
-            warps = {"num_warps": block.warps, "registers": block.registers}
+            warps: dict[str, Any] = {"num_warps": block.warps, "registers": block.registers}
             launch(kernel, grid, *tensors, scratch, batch, *numbers, **warps, **values)
 
         key = (name, tuple(x.shape), tuple(weight.shape[1:]), x.dtype, offset, segments)

@@ -20,7 +20,7 @@ from narrowdeep.ops.cnn import triton as cnn
 from narrowdeep.ops.gram import triton as gram
 from narrowdeep.ops.mlp import triton as mlp
 from narrowdeep.ops.triton_common import Block, choose_block
-from tests.gpu.cases import Case, draw_inputs
+from tests.gpu.cases import Case, Ops, draw_inputs
 
 
 def test_importing_narrowdeep_imports_no_triton_and_starts_no_device() -> None:
@@ -91,6 +91,10 @@ def test_no_batch_is_beyond_a_grid(image: tuple[int, ...]) -> None:
         assert max(second, third) <= 65_535
 
 
+_MLP: Ops = (mlp.mlp_forward, mlp.mlp_backward, mlp.mlp_jvp)
+_CNN: Ops = (cnn.cnn_forward, cnn.cnn_backward, cnn.cnn_jvp)
+
+
 class Work(TorchDispatchMode):
     """In place of ``launch``, too: the kernels that a call starts, ours by name and torch's by operator."""
 
@@ -115,7 +119,7 @@ class Work(TorchDispatchMode):
 @contextmanager
 def counted() -> Iterator[Work]:
     work = Work()
-    replaced = {"launch": work.launch}
+    replaced: dict[str, Any] = {"launch": work.launch}
     with (
         mock.patch.multiple(triton_chain, **replaced),
         mock.patch.multiple(mlp, **replaced),
@@ -133,7 +137,7 @@ def test_kernels_of_a_span_between_two_states(image: tuple[int, ...], offset: bo
     _, *params = draw_inputs(case)
     hidden: list[Any] = [None, None, *params[2:4], None, None]
     state = torch.rand(3 if offset else 1, 3, *image, 4)
-    forward, backward, jvp = (cnn.cnn_forward, cnn.cnn_backward, cnn.cnn_jvp) if image else _MLP
+    forward, backward, jvp = _CNN if image else _MLP
     settings = (10.0, offset, 1, 40)
     zeros = ["new_zeros"] if image else []  # a convolution's border
     with counted() as work:
@@ -147,7 +151,6 @@ def test_kernels_of_a_span_between_two_states(image: tuple[int, ...], offset: bo
     assert work.kernels == [*zeros, "chain_jvp"]
 
 
-_MLP = (mlp.mlp_forward, mlp.mlp_backward, mlp.mlp_jvp)
 _WAITING = {"_local_scalar_dense", "item", "nonzero", "masked_select", "_unique2", "equal", "is_nonzero", "_to_copy"}
 """Operators for which the host waits, or which copy between host and device."""
 
@@ -158,7 +161,7 @@ def test_a_second_call_waits_for_nothing(image: tuple[int, ...], segment: int) -
     """What a CUDA graph can capture: kernels, and torch's allocations, the same in every call of one shape."""
     case = Case(2, 1, 22, 4, True, torch.float32, segment, image=image)
     inputs: list[Any] = list(draw_inputs(case))
-    forward, backward, jvp = (cnn.cnn_forward, cnn.cnn_backward, cnn.cnn_jvp) if image else _MLP
+    forward, backward, jvp = _CNN if image else _MLP
     settings = (10.0, True, 1, 0)
     calls = []
     for _ in range(2):

@@ -16,16 +16,17 @@ from narrowdeep.ops.precision import _PARENTS_FIRST, at_full_precision, full_pre
 from tests.gpu.cases import Case, draw, draw_inputs
 
 CPU = torch.device("cpu")
+BACKENDS: Any = torch.backends  # whose stubs lack the newer settings
 ALLOW_TF32: dict[str, Callable[[], None]] = {
     "untouched": lambda: None,
     "high": lambda: torch.set_float32_matmul_precision("high"),
     "medium": lambda: torch.set_float32_matmul_precision("medium"),
-    "allow_tf32": lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
-    "matmul": lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
-    "conv": lambda: setattr(torch.backends.cudnn.conv, "fp32_precision", "tf32"),
-    "everything": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
-    "mkldnn": lambda: setattr(torch.backends.mkldnn.matmul, "fp32_precision", "bf16"),
-    "benchmark": lambda: setattr(torch.backends.cudnn, "benchmark", True),
+    "allow_tf32": lambda: setattr(BACKENDS.cuda.matmul, "allow_tf32", True),
+    "matmul": lambda: setattr(BACKENDS.cuda.matmul, "fp32_precision", "tf32"),
+    "conv": lambda: setattr(BACKENDS.cudnn.conv, "fp32_precision", "tf32"),
+    "everything": lambda: setattr(BACKENDS, "fp32_precision", "tf32"),
+    "mkldnn": lambda: setattr(BACKENDS.mkldnn.matmul, "fp32_precision", "bf16"),
+    "benchmark": lambda: setattr(BACKENDS.cudnn, "benchmark", True),
 }
 
 
@@ -37,8 +38,8 @@ def settings() -> dict[str, Any]:
         matmul = "contradictory"
     return {
         "matmul": matmul,
-        "deterministic": torch.backends.cudnn.deterministic,
-        "benchmark": torch.backends.cudnn.benchmark,
+        "deterministic": BACKENDS.cudnn.deterministic,
+        "benchmark": BACKENDS.cudnn.benchmark,
         "autocast": torch.is_autocast_enabled("cpu"),
     } | {f"{backend} {op}": torch._C._get_fp32_precision_getter(backend, op) for backend, op in _PARENTS_FIRST}
 
@@ -60,11 +61,11 @@ def _user(request: pytest.FixtureRequest) -> Iterator[None]:
     """Settings of a user who cares for speed; afterwards those of a fresh process."""
     ALLOW_TF32[request.param]()
     yield
-    torch.backends.cudnn.benchmark = False
-    torch.backends.fp32_precision = "none"
+    BACKENDS.cudnn.benchmark = False
+    BACKENDS.fp32_precision = "none"
     torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.conv.fp32_precision = "tf32"  # torch's default
-    for backend in (torch.backends.cuda, torch.backends.mkldnn):
+    BACKENDS.cudnn.conv.fp32_precision = "tf32"  # torch's default
+    for backend in (BACKENDS.cuda, BACKENDS.mkldnn):
         backend.matmul.fp32_precision = "none"
 
 
@@ -134,7 +135,7 @@ def test_whatever_a_cuda_op_runs() -> None:
 
 @pytest.mark.usefixtures("_user")
 def test_a_setting_that_follows_its_parent_still_does() -> None:
-    torch.backends.fp32_precision = "tf32"
+    BACKENDS.fp32_precision = "tf32"
     following = [name for name in _PARENTS_FIRST if _follows(name)]
     with full_precision(CPU):
         pass
@@ -144,11 +145,11 @@ def test_a_setting_that_follows_its_parent_still_does() -> None:
 def _follows(name: tuple[str, str]) -> bool:
     get = torch._C._get_fp32_precision_getter
     found = []
-    before = torch.backends.fp32_precision
+    before = BACKENDS.fp32_precision
     for value in ("ieee", "tf32"):
-        torch.backends.fp32_precision = value
+        BACKENDS.fp32_precision = value
         found.append(get(*name))
-    torch.backends.fp32_precision = before
+    BACKENDS.fp32_precision = before
     return found == ["ieee", "tf32"]
 
 
