@@ -124,9 +124,10 @@ def blocks(kernel: str, x: Tensor, weight: Tensor, offset: bool) -> list[Block]:
     """Blocks of samples to choose from, the one with the best instruction mix first (4 warps share cached weights)."""
     width = weight.shape[1]
     if width > _NARROW[kernel]:
+        limit = 255 if kernel in ("recompute", "jvp") else None
         if kernel == "recompute" and width > 64:
-            return [Block(16, 8, 255)]  # 32 samples spill 24 bytes on sm_80
-        return [Block(32, 4 if width <= 32 and kernel != "jvp" else 8)]
+            return [Block(16, 8, limit)]  # 32 samples spill 24 bytes on sm_80
+        return [Block(32, 4 if width <= 32 and kernel != "jvp" else 8, limit)]
     table = _SAMPLES | (_SAMPLES_BLACKWELL if triton_common.capability(x.device) >= 100 else {})
     most = table[kernel, x.dtype, offset][0 if width <= 4 else 1 if width <= 8 else 2]
     sizes = [most >> i for i in range(4) if most >> i]
