@@ -146,10 +146,6 @@ def _mnist(
 ) -> Task:
     if data is None:
         raise ValueError(f"data must name the folder that holds MNIST/raw for task {name!r}, got None")
-    try:
-        from torchvision.datasets import MNIST
-    except (ImportError, RuntimeError) as error:  # RuntimeError: built for another torch
-        raise ValueError(f"task {name!r} needs torchvision, which cannot be imported: {error}") from error
     raw = Path(data) / "MNIST" / "raw"
     missing = [file for file in _MNIST_FILES if _find_idx(raw, file) is None]
     if missing and download:

@@ -54,7 +54,8 @@ def work(kernel: str, width: int) -> Work:
 def floor(kernel: str, width: int, batch: int, device: Device) -> dict[str, float]:
     """Seconds for DEPTH layers by memory, arithmetic, issue, and latency."""
     form = "" if kernel == "weight_gradient" else "plain "
-    figures = json.loads(TABLE.read_text())["kernels"][f"mlp {kernel} float32 {form}n={width} sm_90"]
+    tables = json.loads(TABLE.read_text())
+    figures = tables[max(tables)][f"mlp {kernel} float32 {form}n={width} sm_90"]
     todo = work(kernel, width)
     schedulers = 4 * device.multiprocessors
     weights = 0 if kernel == "weight_gradient" else width * width + width

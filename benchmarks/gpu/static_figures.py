@@ -1,9 +1,9 @@
 """Registers, memory and instruction mix of every Triton kernel, without a GPU: compiled and disassembled.
 
-``python -m benchmarks.gpu.static_figures`` writes docs/gpu_static.json for the installed Triton: all of it with --fresh
-(minutes), else what has changed since. Every row has the key of what was compiled, so that a test can tell without
-compiling that none is out of date. Instruction counts are those of the innermost loop, over layers, samples,
-positions or entries, as issued by one warp.
+``python -m benchmarks.gpu.static_figures`` writes the installed Triton's part of docs/gpu_static.json, {version:
+{kernel: figures}}: all of it with --fresh (minutes), else what has changed since. Every row has the key of what was
+compiled, so that a test can tell without compiling that none is out of date. Instruction counts are those of the
+innermost loop, over layers, samples, positions or entries, as issued by one warp.
 """
 
 from __future__ import annotations
@@ -31,13 +31,15 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from narrowdeep.ops import triton_chain, triton_common
-from narrowdeep.ops.cnn import triton as conv
+from narrowdeep.ops.cnn import triton as cnn
 from narrowdeep.ops.gram import triton as gram
 from narrowdeep.ops.mlp import triton as mlp
 from narrowdeep.ops.triton_common import Block
 
 TABLE = Path(__file__).parents[2] / "docs" / "gpu_static.json"
 TARGETS = (75, 80, 90, 100)
+CONSUMER_TARGETS = (86, 89, 120)
+"""In float32 alone: these devices have one float64 unit for 64 of float32."""
 WIDTHS = (4, 8, 16, 32, 80)
 CHANNELS = (3, 12)
 """Of a convolution chain on 7 x 7 images with 3 x 3 filters, the thesis's two networks."""
@@ -88,7 +90,7 @@ class Figures:
 def _tensors(entry: Entry) -> tuple[torch.Tensor, torch.Tensor]:
     """An x and hidden weights of the entry's shape, without memory."""
     n = entry.width
-    if entry.family == "conv":
+    if entry.family == "cnn":
         x, weight = torch.empty(128, 1, 7, 7, device="meta"), torch.empty(8, n, n, 3, 3, device="meta")
     else:
         x, weight = torch.empty(128, 1, device="meta"), torch.empty(8, n, n, device="meta")
@@ -97,11 +99,12 @@ def _tensors(entry: Entry) -> tuple[torch.Tensor, torch.Tensor]:
 
 def entries() -> Iterator[Entry]:
     """Every supported combination: offset form for all targets, for the MLP on sm_90 plain form as well."""
-    for target in TARGETS:
-        for family, widths in ((mlp.FAMILY, WIDTHS), (conv.FAMILY, CHANNELS)):
-            name = "mlp" if family is mlp.FAMILY else "conv"
+    for target in (*TARGETS, *CONSUMER_TARGETS):
+        dtypes = DTYPES if target in TARGETS else (torch.float32,)
+        for family, widths in ((mlp.FAMILY, WIDTHS), (cnn.FAMILY, CHANNELS)):
+            name = "mlp" if family is mlp.FAMILY else "cnn"
             for width in widths:
-                for dtype in DTYPES:
+                for dtype in dtypes:
                     for kernel in _CHAIN:
                         x, weight = _tensors(Entry(name, kernel, dtype, True, width, target))
                         with mock.patch.object(triton_common, "capability", return_value=target):
@@ -114,8 +117,8 @@ def entries() -> Iterator[Entry]:
                         yield Entry(name, "weight_gradient", dtype, None, width, target)
                         gram_kernel = "gram_sums" if name == "mlp" else "filter_jacobians"
                         yield Entry(name, gram_kernel, dtype, None, width, target)
-        for dtype in DTYPES:
-            yield Entry("conv", "pair_sums", dtype, None, 0, target)
+        for dtype in dtypes:
+            yield Entry("cnn", "pair_sums", dtype, None, 0, target)
 
 
 def _kernel(entry: Entry) -> tuple[Any, dict[str, Any], Block]:
@@ -124,11 +127,12 @@ def _kernel(entry: Entry) -> tuple[Any, dict[str, Any], Block]:
     image = {"TAP": 3, "HEIGHT": 7, "LENGTH": 7}
     if entry.kernel in _CHAIN:
         x, weight = _tensors(entry)
-        family = mlp.FAMILY if entry.family == "mlp" else conv.FAMILY
+        family = mlp.FAMILY if entry.family == "mlp" else cnn.FAMILY
         function, more = _CHAIN[entry.kernel]
         with mock.patch.object(triton_common, "capability", return_value=entry.target):
             block = family.blocks(entry.kernel, x, weight, bool(entry.offset))[0]
-        options = triton_chain.constants(family, entry.kernel, x, weight, bool(entry.offset), block) | more
+        middle = 1 if entry.offset else -1
+        options = triton_chain.constants(family, entry.kernel, x, weight, middle, block) | more
         return function, options, block
     if entry.kernel == "gram_sums":
         options = {"WEIGHT": True, "BIAS": True, "DIAGONAL": False, "WIDTH": n, "LAYERS": 64, "PAIRS": gram.PAIRS}
@@ -140,11 +144,11 @@ def _kernel(entry: Entry) -> tuple[Any, dict[str, Any], Block]:
         rows, samples = mlp.weight_gradient_block(n, entry.dtype)
         options = {"WIDTH": n, "ROWS": rows, "SPLIT": 4096, "BLOCK": samples, "ALIGNED": True}
         return mlp.weight_gradient, options, Block(samples, 4)
-    options = image | {"ROWS": conv.weight_gradient_rows(n, 3), "BLOCK": 128}
+    options = image | {"ROWS": cnn.weight_gradient_rows(n, 3), "BLOCK": 128}
     if entry.kernel == "filter_jacobians":
         options |= {"WEIGHT": True, "BIAS": True, "UNITS": n, "CHANNELS": n}
         return gram.filter_jacobians, options, Block(128, 4)
-    return conv.weight_gradient, options | {"WIDTH": n, "SPLIT": 8192}, Block(128, 4)
+    return cnn.weight_gradient, options | {"WIDTH": n, "SPLIT": 8192}, Block(128, 4)
 
 
 def _sources(function: Any, found: dict[str, str]) -> dict[str, str]:
@@ -209,7 +213,7 @@ def measure(entry: Entry) -> Figures:
     compiled = triton.compile(
         ASTSource(fn=function, signature=signature, constexprs=constants, attrs=hints),
         target=GPUTarget("cuda", entry.target, 32),
-        options={"num_warps": block.warps, "enable_fp_fusion": True},
+        options={"num_warps": block.warps, "maxnreg": block.registers, "enable_fp_fusion": True},
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -243,20 +247,19 @@ def measure_all(wanted: Iterable[Entry]) -> Iterator[tuple[Entry, Figures]]:
 
 
 def main() -> None:
-    """Write the table; figures already there for this Triton and these sources are kept unless --fresh."""
+    """Write this Triton's table; figures already there for these sources are kept unless --fresh."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--fresh", action="store_true", help="measure everything again")
     arguments = parser.parse_args()
-    table: dict[str, Any] = json.loads(TABLE.read_text()) if TABLE.exists() and not arguments.fresh else {}
-    if table.get("triton") != triton.__version__:
-        table = {"triton": triton.__version__, "kernels": {}}
+    tables: dict[str, dict[str, Any]] = json.loads(TABLE.read_text()) if TABLE.exists() else {}
     wanted = {str(entry): entry for entry in entries()}
-    table["kernels"] = {name: row for name, row in table["kernels"].items() if name in wanted}
-    missing = [e for name, e in wanted.items() if table["kernels"].get(name, {}).get("key") != key(e)]
+    kept = {} if arguments.fresh else tables.get(triton.__version__, {})
+    table = tables[triton.__version__] = {name: row for name, row in kept.items() if name in wanted}
+    missing = [e for name, e in wanted.items() if table.get(name, {}).get("key") != key(e)]
     for entry, figures in measure_all(missing):
-        table["kernels"][str(entry)] = asdict(figures)
+        table[str(entry)] = asdict(figures)
         print(f"{entry}: {figures}", flush=True)
-        TABLE.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+        TABLE.write_text(json.dumps(tables, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ def step(model: nn.Module, x: Tensor, backward: bool) -> Callable[[], Tensor]:
 def captured(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """The same call as a CUDA graph."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # which may still be filling x and the weights
     with torch.cuda.stream(stream):
         for _ in range(3):
             run()

@@ -2,72 +2,25 @@
 
 The same results as the fused kernels, with their memory: checkpoints every ``segment`` layers, computed again in the
 backward, no autograd graph. One layer is a matrix product (cuBLAS on a GPU) or a convolution, and three or four
-elementwise operations, in the dtype of its operands whatever torch's global modes say (``exact``). Symbols as in
+elementwise operations, in the dtype of its operands whatever torch's global modes say (``full_precision``). Symbols as in
 ``narrowdeep.ops.reference``, arguments as in ``narrowdeep.ops.chain``. The Triton kernels enter and leave a chain here
 as well: ``first_state``, ``last_output``, ``last_gradient`` and their likes.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
+from narrowdeep.ops.precision import at_full_precision
 from narrowdeep.ops.reference import RENORMALISE_PERIOD, saved_shape, two_sum
 
 Params = tuple[Tensor | None, Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None]
 
-
-P = ParamSpec("P")
-T = TypeVar("T")
-
-_BACKENDS: dict[str, Any] = {
-    "cpu": (torch.backends.mkldnn, torch.backends.mkldnn),
-    "cuda": (torch.backends.cuda, torch.backends.cudnn),
-}
-"""What holds ``matmul.fp32_precision`` and ``conv.fp32_precision`` of a device."""
-
-
-@contextmanager
-def _set(module: Any, name: str, value: Any, inherited: Any = None) -> Iterator[None]:
-    """A flag of torch's with another value; put back as ``inherited`` where it comes from its parent."""
-    before = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, before if inherited is None else inherited)
-
-
-def exact(function: Callable[P, T]) -> Callable[P, T]:
-    """``function``, whose first tensor says on which device it runs, without autocast and reduced precision.
-
-    The precision of float32 products is a flag of the whole process: while a call runs it holds for other threads too.
-    """
-
-    @functools.wraps(function)
-    def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        device = next(a for a in args if isinstance(a, Tensor)).device.type
-        with ExitStack() as stack:
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
-            for backend, op in zip(_BACKENDS.get(device, ()), ("matmul", "conv"), strict=False):
-                flags = getattr(backend, op)
-                if flags.fp32_precision not in ("none", "ieee"):
-                    follows = getattr(backend, "fp32_precision", None) == flags.fp32_precision
-                    stack.enter_context(_set(flags, "fp32_precision", "ieee", "none" if follows else None))
-            if device == "cuda":  # no algorithm is chosen by a timer, and every run gives the same bits
-                stack.enter_context(_set(torch.backends.cudnn, "benchmark", False))
-                stack.enter_context(_set(torch.backends.cudnn, "deterministic", True))
-            return function(*args, **kwargs)
-
-    return run
 
 
 @dataclass(frozen=True)
@@ -162,7 +115,6 @@ def _new_state(x: Tensor, width: int) -> Tensor:
     return x.new_empty(width, *x.shape[1:])
 
 
-@exact
 def first_state(
     layer: Layer, x: Tensor, weight: Tensor, bias: Tensor, outputs: int, scale: float, offset: bool
 ) -> HiLo:
@@ -191,14 +143,12 @@ def pool(z: Tensor) -> Tensor:
     return (z.reshape(z.shape[0], positions, z.shape[-1]).sum(1) / positions).t().contiguous()
 
 
-@exact
 def last_output(layer: Layer, state: HiLo, h: Tensor, last_weight: Tensor, last_bias: Tensor) -> Tensor:
     """The chain's output from its last state, whose value is ``h``."""
     z = layer.apply(last_weight, h, _new_state(h, last_weight.shape[0])).add_(_column(last_bias, h))
     return pool(z if state.base is None else z.add_(state.right(last_weight.shape[0])))
 
 
-@exact
 def last_gradient(layer: Layer, grad_out: Tensor, h: Tensor, last_weight: Tensor, offset: bool) -> tuple[Tensor, HiLo]:
     """(r, gradient): the gradient of the last layer's output, the same at every position, and of its input h.
 
@@ -224,7 +174,6 @@ def _root(r: Tensor, width: int) -> Tensor:
     return root
 
 
-@exact
 def first_gradients(
     layer: Layer,
     full: Tensor,
@@ -247,14 +196,12 @@ def first_gradients(
     return grad_x.movedim(-1, 0).contiguous()
 
 
-@exact
 def last_gradients(layer: Layer, r: Tensor, h: Tensor, grads: Sequence[Tensor]) -> None:
     """Gradients of last_weight and last_bias into ``grads``."""
     layer.weight_grad(r, h, grads[0])
     _bias_grad(r, grads[1])
 
 
-@exact
 def first_tangent(
     layer: Layer,
     x: Tensor,
@@ -284,7 +231,6 @@ def first_tangent(
     return tangent
 
 
-@exact
 def last_tangent(
     layer: Layer, tangent: HiLo, full: Tensor, h: Tensor, last_weight: Tensor, tangents: tuple[Tensor | None, ...]
 ) -> Tensor:
@@ -317,7 +263,7 @@ def initial(layer: Layer, input: Tensor, params: Params, scale: float, offset: b
     return first_state(layer, input.movedim(0, -1), weight, bias, outputs, scale, offset)
 
 
-@exact
+@at_full_precision
 def forward(
     layer: Layer,
     input: Tensor,
@@ -355,7 +301,7 @@ def forward(
     return last_output(layer, state, h, last_weight, last_bias), saved
 
 
-@exact
+@at_full_precision
 def backward(
     layer: Layer,
     grad: Tensor,
@@ -456,7 +402,7 @@ def _step_back(
             gradient.renormalise()
 
 
-@exact
+@at_full_precision
 def jvp(
     layer: Layer,
     input: Tensor,

@@ -1,11 +1,13 @@
-"""The Triton kernels of both chains: all hidden layers in one launch, one program a block of samples.
+"""The Triton kernels of both chains: all hidden layers of a span in one launch, one program a block of samples.
 
-The first and the last affine layer stay with torch (``ops/layered.py``); the kernels see the L-2 hidden layers. States
-are numbered from 0 here (state ``s`` of ``reference.py`` is ``s - 1``), so that hidden layer ``j`` takes state ``j`` to
-state ``j + 1``. A state in memory is a matrix (n, positions * B), batch last.
+Symbols as in ``narrowdeep.ops.reference``, arguments as in ``narrowdeep.ops.chain``. A span that begins with the first
+layer or ends with the last leaves those to torch (``ops/layered.py``): the kernels take states to states. A word of a
+state in memory is a matrix (n, positions * B), batch last. Where a state is renormalised is all that depends on its
+absolute number: kernels take ``phase``, the number of the span's first state modulo RENORMALISE_PERIOD, and count from
+there.
 
 The backward goes down a group of segments at a time: ``chain_recompute`` computes their states from the saved ones,
-segments in parallel; ``chain_backward`` follows the gradient G through them; the family's weight gradient kernel sums
+segments in parallel; ``chain_backward`` follows G through them; the family's weight gradient kernel sums
 G h^T over the batch, layers in parallel. Those sums would cost more than the layer inside the chain, and only the chain
 is serial. No float atomics: results are the same from run to run.
 
@@ -27,28 +29,32 @@ import triton.language as tl
 from torch import Tensor
 
 from narrowdeep.ops import layered
+from narrowdeep.ops.reference import RENORMALISE_PERIOD as _PERIOD
 from narrowdeep.ops.reference import saved_shape
 from narrowdeep.ops.triton_common import (
-    MOVE_PERIOD,
+    RENORMALISE_PERIOD,
     Block,
-    add_kept,
+    add_skip,
     add_states,
     choose_block,
     clip,
     empty,
+    enter,
     launch,
+    leave,
     mask_gradient,
-    move,
     prefetch,
     product,
     read_bias,
-    read_moved,
     read_state,
+    renormalise,
+    scratch_bytes,
     write_state,
     zeros_like_state,
 )
 
-_LOOSE = ["batch", "layers", "segment", "first", "last"]  # integers that must not make another kernel
+_LOOSE = ["batch", "layers", "segment", "phase", "first", "last", "given", "masked"]
+"""Integers that must not make another kernel."""
 
 
 @triton.jit
@@ -129,16 +135,16 @@ def affine(
 
 @triton.jit
 def _advance(
-    base,
-    moved,
-    a,
-    fixed_ptr,
+    total,
+    hi,
+    lo,
+    base_ptr,
     weight_ptr,
     bias_ptr,
     h_ptr,
     start,
     stop,
-    layers,
+    end,
     column,
     batch,
     room,
@@ -152,34 +158,38 @@ def _advance(
     STORE: tl.constexpr,
     PREFETCH: tl.constexpr,
 ):
-    """Take (base, moved, a) from state start to state stop. STORE: write state s to h_ptr[s] for start <= s < stop."""
+    """Take (total, hi, lo) from state start to state stop, with total = base + hi. Layer ``end`` - 1 is the last.
+
+    STORE: write state s to h_ptr[s] for start <= s < stop.
+    """
     OFFSET: tl.constexpr = MIDDLE >= 0
     COUNT: tl.constexpr = (WIDTH + ROWS - 1) // ROWS
     LAYER: tl.constexpr = WIDTH * WIDTH * (TAP * TAP if TAP else 1)
-    for chunk in range(start // MOVE_PERIOD, (stop + MOVE_PERIOD - 1) // MOVE_PERIOD):
-        low = tl.maximum(chunk * MOVE_PERIOD, start)
-        high = tl.minimum(chunk * MOVE_PERIOD + MOVE_PERIOD, stop)
-        prefetch(weight_ptr, high * LAYER, layers * LAYER, MOVE_PERIOD * LAYER, PREFETCH)
-        prefetch(bias_ptr, high * WIDTH, layers * WIDTH, MOVE_PERIOD * WIDTH, PREFETCH)
+    for chunk in range(start // RENORMALISE_PERIOD, (stop + RENORMALISE_PERIOD - 1) // RENORMALISE_PERIOD):
+        low = tl.maximum(chunk * RENORMALISE_PERIOD, start)
+        high = tl.minimum(chunk * RENORMALISE_PERIOD + RENORMALISE_PERIOD, stop)
+        prefetch(weight_ptr, high * LAYER, end * LAYER, RENORMALISE_PERIOD * LAYER, PREFETCH)
+        prefetch(bias_ptr, high * WIDTH, end * WIDTH, RENORMALISE_PERIOD * WIDTH, PREFETCH)
         for j in range(low, high):
-            h = add_states(base, a, COUNT) if OFFSET else a
+            h = add_states(total, lo, COUNT) if OFFSET else lo
             if STORE:
                 write_state(h_ptr + j * (WIDTH * batch), h, column, batch, WIDTH, ROWS)
             bias = read_bias(bias_ptr + j * WIDTH, WIDTH, ROWS)
             z = affine(weight_ptr + j * LAYER, h, bias, room, j % 2, WIDTH, ROWS, False, TAP, HEIGHT, LENGTH, BLOCK)
             if OFFSET:
-                z = add_kept(z, a, MIDDLE, COUNT, ROWS)
-            a = clip(z, base, OFFSET, COUNT)
+                z = add_skip(z, lo, MIDDLE, COUNT, ROWS)
+            lo = clip(z, total, OFFSET, COUNT)
         if OFFSET:
-            if high % MOVE_PERIOD == 0:
-                base, moved, a = move(fixed_ptr, base, moved, a, column, batch, MIDDLE, WIDTH, ROWS)
-    return base, moved, a
+            if high % RENORMALISE_PERIOD == 0:
+                total, hi, lo = renormalise(base_ptr, total, hi, lo, column, batch, MIDDLE, WIDTH, ROWS)
+    return total, hi, lo
 
 
 @triton.jit(do_not_specialize=_LOOSE)
 def chain_forward(
-    fixed_ptr,
-    state_ptr,
+    base_ptr,
+    hi_ptr,
+    lo_ptr,
     weight_ptr,
     bias_ptr,
     saved_ptr,
@@ -188,6 +198,7 @@ def chain_forward(
     batch,
     layers,
     segment,
+    phase,
     SAVE: tl.constexpr,
     MIDDLE: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -199,51 +210,57 @@ def chain_forward(
     ALIGNED: tl.constexpr,
     PREFETCH: tl.constexpr,
 ):
-    """State 0 (``state``, (n, B)) to state ``layers`` (``final``, (2, n, B): moved and a; a alone in plain form).
+    """The state (base, hi, lo), each (n, B), to ``final`` after all layers, (3, n, B). In plain form lo and (1, n, B).
 
-    SAVE 0: nothing, 1: every h, 2: every ``segment``-th state, as ``reference.saved_shape`` says. ``fixed`` is the
-    reference's base. MIDDLE is the number of the middle unit in offset form, -1 in plain form.
+    SAVE 0: nothing, 1: every h, 2: every ``segment``-th state, as ``reference.saved_shape`` says of a whole network.
+    MIDDLE is the number of the middle unit in offset form, -1 in plain form.
     """
     OFFSET: tl.constexpr = MIDDLE >= 0
     COUNT: tl.constexpr = (WIDTH + ROWS - 1) // ROWS
     LAYER: tl.constexpr = WIDTH * WIDTH * (TAP * TAP if TAP else 1)
     batch = batch.to(tl.int64)
-    layers = layers.to(tl.int64)
+    phase = phase.to(tl.int64)
+    end = layers.to(tl.int64) + phase
     segment = segment.to(tl.int64)
     if ALIGNED:
         batch = tl.multiple_of(batch, 4)
     column, room = lanes(scratch_ptr, batch, WIDTH, TAP, HEIGHT, LENGTH, BLOCK)
     batch *= HEIGHT * LENGTH
     matrix = WIDTH * batch
-    prefetch(weight_ptr, 0, layers * LAYER, MOVE_PERIOD * LAYER, PREFETCH)
-    prefetch(bias_ptr, 0, layers * WIDTH, MOVE_PERIOD * WIDTH, PREFETCH)
-    a = read_state(state_ptr, column, batch, WIDTH, ROWS)
-    base = read_state(fixed_ptr, column, batch, WIDTH, ROWS) if OFFSET else a
-    moved = zeros_like_state(a, COUNT)
-    for start in range(0, layers, segment):
-        stop = tl.minimum(start + segment, layers)
+    weight_ptr -= phase * LAYER
+    bias_ptr -= phase * WIDTH
+    prefetch(weight_ptr, phase * LAYER, end * LAYER, RENORMALISE_PERIOD * LAYER, PREFETCH)
+    prefetch(bias_ptr, phase * WIDTH, end * WIDTH, RENORMALISE_PERIOD * WIDTH, PREFETCH)
+    lo = read_state(lo_ptr, column, batch, WIDTH, ROWS)
+    if OFFSET:
+        total, hi = enter(base_ptr, hi_ptr, column, batch, MIDDLE, WIDTH, ROWS)
+    else:
+        total = lo
+        hi = lo
+    if SAVE == 1:
+        saved_ptr -= phase * matrix
+    for start in range(phase, end, segment):
+        stop = tl.minimum(start + segment, end)
         if SAVE == 2:
             if OFFSET:
-                write_state(saved_ptr, moved, column, batch, WIDTH, ROWS)
+                write_state(saved_ptr, hi, column, batch, WIDTH, ROWS)
                 saved_ptr += matrix
-            write_state(saved_ptr, a, column, batch, WIDTH, ROWS)
+            write_state(saved_ptr, lo, column, batch, WIDTH, ROWS)
             saved_ptr += matrix
-        base, moved, a = _advance(
-            base, moved, a, fixed_ptr, weight_ptr, bias_ptr, saved_ptr, start, stop, layers, column, batch, room,
+        total, hi, lo = _advance(
+            total, hi, lo, base_ptr, weight_ptr, bias_ptr, saved_ptr, start, stop, end, column, batch, room,
             MIDDLE, WIDTH, ROWS, TAP, HEIGHT, LENGTH, BLOCK, SAVE == 1, PREFETCH,
         )  # fmt: skip
     if SAVE == 1:
-        h = add_states(base, a, COUNT) if OFFSET else a
-        write_state(saved_ptr + layers * matrix, h, column, batch, WIDTH, ROWS)
-    if OFFSET:
-        write_state(final_ptr, moved, column, batch, WIDTH, ROWS)
-        final_ptr += matrix
-    write_state(final_ptr, a, column, batch, WIDTH, ROWS)
+        h = add_states(total, lo, COUNT) if OFFSET else lo
+        write_state(saved_ptr + end * matrix, h, column, batch, WIDTH, ROWS)
+    leave(final_ptr, base_ptr, hi_ptr, hi, lo, column, batch, MIDDLE, WIDTH, ROWS)
 
 
 @triton.jit(do_not_specialize=_LOOSE)
 def chain_recompute(
-    fixed_ptr,
+    base_ptr,
+    given_ptr,
     saved_ptr,
     weight_ptr,
     bias_ptr,
@@ -252,7 +269,9 @@ def chain_recompute(
     batch,
     layers,
     segment,
+    phase,
     first,
+    given,
     MIDDLE: tl.constexpr,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
@@ -263,15 +282,18 @@ def chain_recompute(
     ALIGNED: tl.constexpr,
     PREFETCH: tl.constexpr,
 ):
-    """Program (block, i): the states of segment first + i from the saved one at its start, and the very last state.
+    """Program (block, i): the states of segment first + i from the one at its start, and the very last state.
 
-    ``h``, (states, n, B), begins with state first * segment.
+    Segment s starts from row s of ``saved``, (hi, lo), or lo in plain form; where ``given`` is 1 segment 0 starts from
+    such a row at ``given_ptr`` and the others from row s - 1. ``h``, (states, n, B), begins with state first * segment.
     """
     OFFSET: tl.constexpr = MIDDLE >= 0
     COUNT: tl.constexpr = (WIDTH + ROWS - 1) // ROWS
     LAYER: tl.constexpr = WIDTH * WIDTH * (TAP * TAP if TAP else 1)
+    WORDS: tl.constexpr = 2 if OFFSET else 1
     batch = batch.to(tl.int64)
-    layers = layers.to(tl.int64)
+    phase = phase.to(tl.int64)
+    end = layers.to(tl.int64) + phase
     segment = segment.to(tl.int64)
     first = first.to(tl.int64)
     if ALIGNED:
@@ -280,41 +302,46 @@ def chain_recompute(
     batch *= HEIGHT * LENGTH
     matrix = WIDTH * batch
     number = first + tl.program_id(1)
-    start = number * segment
-    stop = tl.minimum(start + segment, layers)
-    h_ptr -= first * segment * matrix
-    prefetch(weight_ptr, start * LAYER, layers * LAYER, MOVE_PERIOD * LAYER, PREFETCH)
+    start = phase + number * segment
+    stop = tl.minimum(start + segment, end)
+    h_ptr -= (phase + first * segment) * matrix
+    weight_ptr -= phase * LAYER
+    bias_ptr -= phase * WIDTH
+    prefetch(weight_ptr, start * LAYER, end * LAYER, RENORMALISE_PERIOD * LAYER, PREFETCH)
+    row_ptr = saved_ptr + (number - given) * (WORDS * matrix)
+    if number < given:
+        row_ptr = given_ptr
+    lo = read_state(row_ptr + (WORDS - 1) * matrix, column, batch, WIDTH, ROWS)
     if OFFSET:
-        saved_ptr += 2 * number * matrix
-        moved = read_state(saved_ptr, column, batch, WIDTH, ROWS)
-        a = read_state(saved_ptr + matrix, column, batch, WIDTH, ROWS)
-        base = add_states(read_state(fixed_ptr, column, batch, WIDTH, ROWS), moved, COUNT)
+        total, hi = enter(base_ptr, row_ptr, column, batch, MIDDLE, WIDTH, ROWS)
     else:
-        a = read_state(saved_ptr + number * matrix, column, batch, WIDTH, ROWS)
-        base = a
-        moved = a
-    base, moved, a = _advance(
-        base, moved, a, fixed_ptr, weight_ptr, bias_ptr, h_ptr, start, stop, layers, column, batch, room,
+        total = lo
+        hi = lo
+    total, hi, lo = _advance(
+        total, hi, lo, base_ptr, weight_ptr, bias_ptr, h_ptr, start, stop, end, column, batch, room,
         MIDDLE, WIDTH, ROWS, TAP, HEIGHT, LENGTH, BLOCK, True, PREFETCH,
     )  # fmt: skip
-    if stop == layers:
-        h = add_states(base, a, COUNT) if OFFSET else a
-        write_state(h_ptr + layers * matrix, h, column, batch, WIDTH, ROWS)
+    if stop == end:
+        h = add_states(total, lo, COUNT) if OFFSET else lo
+        write_state(h_ptr + end * matrix, h, column, batch, WIDTH, ROWS)
 
 
 @triton.jit(do_not_specialize=_LOOSE)
 def chain_backward(
-    fixed_ptr,
+    base_ptr,
+    hi_ptr,
+    lo_ptr,
     weight_ptr,
     h_ptr,
-    grad_in_ptr,
-    grad_out_ptr,
+    result_ptr,
     g_ptr,
     scratch_ptr,
     batch,
     layers,
+    phase,
     first,
     last,
+    masked,
     STORE: tl.constexpr,
     MIDDLE: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -328,17 +355,18 @@ def chain_backward(
 ):
     """Layers last-1 down to first. STORE: G of states first+1 .. last to ``g``, (last - first, n, B).
 
-    ``grad_in`` and ``grad_out``, (2, n, B): moved and g of the gradient before ReLU ``last`` and ``first`` (g alone in
-    plain form); where ``last`` is the very last state ``grad_in`` has still to pass its ReLU. ``fixed`` is R.
-    ``h``, (states, n, B), begins with state first.
+    (base, hi, lo), each (n, B), is G of state ``last`` (``masked`` 0: it has still to pass the ReLU of that state), and
+    ``result``, (3, n, B), that of state ``first``; lo and (1, n, B) in plain form. ``h``, (states, n, B), begins with
+    state first.
     """
     OFFSET: tl.constexpr = MIDDLE >= 0
     COUNT: tl.constexpr = (WIDTH + ROWS - 1) // ROWS
     LAYER: tl.constexpr = WIDTH * WIDTH * (TAP * TAP if TAP else 1)
     batch = batch.to(tl.int64)
-    layers = layers.to(tl.int64)
-    first = first.to(tl.int64)
-    last = last.to(tl.int64)
+    phase = phase.to(tl.int64)
+    end = layers.to(tl.int64) + phase
+    first = first.to(tl.int64) + phase
+    last = last.to(tl.int64) + phase
     if ALIGNED:
         batch = tl.multiple_of(batch, 4)
     column, room = lanes(scratch_ptr, batch, WIDTH, TAP, HEIGHT, LENGTH, BLOCK)
@@ -346,59 +374,61 @@ def chain_backward(
     matrix = WIDTH * batch
     h_ptr -= first * matrix
     g_ptr -= (first + 1) * matrix
+    weight_ptr -= phase * LAYER
+    ahead = tl.maximum(last - RENORMALISE_PERIOD, phase) * LAYER
+    prefetch(weight_ptr, ahead, end * LAYER, RENORMALISE_PERIOD * LAYER, PREFETCH)
+    lo = read_state(lo_ptr, column, batch, WIDTH, ROWS)
     if OFFSET:
-        moved = read_moved(grad_in_ptr, column, batch, MIDDLE, WIDTH, ROWS)
-        base = add_states(read_state(fixed_ptr, column, batch, WIDTH, ROWS), moved, COUNT)
-        g = read_state(grad_in_ptr + matrix, column, batch, WIDTH, ROWS)
+        total, hi = enter(base_ptr, hi_ptr, column, batch, MIDDLE, WIDTH, ROWS)
     else:
-        g = read_state(grad_in_ptr, column, batch, WIDTH, ROWS)
-        moved = g
-        base = g
-    if last == layers:
+        total = lo
+        hi = lo
+    if masked == 0:
         h = read_state(h_ptr + last * matrix, column, batch, WIDTH, ROWS)
-        g = mask_gradient(h, g, base, OFFSET, COUNT)
-    for down in range(0, last // MOVE_PERIOD - (first + 1) // MOVE_PERIOD + 1):
-        chunk = last // MOVE_PERIOD - down
-        low = tl.maximum(chunk * MOVE_PERIOD, first + 1)
-        high = tl.minimum(chunk * MOVE_PERIOD + MOVE_PERIOD - 1, last)
-        ahead = tl.maximum(low - 1 - MOVE_PERIOD, 0) * LAYER
-        prefetch(weight_ptr, ahead, layers * LAYER, MOVE_PERIOD * LAYER, PREFETCH)
+        lo = mask_gradient(h, lo, total, OFFSET, COUNT)
+    for down in range(0, last // RENORMALISE_PERIOD - (first + 1) // RENORMALISE_PERIOD + 1):
+        chunk = last // RENORMALISE_PERIOD - down
+        low = tl.maximum(chunk * RENORMALISE_PERIOD, first + 1)
+        high = tl.minimum(chunk * RENORMALISE_PERIOD + RENORMALISE_PERIOD - 1, last)
+        ahead = tl.maximum(low - 1 - RENORMALISE_PERIOD, phase) * LAYER
+        prefetch(weight_ptr, ahead, end * LAYER, RENORMALISE_PERIOD * LAYER, PREFETCH)
         for i in range(0, high - low + 1):
             s = high - i
-            full = add_states(base, g, COUNT) if OFFSET else g
+            full = add_states(total, lo, COUNT) if OFFSET else lo
             if STORE:
                 write_state(g_ptr + s * matrix, full, column, batch, WIDTH, ROWS)
             h = read_state(h_ptr + (s - 1) * matrix, column, batch, WIDTH, ROWS)
             weight = weight_ptr + (s - 1) * LAYER
             grad = affine(
-                weight, full, zeros_like_state(g, COUNT), room, s % 2, WIDTH, ROWS, True, TAP, HEIGHT, LENGTH, BLOCK
+                weight, full, zeros_like_state(lo, COUNT), room, s % 2, WIDTH, ROWS, True, TAP, HEIGHT, LENGTH, BLOCK
             )
             if OFFSET:
-                grad = add_kept(grad, g, MIDDLE, COUNT, ROWS)
-            g = mask_gradient(h, grad, base, OFFSET, COUNT)
+                grad = add_skip(grad, lo, MIDDLE, COUNT, ROWS)
+            lo = mask_gradient(h, grad, total, OFFSET, COUNT)
         if OFFSET:
-            if low % MOVE_PERIOD == 0:
-                base, moved, g = move(fixed_ptr, base, moved, g, column, batch, MIDDLE, WIDTH, ROWS)
-    if OFFSET:
-        write_state(grad_out_ptr, moved, column, batch, WIDTH, ROWS)
-        grad_out_ptr += matrix
-    write_state(grad_out_ptr, g, column, batch, WIDTH, ROWS)
+            if low % RENORMALISE_PERIOD == 0:
+                total, hi, lo = renormalise(base_ptr, total, hi, lo, column, batch, MIDDLE, WIDTH, ROWS)
+    leave(result_ptr, base_ptr, hi_ptr, hi, lo, column, batch, MIDDLE, WIDTH, ROWS)
 
 
 @triton.jit(do_not_specialize=_LOOSE)
 def chain_jvp(
-    fixed_ptr,
-    state_ptr,
-    tangent_fixed_ptr,
-    tangent_ptr,
+    base_ptr,
+    hi_ptr,
+    lo_ptr,
+    base_t_ptr,
+    hi_t_ptr,
+    lo_t_ptr,
     weight_ptr,
     bias_ptr,
     weight_t_ptr,
     bias_t_ptr,
+    h_ptr,
     final_ptr,
     scratch_ptr,
     batch,
     layers,
+    phase,
     HAS_WEIGHT_T: tl.constexpr,
     HAS_BIAS_T: tl.constexpr,
     MIDDLE: tl.constexpr,
@@ -411,35 +441,45 @@ def chain_jvp(
     ALIGNED: tl.constexpr,
     PREFETCH: tl.constexpr,
 ):
-    """States and tangents together: from (``state``, ``tangent``) to ``final``, (4, n, B): moved and a of the state,
-    moved and tau of the tangent; (2, n, B), a and tau, in plain form. ``tangent_fixed`` is D."""
+    """A state (base, hi, lo) and its tangent (base_t, hi_t, lo_t) through all layers; lo and lo_t in plain form.
+
+    Writes the value of the last state to ``h``, (n, B), and its tangent to ``final``, (3, n, B) or (1, n, B).
+    """
     OFFSET: tl.constexpr = MIDDLE >= 0
     COUNT: tl.constexpr = (WIDTH + ROWS - 1) // ROWS
     LAYER: tl.constexpr = WIDTH * WIDTH * (TAP * TAP if TAP else 1)
     batch = batch.to(tl.int64)
-    layers = layers.to(tl.int64)
+    phase = phase.to(tl.int64)
+    end = layers.to(tl.int64) + phase
     if ALIGNED:
         batch = tl.multiple_of(batch, 4)
     column, room = lanes(scratch_ptr, batch, WIDTH, TAP, HEIGHT, LENGTH, BLOCK)
     batch *= HEIGHT * LENGTH
-    matrix = WIDTH * batch
-    a = read_state(state_ptr, column, batch, WIDTH, ROWS)
-    tau = read_state(tangent_ptr, column, batch, WIDTH, ROWS)
-    base = read_state(fixed_ptr, column, batch, WIDTH, ROWS) if OFFSET else a
-    base_t = read_state(tangent_fixed_ptr, column, batch, WIDTH, ROWS) if OFFSET else tau
-    moved = zeros_like_state(a, COUNT)
-    moved_t = zeros_like_state(a, COUNT)
-    prefetch(weight_ptr, 0, layers * LAYER, MOVE_PERIOD * LAYER, PREFETCH)
-    for chunk in range(0, (layers + MOVE_PERIOD - 1) // MOVE_PERIOD):
-        low = chunk * MOVE_PERIOD
-        high = tl.minimum(low + MOVE_PERIOD, layers)
-        prefetch(weight_ptr, high * LAYER, layers * LAYER, MOVE_PERIOD * LAYER, PREFETCH)
+    weight_ptr -= phase * LAYER
+    bias_ptr -= phase * WIDTH
+    weight_t_ptr -= phase * LAYER
+    bias_t_ptr -= phase * WIDTH
+    lo = read_state(lo_ptr, column, batch, WIDTH, ROWS)
+    lo_t = read_state(lo_t_ptr, column, batch, WIDTH, ROWS)
+    if OFFSET:
+        total, hi = enter(base_ptr, hi_ptr, column, batch, MIDDLE, WIDTH, ROWS)
+        total_t, hi_t = enter(base_t_ptr, hi_t_ptr, column, batch, MIDDLE, WIDTH, ROWS)
+    else:
+        total = lo
+        hi = lo
+        total_t = lo_t
+        hi_t = lo_t
+    prefetch(weight_ptr, phase * LAYER, end * LAYER, RENORMALISE_PERIOD * LAYER, PREFETCH)
+    for chunk in range(0, (end + RENORMALISE_PERIOD - 1) // RENORMALISE_PERIOD):
+        low = tl.maximum(chunk * RENORMALISE_PERIOD, phase)
+        high = tl.minimum(chunk * RENORMALISE_PERIOD + RENORMALISE_PERIOD, end)
+        prefetch(weight_ptr, high * LAYER, end * LAYER, RENORMALISE_PERIOD * LAYER, PREFETCH)
         if HAS_WEIGHT_T:
-            prefetch(weight_t_ptr, high * LAYER, layers * LAYER, MOVE_PERIOD * LAYER, PREFETCH)
+            prefetch(weight_t_ptr, high * LAYER, end * LAYER, RENORMALISE_PERIOD * LAYER, PREFETCH)
         for j in range(low, high):
-            h = add_states(base, a, COUNT) if OFFSET else a
-            full = add_states(base_t, tau, COUNT) if OFFSET else tau
-            dz = read_bias(bias_t_ptr + j * WIDTH, WIDTH, ROWS) if HAS_BIAS_T else zeros_like_state(tau, COUNT)
+            h = add_states(total, lo, COUNT) if OFFSET else lo
+            full = add_states(total_t, lo_t, COUNT) if OFFSET else lo_t
+            dz = read_bias(bias_t_ptr + j * WIDTH, WIDTH, ROWS) if HAS_BIAS_T else zeros_like_state(lo_t, COUNT)
             if HAS_WEIGHT_T:
                 dz = affine(
                     weight_t_ptr + j * LAYER, h, dz, room, j % 2, WIDTH, ROWS, False, TAP, HEIGHT, LENGTH, BLOCK
@@ -449,27 +489,18 @@ def chain_jvp(
             bias = read_bias(bias_ptr + j * WIDTH, WIDTH, ROWS)
             z = affine(weight_ptr + j * LAYER, h, bias, room, 1 - turn, WIDTH, ROWS, False, TAP, HEIGHT, LENGTH, BLOCK)
             if OFFSET:
-                dz = add_kept(dz, tau, MIDDLE, COUNT, ROWS)
-                z = add_kept(z, a, MIDDLE, COUNT, ROWS)
-            a = clip(z, base, OFFSET, COUNT)
-            tau = mask_gradient(add_states(base, a, COUNT) if OFFSET else a, dz, base_t, OFFSET, COUNT)
+                dz = add_skip(dz, lo_t, MIDDLE, COUNT, ROWS)
+                z = add_skip(z, lo, MIDDLE, COUNT, ROWS)
+            lo = clip(z, total, OFFSET, COUNT)
+            lo_t = mask_gradient(add_states(total, lo, COUNT) if OFFSET else lo, dz, total_t, OFFSET, COUNT)
         if OFFSET:
-            if high % MOVE_PERIOD == 0:
-                base, moved, a = move(fixed_ptr, base, moved, a, column, batch, MIDDLE, WIDTH, ROWS)
-                base_t, moved_t, tau = move(tangent_fixed_ptr, base_t, moved_t, tau, column, batch, MIDDLE, WIDTH, ROWS)
-    if OFFSET:
-        write_state(final_ptr, moved, column, batch, WIDTH, ROWS)
-        write_state(final_ptr + 2 * matrix, moved_t, column, batch, WIDTH, ROWS)
-        write_state(final_ptr + matrix, a, column, batch, WIDTH, ROWS)
-        write_state(final_ptr + 3 * matrix, tau, column, batch, WIDTH, ROWS)
-    else:
-        write_state(final_ptr, a, column, batch, WIDTH, ROWS)
-        write_state(final_ptr + matrix, tau, column, batch, WIDTH, ROWS)
+            if high % RENORMALISE_PERIOD == 0:
+                total, hi, lo = renormalise(base_ptr, total, hi, lo, column, batch, MIDDLE, WIDTH, ROWS)
+                total_t, hi_t, lo_t = renormalise(base_t_ptr, total_t, hi_t, lo_t, column, batch, MIDDLE, WIDTH, ROWS)
+    h = add_states(total, lo, COUNT) if OFFSET else lo
+    write_state(h_ptr, h, column, batch, WIDTH, ROWS)
+    leave(final_ptr, base_t_ptr, hi_t_ptr, hi_t, lo_t, column, batch, MIDDLE, WIDTH, ROWS)
 
-
-SCRATCH_BYTES = 32 << 20
-"""What the states and gradients of a group of segments may take: they then stay in the second-level cache (40 MiB on
-an A100, 50 MiB on an H100) between the kernel that writes them and the one that reads them. One segment always fits."""
 
 MOST_SEGMENTS = 65_535
 """Of a group: CUDA's limit for the second dimension of a grid."""
@@ -477,7 +508,10 @@ MOST_SEGMENTS = 65_535
 
 @dataclass(frozen=True)
 class Family:
-    """What the MLP and the convolution chain differ in on a GPU. ``kernel`` is forward, recompute, backward or jvp."""
+    """What the MLP and the convolution chain differ in on a GPU. ``kernel`` is forward, recompute, backward or jvp.
+
+    ``x`` stands for the samples of a call: (B, any, *positions), of which shape, dtype and device are read.
+    """
 
     layer: layered.Layer
     supported: Callable[[str, Tensor, Tensor], bool]
@@ -490,10 +524,10 @@ class Family:
     """(g, h, weight_grad, bias_grad): some layers' (layers, n, *positions, B) to (layers, n, n, ...), (layers, n)"""
 
 
-def constants(family: Family, kernel: str, x: Tensor, weight: Tensor, offset: bool, block: Block) -> dict[str, Any]:
-    """Every constant of a chain kernel but its own."""
+def constants(family: Family, kernel: str, x: Tensor, weight: Tensor, middle: int, block: Block) -> dict[str, Any]:
+    """Every constant of a chain kernel but its own; ``middle`` is -1 in plain form."""
     return {
-        "MIDDLE": x.shape[1] if offset else -1,
+        "MIDDLE": middle,
         "WIDTH": weight.shape[1],
         "BLOCK": block.samples,
         "ALIGNED": x.shape[0] % 4 == 0,
@@ -507,120 +541,196 @@ def _padded(x: Tensor, weight: Tensor, block: Block, segments: int) -> tuple[int
     return triton.cdiv(x.shape[0], block.samples) * segments, 2, weight.shape[1], plane
 
 
-def _run(
-    family: Family,
-    kernel: Any,
-    name: str,
-    x: Tensor,
-    weight: Tensor,
-    offset: bool,
-    tensors: tuple[Tensor, ...],
-    numbers: tuple[int, ...],
-    segments: int = 1,
-    **more: Any,
-) -> None:
-    """Launch over the batch (and ``segments``) with the block that fits."""
-    batch = x.shape[0]
+@dataclass(frozen=True)
+class Span:
+    """What every kernel of a call needs; ``hidden`` are the contiguous hidden weights and biases."""
 
-    def start(block: Block) -> None:
-        grid = (triton.cdiv(batch, block.samples), segments)
-        scratch = x.new_zeros(_padded(x, weight, block, segments)) if x.dim() == 4 else tensors[0]
-        values = constants(family, name, x, weight, offset, block) | more
-        launch(kernel, grid, *tensors, scratch, batch, *numbers, num_warps=block.warps, **values)
+    family: Family
+    x: Tensor
+    """As ``Family`` takes it."""
+    hidden: tuple[Tensor, Tensor]
+    middle: int
+    """Number of the middle unit, -1 in plain form."""
+    phase: int
+    """Number of the first state, modulo RENORMALISE_PERIOD."""
 
-    key = (name, tuple(x.shape), tuple(weight.shape[1:]), x.dtype, offset, segments)
-    choose_block(key, family.blocks(name, x, weight, offset), batch * segments, x.device, start)
+    @property
+    def layers(self) -> int:
+        return self.hidden[0].shape[0]
+
+    @property
+    def words(self) -> int:
+        """Of a state: base, hi and lo, or lo alone in plain form."""
+        return 1 if self.middle < 0 else 3
+
+    def run(
+        self,
+        kernel: Any,
+        name: str,
+        tensors: tuple[Tensor, ...],
+        numbers: tuple[int, ...],
+        segments: int = 1,
+        **more: Any,
+    ) -> None:
+        """Launch over the batch (and ``segments``) with the block that fits."""
+        x, weight, offset = self.x, self.hidden[0], self.middle >= 0
+        batch = x.shape[0]
+
+        def start(block: Block) -> None:
+            grid = (triton.cdiv(batch, block.samples), segments)
+            scratch = x.new_zeros(_padded(x, weight, block, segments)) if x.dim() == 4 else tensors[0]
+            values = constants(self.family, name, x, weight, self.middle, block) | more
+            warps: dict[str, Any] = {"num_warps": block.warps, "registers": block.registers}
+            launch(kernel, grid, *tensors, scratch, batch, *numbers, **warps, **values)
+
+        key = (name, tuple(x.shape), tuple(weight.shape[1:]), x.dtype, offset, segments)
+        choose_block(key, self.family.blocks(name, x, weight, offset), batch * segments, x.device, start)
+
+
+def samples(input: Tensor, first_weight: Tensor | None) -> Tensor:
+    """The input of a span as ``Family`` takes it: x, or a state with the batch first."""
+    return input if first_weight is not None else input[0].movedim(-1, 0)
+
+
+def span(family: Family, input: Tensor, params: layered.Params, offset: bool, outputs: int, start: int) -> Span:
+    """Of a call."""
+    weight, bias = params[2], params[3]
+    middle = weight.shape[1] - outputs - 1 if offset else -1
+    return Span(family, samples(input, params[0]), (weight.contiguous(), bias.contiguous()), middle, start % _PERIOD)
+
+
+def words(state: Tensor | layered.HiLo) -> tuple[Tensor, Tensor, Tensor]:
+    """(base, hi, lo) of a state, a gradient or a tangent; three times lo in plain form."""
+    if isinstance(state, Tensor):
+        state = state.contiguous()
+        return state[0], state[len(state) // 2], state[-1]
+    if state.base is None:
+        return state.lo, state.lo, state.lo
+    return state.base, state.hi, state.lo
 
 
 def forward(
     family: Family,
-    x: Tensor,
-    first_weight: Tensor,
-    first_bias: Tensor,
+    input: Tensor,
+    first_weight: Tensor | None,
+    first_bias: Tensor | None,
     hidden_weight: Tensor,
     hidden_bias: Tensor,
-    last_weight: Tensor,
-    last_bias: Tensor,
+    last_weight: Tensor | None,
+    last_bias: Tensor | None,
     scale: float,
     offset: bool,
+    outputs: int,
+    start: int,
     segment: int,
 ) -> tuple[Tensor, Tensor]:
-    """As ``reference.forward``."""
+    """(output, saved) of a span, see ``narrowdeep.ops.chain``."""
     params = (first_weight, first_bias, hidden_weight, hidden_bias, last_weight, last_bias)
-    if not family.supported("forward", x, hidden_weight):
-        return layered.forward(family.layer, x, *params, scale, offset, segment)
-    layers = hidden_weight.shape[0]
-    state = layered.first_state(family.layer, x.movedim(0, -1), params, scale, offset)
-    shape = state.a.shape
-    saved = empty(x, *saved_shape(layers + 2, tuple(shape), offset, segment))
-    final = empty(x, 2 if offset else 1, *shape)
-    fixed = state.a if state.base is None else state.base
-    weight, bias = hidden_weight.contiguous(), hidden_bias.contiguous()
-    tensors = (fixed, state.a, weight, bias, saved if segment else final, final)
-    numbers = (layers, segment if segment > 1 else layers)
-    _run(family, chain_forward, "forward", x, weight, offset, tensors, numbers, SAVE=min(segment, 2))
-    state = layered.Parts(state.base, final[-1], state.middle, final[0])
-    h = state.full(out=torch.empty_like(state.a))
+    if not family.supported("forward", samples(input, first_weight), hidden_weight):
+        return layered.forward(family.layer, input, *params, scale, offset, outputs, start, segment)
+    these = span(family, input, params, offset, outputs, start)
+    layers = these.layers
+    if first_weight is None or first_bias is None:
+        base, hi, lo = words(input)
+    else:
+        x = input.movedim(0, -1)
+        base, hi, lo = words(layered.first_state(family.layer, x, first_weight, first_bias, outputs, scale, offset))
+    # A kernel saves the states at both ends, too: one more row is cheaper than a question in every layer.
+    saved = empty(lo, *saved_shape(layers, tuple(lo.shape), offset, segment))
+    final = empty(lo, these.words, *lo.shape)
+    tensors = (base, hi, lo, *these.hidden, saved if segment else final, final)
+    numbers = (layers, segment if segment > 1 else layers, these.phase)
+    these.run(chain_forward, "forward", tensors, numbers, SAVE=min(segment, 2))
+    low = 1 if first_weight is None and segment else 0
+    high = saved.shape[0] - (segment == 1 and last_weight is None)
+    saved = saved[low:high]
+    if last_weight is None or last_bias is None:
+        return final, saved
+    state = layered.HiLo(base if offset else None, final[-1], these.middle, final[1] if offset else None)
+    h = state.full(out=torch.empty_like(lo))
     return layered.last_output(family.layer, state, h, last_weight, last_bias), saved
 
 
 @dataclass
 class Descent:
-    """The backward of a chain, a group of layers at a time from the top; ``full`` is G of the first state at last."""
+    """The backward of a span, a group of layers at a time from the top; ``gradient`` is G of the first state at last.
+
+    Arguments as in ``narrowdeep.ops.chain``, ``segment`` at least 1.
+    """
 
     family: Family
-    x: Tensor
+    input: Tensor
     params: layered.Params
     saved: Tensor
     scale: float
     offset: bool
+    outputs: int
+    start: int
     segment: int
     step: int
     """Layers a group, a multiple of ``segment``."""
     r: Tensor | None = None
     h_last: Tensor | None = None
-    full: Tensor | None = None
+    gradient: Tensor | None = None
+    """(3, n, *positions, B), in plain form (1, n, *positions, B)."""
 
-    def groups(self, grad_out: Tensor, keep_g: bool) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    def groups(self, grad: Tensor, keep_g: bool) -> Iterator[tuple[int, int, Tensor, Tensor]]:
         """(first, last, h, g): states first .. last-1 and G of first+1 .. last (if ``keep_g``), (layers, n, ...).
 
-        Before the first one, ``r`` and ``h_last`` are what ``layered.last_gradients`` takes.
+        Before the first one, ``r`` and ``h_last`` are what ``layered.last_gradients`` takes, if there is a last layer.
         """
-        family, x, segment, offset = self.family, self.x, self.segment, self.offset
-        weight, bias, saved = self.params[2].contiguous(), self.params[3].contiguous(), self.saved.contiguous()
-        layers = weight.shape[0]
-        base = layered.first_state(family.layer, x.movedim(0, -1), self.params, self.scale, offset).base
+        segment, offset, last_weight = self.segment, self.offset, self.params[4]
+        these = span(self.family, self.input, self.params, offset, self.outputs, self.start)
+        saved, layers = self.saved.contiguous(), these.layers
+        given = int(self.params[0] is None)
+        if given:
+            state = self.input.contiguous()
+            base, row = state[0], state[-2:] if offset else state
+        else:
+            x, width = self.input.movedim(0, -1), self.params[2].shape[1]
+            base = layered.base_of(x, width, self.outputs, self.scale) if offset else saved
+            row = saved
         shape = saved.shape[2:]
-        gradient = None
         for first in range((layers - 1) // self.step * self.step, -1, -self.step):
             last = min(first + self.step, layers)
             count = last - first
-            if segment == 1:
-                h = saved[first:, 0]
+            if segment > 1:
+                h = empty(saved, count + (last == layers), *shape)
+                tensors: tuple[Tensor, ...] = (base, row, saved, *these.hidden, h)
+                numbers: tuple[int, ...] = (layers, segment, these.phase, first // segment, given)
+                these.run(chain_recompute, "recompute", tensors, numbers, segments=triton.cdiv(count, segment))
+            elif given and first == 0:  # the state that came in was not saved again
+                before_last = count if last_weight is not None and last == layers else count - 1
+                h = torch.cat((((base + row[0]) + row[1])[None] if offset else row, saved[:before_last, 0]))
             else:
-                h = empty(x, count + (last == layers), *shape)
-                tensors: tuple[Tensor, ...] = (h if base is None else base, saved, weight, bias, h)
-                numbers = (layers, segment, first // segment)
-                segments = triton.cdiv(count, segment)
-                _run(family, chain_recompute, "recompute", x, weight, offset, tensors, numbers, segments)
-            if gradient is None:
+                h = saved[first - given :, 0]
+            masked = last < layers or last_weight is None
+            if self.gradient is not None:
+                before = words(self.gradient)
+            elif last_weight is None:
+                before = words(grad)
+            else:
                 self.h_last = h[count]
-                self.r, gradient = layered.last_gradient(family.layer, grad_out, h[count], self.params[4], offset)
-                parts = gradient.a[None] if gradient.base is None else torch.stack((gradient.moved, gradient.a))
-            g = empty(x, count, *shape) if keep_g else h
-            result = empty(x, *parts.shape)
-            tensors = (parts if gradient.base is None else gradient.base, weight, h, parts, result, g)
-            _run(family, chain_backward, "backward", x, weight, offset, tensors, (layers, first, last), STORE=keep_g)
-            parts = result
+                self.r, top = layered.last_gradient(self.family.layer, grad, h[count], last_weight, offset)
+                before = words(top)
+            g = empty(saved, count, *shape) if keep_g else h
+            self.gradient = empty(saved, these.words, *shape)
+            tensors = (*before, these.hidden[0], h, self.gradient, g)
+            numbers = (layers, these.phase, first, last, int(masked))
+            these.run(chain_backward, "backward", tensors, numbers, STORE=keep_g)
             yield first, last, h[:count], g
-        assert gradient is not None
-        self.full = parts[0] if gradient.base is None else (gradient.base + parts[0]) + parts[1]
+
+    def full(self) -> Tensor:
+        """G of the first state as one value."""
+        assert self.gradient is not None
+        g = self.gradient
+        return (g[0] + g[1]) + g[2] if self.offset else g[0]
 
 
-def layers_a_group(state: Tensor, segment: int) -> int:
-    """Layers whose states and gradients fit ``SCRATCH_BYTES``, a multiple of ``segment``; ``state`` is one of them."""
+def layers_a_group(state: Tensor, segment: int, device: torch.device) -> int:
+    """Layers whose states and gradients fit ``scratch_bytes``, a multiple of ``segment``; ``state`` is one of them."""
     bytes_a_layer = (1 if segment == 1 else 2) * state.numel() * state.element_size()
-    return min(MOST_SEGMENTS, max(1, SCRATCH_BYTES // (bytes_a_layer * segment))) * segment
+    return min(MOST_SEGMENTS, max(1, scratch_bytes(device) // (bytes_a_layer * segment))) * segment
 
 
 def workspace(family: Family, x: Tensor, weight: Tensor, offset: bool, segment: int) -> int | None:
@@ -632,7 +742,7 @@ def workspace(family: Family, x: Tensor, weight: Tensor, offset: bool, segment: 
         return None
     layers, width = weight.shape[:2]
     state = x.new_empty(width, *x.shape[2:], x.shape[0], device="meta")
-    step = layers_a_group(state, segment)
+    step = layers_a_group(state, segment, x.device)
 
     def scratch(kernel: str, segments: int) -> int:
         blocks: list[Block] = []
@@ -651,55 +761,61 @@ def workspace(family: Family, x: Tensor, weight: Tensor, offset: bool, segment: 
 
 def backward(
     family: Family,
-    grad_out: Tensor,
-    x: Tensor,
-    first_weight: Tensor,
-    first_bias: Tensor,
+    grad: Tensor,
+    input: Tensor,
+    first_weight: Tensor | None,
+    first_bias: Tensor | None,
     hidden_weight: Tensor,
     hidden_bias: Tensor,
-    last_weight: Tensor,
-    last_bias: Tensor,
+    last_weight: Tensor | None,
+    last_bias: Tensor | None,
     saved: Tensor,
     scale: float,
     offset: bool,
+    outputs: int,
+    start: int,
     segment: int,
     need_input: bool,
     need_params: bool,
 ) -> tuple[Tensor, ...]:
-    """As ``reference.backward``, from ``saved``; with segment 0 the forward runs again first."""
+    """Gradients of the input and the six parameters of a span; with segment 0 the forward runs again first."""
     params = (first_weight, first_bias, hidden_weight, hidden_bias, last_weight, last_bias)
-    if not family.supported("backward", x, hidden_weight):
-        flags = (scale, offset, segment, need_input, need_params)
-        return layered.backward(family.layer, grad_out, x, *params, saved, *flags)
+    settings = (scale, offset, outputs, start)
+    if not family.supported("backward", samples(input, first_weight), hidden_weight):
+        flags = (segment, need_input, need_params)
+        return layered.backward(family.layer, grad, input, *params, saved, *settings, *flags)
     if segment == 0:
         segment = max(2, round(hidden_weight.shape[0] ** 0.5))
-        saved = forward(family, x, *params, scale, offset, segment)[1]
-    grads = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in params] if need_params else []
-    step = layers_a_group(saved[0, 0], segment)
-    descent = Descent(family, x, params, saved, scale, offset, segment, step)
-    for first, last, h, g in descent.groups(grad_out, need_params):
+        saved = forward(family, input, *params, *settings, segment)[1]
+    grads = [input.new_empty(0 if p is None or not need_params else p.shape) for p in params]
+    step = layers_a_group(input.new_empty(saved.shape[2:], device="meta"), segment, input.device)
+    descent = Descent(family, input, params, saved, *settings, segment, step)
+    for first, last, h, g in descent.groups(grad, need_params):
         if need_params:
             family.sum_weight_gradients(g, h, grads[2][first:last], grads[3][first:last])
-    assert descent.full is not None
-    if need_params:
+    if need_params and last_weight is not None:
         assert descent.r is not None
         assert descent.h_last is not None
-        layered.last_gradients(family.layer, descent.r, descent.h_last, grads)
-    inputs = x.movedim(0, -1)
-    grad_x = layered.first_gradients(family.layer, descent.full, inputs, params, grads, scale, offset, need_input)
-    return (grad_x, *(grads or [x.new_empty(0) for _ in params]))
+        layered.last_gradients(family.layer, descent.r, descent.h_last, grads[4:])
+    if first_weight is None:
+        assert descent.gradient is not None
+        return descent.gradient if need_input else input.new_empty(0), *grads
+    ends = grads[:2] if need_params else []
+    x = input.movedim(0, -1)
+    full = descent.full()
+    return layered.first_gradients(family.layer, full, x, first_weight, ends, scale, offset, need_input), *grads
 
 
 def jvp(
     family: Family,
-    x: Tensor,
-    first_weight: Tensor,
-    first_bias: Tensor,
+    input: Tensor,
+    first_weight: Tensor | None,
+    first_bias: Tensor | None,
     hidden_weight: Tensor,
     hidden_bias: Tensor,
-    last_weight: Tensor,
-    last_bias: Tensor,
-    x_t: Tensor | None,
+    last_weight: Tensor | None,
+    last_bias: Tensor | None,
+    input_t: Tensor | None,
     first_weight_t: Tensor | None,
     first_bias_t: Tensor | None,
     hidden_weight_t: Tensor | None,
@@ -708,34 +824,42 @@ def jvp(
     last_bias_t: Tensor | None,
     scale: float,
     offset: bool,
+    outputs: int,
+    start: int,
 ) -> Tensor:
-    """As ``reference.jvp``."""
+    """The tangent of a span's output."""
     params = (first_weight, first_bias, hidden_weight, hidden_bias, last_weight, last_bias)
     last_t = (last_weight_t, last_bias_t)
-    if not family.supported("jvp", x, hidden_weight):
-        tangents = (x_t, first_weight_t, first_bias_t, hidden_weight_t, hidden_bias_t, *last_t)
-        return layered.jvp(family.layer, x, *params, *tangents, scale, offset)
-    inputs = x.movedim(0, -1)
-    state = layered.first_state(family.layer, inputs, params, scale, offset)
-    h = state.full(out=torch.empty_like(state.a))
-    first_t = (None if x_t is None else x_t.movedim(0, -1), first_weight_t, first_bias_t)
-    tangent = layered.first_tangent(family.layer, inputs, h, params, first_t, scale, offset)
-    final = empty(x, 4 if offset else 2, *h.shape)
-    weight, bias = hidden_weight.contiguous(), hidden_bias.contiguous()
+    if not family.supported("jvp", samples(input, first_weight), hidden_weight):
+        tangents = (input_t, first_weight_t, first_bias_t, hidden_weight_t, hidden_bias_t, *last_t)
+        return layered.jvp(family.layer, input, *params, *tangents, scale, offset, outputs, start)
+    these = span(family, input, params, offset, outputs, start)
+    if first_weight is None or first_bias is None:
+        state, tangent = words(input), words(torch.zeros_like(input) if input_t is None else input_t)
+    else:
+        x = input.movedim(0, -1)
+        before = layered.first_state(family.layer, x, first_weight, first_bias, outputs, scale, offset)
+        first_t = (None if input_t is None else input_t.movedim(0, -1), first_weight_t, first_bias_t)
+        value = before.full(out=torch.empty_like(before.lo))
+        ends = (first_weight, outputs, first_t, scale, offset)
+        state, tangent = words(before), words(layered.first_tangent(family.layer, x, value, *ends))
+    weight, bias = these.hidden
+    h = empty(state[2], *state[2].shape)
+    final = empty(h, these.words, *h.shape)
     tensors = (
-        state.a if state.base is None else state.base,
-        state.a,
-        tangent.a if tangent.base is None else tangent.base,
-        tangent.a,
+        *state,
+        *tangent,
         weight,
         bias,
         weight if hidden_weight_t is None else hidden_weight_t.contiguous(),
         bias if hidden_bias_t is None else hidden_bias_t.contiguous(),
+        h,
         final,
     )
     has = {"HAS_WEIGHT_T": hidden_weight_t is not None, "HAS_BIAS_T": hidden_bias_t is not None}
-    _run(family, chain_jvp, "jvp", x, weight, offset, tensors, (hidden_weight.shape[0],), **has)
-    state = layered.Parts(state.base, final[1 if offset else 0], state.middle, final[0])
-    tangent = layered.Parts(tangent.base, final[-1], tangent.middle, final[-2])
-    h, full = state.full(out=torch.empty_like(h)), tangent.full(out=torch.empty_like(h))
-    return layered.last_tangent(family.layer, tangent, full, h, params, last_t)
+    these.run(chain_jvp, "jvp", tensors, (these.layers, these.phase), **has)
+    if last_weight is None:
+        return final
+    after = layered.HiLo(tangent[0] if offset else None, final[-1], these.middle, final[1] if offset else None)
+    full = after.full(out=torch.empty_like(h))
+    return layered.last_tangent(family.layer, after, full, h, last_weight, last_t)

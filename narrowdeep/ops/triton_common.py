@@ -9,6 +9,7 @@ tile of 16 units, shape (16, BLOCK), weights are tiles of ``tl.dot``. Matrices i
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,12 +20,15 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from narrowdeep.ops.reference import MOVE_PERIOD as _MOVE_PERIOD
+from narrowdeep.ops.reference import RENORMALISE_PERIOD as _RENORMALISE_PERIOD
+from narrowdeep.ops.triton_dispatch import KernelError
 
-MOVE_PERIOD = tl.constexpr(_MOVE_PERIOD)
+RENORMALISE_PERIOD = tl.constexpr(_RENORMALISE_PERIOD)
 
-PREFETCH = not knobs.runtime.interpret
-"""The interpreter knows no inline assembly."""
+_INTERPRETED = knobs.runtime.interpret
+
+_PREFETCH_BYTES = 64 << 10
+"""Weights of RENORMALISE_PERIOD layers are asked for ahead if they fit the first-level cache beside the states."""
 
 TILE = 16
 """Units a tile of the ``tl.dot`` layout holds: the least ``tl.dot`` takes."""
@@ -33,16 +37,23 @@ TILE = 16
 MULTIPROCESSORS = 132
 """Assumed where there is no device to ask (H100)."""
 
+SCRATCH_BYTES = 32 << 20
+"""The same of ``scratch_bytes``."""
+
 _best: dict[Any, Block] = {}
 _autotune = False
 
 
 @dataclass(frozen=True)
 class Block:
-    """Samples of a program and its warps."""
+    """Samples of a program, its warps, and the registers a thread may have.
+
+    Without a limit ptxas takes fewer than a chain needs so that more programs fit a multiprocessor, and spills.
+    """
 
     samples: int
     warps: int
+    registers: int | None = None
 
 
 def autotune(enabled: bool = True) -> None:
@@ -60,17 +71,41 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def scratch_bytes(device: torch.device) -> int:
+    """What the states and gradients of a group of layers may take: two thirds of the second-level cache.
+
+    They then stay in it between the kernel that writes them and the one that reads them.
+    """
+    if device.type != "cuda":
+        return SCRATCH_BYTES
+    return torch.cuda.get_device_properties(device).L2_cache_size * 2 // 3
+
+
+def prefetched(weight: Tensor) -> bool:
+    """Whether hidden weights (layers, n, n, ...) are asked for ahead. The interpreter knows no inline assembly."""
+    layer = math.prod(weight.shape[1:]) * weight.element_size()
+    return not _INTERPRETED and layer * _RENORMALISE_PERIOD <= _PREFETCH_BYTES
+
+
 def empty(like: Tensor, *shape: int) -> Tensor:
     """Memory that a kernel fills (tests replace this to see that it does)."""
     return like.new_empty(shape)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, **constants: Any) -> None:
-    """``kernel[grid](*args)`` on the device of the first tensor (tests replace this to run the PTX on a CPU)."""
+def launch(
+    kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, registers: int | None = None, **constants: Any
+) -> None:
+    """``kernel[grid](*args)`` on the device of the first tensor (tests replace this to run the PTX on a CPU).
+
+    Raises: KernelError when Triton cannot compile or start it.
+    """
     device = next(a for a in args if isinstance(a, Tensor)).device
     if device.type == "cuda":
         with torch.cuda.device(device):
-            kernel[grid](*args, num_warps=num_warps, enable_fp_fusion=True, **constants)
+            try:
+                kernel[grid](*args, num_warps=num_warps, maxnreg=registers, enable_fp_fusion=True, **constants)
+            except Exception as error:
+                raise KernelError(kernel.fn.__name__, error) from error
     else:  # the interpreter
         kernel[grid](*args, num_warps=num_warps, **constants)
 
@@ -115,7 +150,7 @@ def unit_index(i: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def kept(i: tl.constexpr, MIDDLE: tl.constexpr, ROWS: tl.constexpr):
+def skip(i: tl.constexpr, MIDDLE: tl.constexpr, ROWS: tl.constexpr):
     """Where the diagonal of E is 1 in entry i: everywhere but at the middle unit."""
     return unit_index(i, ROWS) != MIDDLE
 
@@ -142,15 +177,20 @@ def read_state(ptr, column, batch, WIDTH: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def read_moved(ptr, column, batch, MIDDLE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
-    """``read_state`` of a moved part. Its middle unit never moves, and so takes no register."""
-    moved = ()
+def enter(base_ptr, hi_ptr, column, batch, MIDDLE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    """(base + hi, hi) of a state, a gradient or a tangent.
+
+    The middle unit's hi never changes; one sample a lane, it takes no register: 0 stands for it.
+    """
+    total = ()
+    hi = ()
     for i in tl.static_range((WIDTH + ROWS - 1) // ROWS):
-        entry = read_entry(ptr, column, batch, i, WIDTH, ROWS)
+        entry = read_entry(hi_ptr, column, batch, i, WIDTH, ROWS)
+        total = total + (read_entry(base_ptr, column, batch, i, WIDTH, ROWS) + entry,)
         if ROWS == 1 and i == MIDDLE:
             entry = tl.zeros_like(entry)
-        moved = moved + (entry,)
-    return moved
+        hi = hi + (entry,)
+    return total, hi
 
 
 @triton.jit
@@ -162,6 +202,27 @@ def write_state(ptr, state, column, batch, WIDTH: tl.constexpr, ROWS: tl.constex
         else:
             unit = unit_index(i, ROWS)
             tl.store(ptr + unit * batch + column[None, :], state[i], mask=(unit < WIDTH) & (column[None, :] < batch))
+
+
+@triton.jit
+def leave(
+    ptr, base_ptr, hi_ptr, hi, lo, column, batch, MIDDLE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr
+):
+    """Write (base, hi, lo), (3, n, B); lo alone, (1, n, B), in plain form. Base and hi are those given to ``enter``."""
+    if MIDDLE >= 0:
+        matrix = WIDTH * batch
+        write_state(ptr, read_state(base_ptr, column, batch, WIDTH, ROWS), column, batch, WIDTH, ROWS)
+        if ROWS == 1:
+            whole = ()
+            for i in tl.static_range(WIDTH):
+                if i == MIDDLE:
+                    whole = whole + (read_entry(hi_ptr, column, batch, i, WIDTH, ROWS),)
+                else:
+                    whole = whole + (hi[i],)
+            hi = whole
+        write_state(ptr + matrix, hi, column, batch, WIDTH, ROWS)
+        ptr += 2 * matrix
+    write_state(ptr, lo, column, batch, WIDTH, ROWS)
 
 
 @triton.jit
@@ -210,31 +271,31 @@ def read_bias(bias, WIDTH: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def add_kept(z, a, MIDDLE: tl.constexpr, COUNT: tl.constexpr, ROWS: tl.constexpr):
-    """z + E a: the identity part of an offset layer."""
+def add_skip(z, lo, MIDDLE: tl.constexpr, COUNT: tl.constexpr, ROWS: tl.constexpr):
+    """z + E lo: the identity part of an offset layer."""
     result = ()
     for i in tl.static_range(COUNT):
         entry = z[i]
         if ROWS == 1:
             if i != MIDDLE:
-                entry = a[i] + entry
+                entry = lo[i] + entry
         elif i == MIDDLE // ROWS:
-            entry = tl.where(kept(i, MIDDLE, ROWS), a[i] + entry, entry)
+            entry = tl.where(skip(i, MIDDLE, ROWS), lo[i] + entry, entry)
         else:
-            entry = a[i] + entry
+            entry = lo[i] + entry
         result = result + (entry,)
     return result
 
 
 @triton.jit
-def clip(z, base, OFFSET: tl.constexpr, COUNT: tl.constexpr):
-    """max(z, -base), max(z, 0) in plain form; a NaN stays a NaN, as in ``torch.relu``.
+def clip(z, total, OFFSET: tl.constexpr, COUNT: tl.constexpr):
+    """max(z, -total), max(z, 0) in plain form; a NaN stays a NaN, as in ``torch.relu``.
 
     One instruction in float32 (sm_80 on); in float64 there is none, and a comparison is cheaper than ``maximum``.
     """
     result = ()
     for i in tl.static_range(COUNT):
-        floor = -base[i] if OFFSET else tl.zeros_like(z[i])
+        floor = -total[i] if OFFSET else tl.zeros_like(z[i])
         if z[i].dtype == tl.float32:
             entry = tl.maximum(z[i], floor, propagate_nan=tl.PropagateNan.ALL)
         else:
@@ -244,49 +305,54 @@ def clip(z, base, OFFSET: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def mask_gradient(h, grad, base, OFFSET: tl.constexpr, COUNT: tl.constexpr):
-    """The gradient behind a ReLU whose output is h: grad where h > 0, else whatever makes base + it exactly 0."""
+def mask_gradient(h, grad, total, OFFSET: tl.constexpr, COUNT: tl.constexpr):
+    """The gradient behind a ReLU whose output is h: grad where h > 0, else whatever makes total + it exactly 0."""
     result = ()
     for i in tl.static_range(COUNT):
-        dead = -base[i] if OFFSET else tl.zeros_like(grad[i])
+        dead = -total[i] if OFFSET else tl.zeros_like(grad[i])
         result = result + (tl.where(h[i] <= 0.0, dead, grad[i]),)
     return result
 
 
 @triton.jit
-def move(fixed_ptr, base, moved, a, column, batch, MIDDLE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
-    """Move a into moved by an exact two-sum (``reference._move``): new (base, moved, a), with base = fixed + moved.
+def renormalise(
+    base_ptr, total, hi, lo, column, batch, MIDDLE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr
+):
+    """Move lo into hi by an exact two-sum (``reference.renormalise``): new (total, hi, lo), with total = base + hi.
 
-    ``fixed`` is read again: it is needed once in MOVE_PERIOD layers and would hold n registers.
+    ``base`` is read again: it is needed once in RENORMALISE_PERIOD layers and would hold n registers.
     """
-    fixed = read_state(fixed_ptr, column, batch, WIDTH, ROWS)
-    new_base = ()
-    new_moved = ()
-    new_a = ()
+    base = read_state(base_ptr, column, batch, WIDTH, ROWS)
+    new_total = ()
+    new_hi = ()
+    new_lo = ()
     for i in tl.static_range((WIDTH + ROWS - 1) // ROWS):
-        total, rest = two_sum(moved[i], a[i])
-        dead = base[i] + a[i] == 0.0
-        total = tl.where(dead, -fixed[i], total)
+        moved, rest = two_sum(hi[i], lo[i])
+        dead = total[i] + lo[i] == 0.0
+        moved = tl.where(dead, -base[i], moved)
         rest = tl.where(dead, 0.0, rest)
+        whole = base[i] + moved
         if ROWS == 1:
             if i == MIDDLE:
-                total = moved[i]
-                rest = a[i]
+                moved = hi[i]
+                rest = lo[i]
+                whole = total[i]
         elif i == MIDDLE // ROWS:
-            total = tl.where(kept(i, MIDDLE, ROWS), total, moved[i])
-            rest = tl.where(kept(i, MIDDLE, ROWS), rest, a[i])
-        new_base = new_base + (fixed[i] + total,)
-        new_moved = new_moved + (total,)
-        new_a = new_a + (rest,)
-    return new_base, new_moved, new_a
+            moved = tl.where(skip(i, MIDDLE, ROWS), moved, hi[i])
+            rest = tl.where(skip(i, MIDDLE, ROWS), rest, lo[i])
+            whole = tl.where(skip(i, MIDDLE, ROWS), whole, total[i])
+        new_total = new_total + (whole,)
+        new_hi = new_hi + (moved,)
+        new_lo = new_lo + (rest,)
+    return new_total, new_hi, new_lo
 
 
 @triton.jit
-def zeros_like_state(a, COUNT: tl.constexpr):
+def zeros_like_state(state, COUNT: tl.constexpr):
     """A tuple of zeros of the entries' shape."""
     zeros = ()
     for i in tl.static_range(COUNT):
-        zeros = zeros + (tl.zeros_like(a[i]),)
+        zeros = zeros + (tl.zeros_like(state[i]),)
     return zeros
 
 

@@ -1,7 +1,7 @@
 """The CUDA key of the raw ops, and what is available there. Importing it imports no Triton and asks no device.
 
 Narrow chains run one sample a lane, middling ones in ``tl.dot`` tiles, wider ones (and everything, where Triton is
-missing) one layer at a time through cuBLAS (``layered.py``). The choice follows from shapes and dtypes alone.
+missing or fails) one layer at a time through cuBLAS (``layered.py``). The choice follows from shapes and dtypes alone.
 """
 
 from __future__ import annotations
@@ -10,18 +10,40 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import os
+import shutil
+import subprocess
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from narrowdeep.ops.precision import full_precision
+
 DTYPES = (torch.float32, torch.float64)
+
+OLDEST = (7, 5)
+"""Compute capability of the oldest device that the kernels run on."""
+
+_failures: dict[tuple[str, str], str] = {}
+"""(op, device) -> why its kernels are not tried again in this process."""
+
+
+class KernelError(RuntimeError):
+    """Triton could not compile or start a kernel."""
+
+    def __init__(self, kernel: str, error: Exception) -> None:
+        lines = str(error).strip().splitlines() or [""]
+        super().__init__(f"Triton failed at {kernel}: {type(error).__name__}: {lines[0]}")
 
 
 @functools.cache
 def missing() -> str | None:
-    """Why the Triton kernels cannot be used, or None."""
+    """Why the Triton kernels cannot be used on any device, or None."""
+    if torch.version.hip is not None:
+        return "this build of torch is for ROCm, the kernels are for CUDA"
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     try:
@@ -31,22 +53,69 @@ def missing() -> str | None:
     return None
 
 
-def check_dtype(x: Tensor) -> None:
-    """Raise TypeError for anything but float32 and float64."""
+@functools.cache
+def _driver_fault() -> str | None:
+    """Why Triton cannot start kernels on this machine's devices, or None. Compiles Triton's helper, once a machine."""
+    try:
+        importlib.import_module("triton.runtime").driver.active.launcher_cls  # noqa: B018 (made when first asked for)
+    except Exception as error:
+        if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+            return "Triton found no C compiler for its launcher: install gcc or clang, or name one in CC"
+        if isinstance(error, subprocess.CalledProcessError):
+            return f"Triton's launcher does not compile with {error.cmd[0]}: are the headers of Python installed?"
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return f"Triton found no usable driver: {lines[0]}"
+    return None
+
+
+def unusable(device: torch.device) -> str | None:
+    """Why the Triton kernels cannot run on ``device``, or None. Only a CUDA device is asked for anything."""
+    reason = missing()
+    if reason is not None or device.type != "cuda":
+        return reason
+    found = torch.cuda.get_device_capability(device)
+    if found < OLDEST:
+        name, (major, minor) = torch.cuda.get_device_name(device), found
+        return f"{name} is sm_{major}{minor}, the kernels need sm_{OLDEST[0]}{OLDEST[1]} or newer"
+    return _driver_fault()
+
+
+@functools.cache
+def _warn(reason: str) -> None:
+    """Once for every reason."""
+    warnings.warn(f"layers run one at a time on this device, which is slower: {reason}", RuntimeWarning, stacklevel=3)
+
+
+def check_tensors(tensors: list[Tensor]) -> None:
+    """Raise TypeError for anything but float32 and float64, ValueError for tensors on different devices."""
+    x = tensors[0]
     if x.dtype not in DTYPES:
         raise TypeError(f"x must be torch.float32 or torch.float64, got {x.dtype}")
+    for other in tensors:
+        if other.device != x.device:
+            raise ValueError(f"all tensors must be on one device, got {x.device} and {other.device}")
 
 
 def register(library: torch.library.Library, name: str, kernels: str, otherwise: Callable[..., Any]) -> None:
     """Implement op ``name`` for CUDA tensors with the function of that name in module ``kernels``.
 
-    The module is imported at the first call; where Triton is missing ``otherwise`` takes its place.
+    The module is imported at the first call. Where its kernels cannot run, ``otherwise`` takes their place after one
+    warning. Whatever torch computes in either runs in full precision.
     """
 
     def call(*args: Any) -> Any:
-        check_dtype(next(a for a in args if isinstance(a, Tensor)))
-        function = otherwise if missing() else getattr(importlib.import_module(kernels), name)
-        return function(*args)
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        check_tensors(tensors)
+        device = tensors[0].device
+        with full_precision(device):
+            reason = unusable(device) or _failures.get((name, str(device)))
+            if reason is None:
+                try:
+                    return getattr(importlib.import_module(kernels), name)(*args)
+                except KernelError as error:
+                    reason = _failures[name, str(device)] = str(error)
+            _warn(reason)
+            return otherwise(*args)
 
     library.impl(name, call, "CUDA")
 
@@ -64,7 +133,7 @@ def backward_workspace(x: Tensor, hidden_weight: Tensor, offset: bool, segment: 
 
     Tensors on the meta device stand for an H100.
     """
-    if missing():
+    if unusable(x.device):
         return None
     from narrowdeep.ops import triton_chain
     from narrowdeep.ops.cnn.triton import FAMILY as CNN
@@ -89,6 +158,7 @@ def triton_status() -> dict[str, Any]:
             reason = "no CUDA device was found"
         else:
             device = torch.cuda.get_device_name()
+            reason = unusable(torch.device("cuda")) or "; ".join(_failures.values()) or None
     kernels = {}
     if version is not None:
         from narrowdeep.ops.cnn.triton import limits as cnn_limits

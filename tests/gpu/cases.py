@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from narrowdeep.ops.cnn import reference as conv_reference
+from narrowdeep.ops.cnn import reference as cnn_reference
 from narrowdeep.ops.gram import reference as gram_reference
 from narrowdeep.ops.mlp import reference as mlp_reference
+from narrowdeep.ops.reference import saved_shape
+from tests.ops.chains import truths
 
 
 @dataclass(frozen=True)
@@ -78,31 +80,103 @@ def assert_close(actual: Tensor, expected: Tensor, what: str) -> None:
 
 
 Ops = tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]
+"""Forward, backward and jvp of one family, with the arguments of ``narrowdeep.ops.chain``."""
 
-MLP_REFERENCE: Ops = (mlp_reference.mlp_forward, mlp_reference.mlp_backward, mlp_reference.mlp_jvp)
-CONV_REFERENCE: Ops = (conv_reference.conv_forward, conv_reference.conv_backward, conv_reference.conv_jvp)
+MLP_TRUTH = truths(mlp_reference.mlp_forward)
+CNN_TRUTH = truths(cnn_reference.cnn_forward)
+NAMES = ("x", "first_weight", "first_bias", "hidden_weight", "hidden_bias", "last_weight", "last_bias")
+
+
+def doubled(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Tensors in float64, all else as it is."""
+    return tuple(v.double() if isinstance(v, Tensor) else v for v in values)
 
 
 def check(case: Case, ops: Ops) -> None:
-    """Forward, backward and jvp against the reference."""
-    (forward, backward, jvp), reference = ops, CONV_REFERENCE if case.image else MLP_REFERENCE
+    """Forward, backward and jvp of a whole network against the reference in float64."""
+    (forward, backward, jvp), truth = ops, CNN_TRUTH if case.image else MLP_TRUTH
     inputs = draw_inputs(case)
-    settings = (SCALE, case.offset, case.segment)
-    out, saved = forward(*inputs, *settings)
-    expected_out, expected_saved = reference[0](*inputs, *settings)
-    assert_close(out, expected_out, "out")
-    assert_close(saved, expected_saved, "saved")
+    settings = (SCALE, case.offset, case.out_features, 0)
+
+    def agree(actual: Tensor, expected: Tensor, what: str) -> None:
+        assert_close(actual, expected.to(case.dtype), what)
+
+    out, saved = forward(*inputs, *settings, case.segment)
+    expected_out, expected_saved = truth.forward(*doubled(inputs), *settings, case.segment)
+    agree(out, expected_out, "out")
+    agree(saved, expected_saved, "saved")
     grad = draw(*out.shape, dtype=case.dtype, seed=8)
-    names = ("x", "first_weight", "first_bias", "hidden_weight", "hidden_bias", "last_weight", "last_bias")
     for need in [(True, True), (True, False) if case.segment % 2 else (False, True)]:
-        gradients = backward(grad, *inputs, saved, *settings, *need)
-        expected = reference[1](grad, *inputs, expected_saved, *settings, *need)
-        for name, a, b in zip(names, gradients, expected, strict=True):
-            assert_close(a, b, f"gradient of {name}")
+        gradients = backward(grad, *inputs, saved, *settings, case.segment, *need)
+        arguments = doubled((grad, *inputs, expected_saved, *settings, case.segment, *need))
+        for name, a, b in zip(NAMES, gradients, truth.backward(*arguments), strict=True):
+            agree(a, b, f"gradient of {name}")
     tangents: list[Tensor | None] = [draw(*t.shape, dtype=case.dtype, seed=20 + i) for i, t in enumerate(inputs)]
     if case.segment == 1:  # without tangents of the hidden layers: another kernel
         tangents[3] = tangents[4] = None
-    assert_close(jvp(*inputs, *tangents, *settings[:2]), reference[2](*inputs, *tangents, *settings[:2]), "tangent")
+    arguments = (*inputs, *tangents, *settings)
+    agree(jvp(*arguments), truth.jvp(*doubled(arguments)), "tangent")
+
+
+def check_spans(case: Case, ops: Ops, cuts: tuple[int, ...]) -> None:
+    """A network cut at the states ``cuts`` gives the bits of the whole: outputs, gradients, tangents."""
+    forward, backward, jvp = ops
+    x, *params = draw_inputs(case)
+    settings = (SCALE, case.offset, case.out_features)
+    out, saved = forward(x, *params, *settings, 0, case.segment)
+    grad = draw(*out.shape, dtype=case.dtype, seed=8)
+    gradients = backward(grad, x, *params, saved, *settings, 0, case.segment, True, True)
+    tangents = [draw(*t.shape, dtype=case.dtype, seed=20 + i) for i, t in enumerate((x, *params))]
+    tangent = jvp(x, *params, *tangents, *settings, 0)
+
+    bounds = list(zip((0, *cuts), (*cuts, case.depth - 2), strict=True))
+
+    def part(values: list[Tensor], low: int, high: int) -> list[Tensor | None]:
+        first, hidden, last = values[:2], values[2:4], values[4:]
+        ends = (first if low == 0 else [None, None]), (last if high == case.depth - 2 else [None, None])
+        return [*ends[0], *(t[low:high] for t in hidden), *ends[1]]
+
+    inputs, checkpoints, value, moved = [], [], x, tangents[0]
+    for low, high in bounds:
+        inputs.append(value)
+        some = part(params, low, high)
+        moved = jvp(value, *some, moved, *part(tangents[1:], low, high), *settings, low)
+        value, kept = forward(value, *some, *settings, low, case.segment)
+        ends = low == 0, high == case.depth - 2
+        state = (case.hidden, *case.image, case.batch)
+        assert kept.shape == saved_shape(high - low, state, case.offset, case.segment, *ends)
+        if not ends[1]:
+            assert value.shape == moved.shape == (3 if case.offset else 1, *state)
+        checkpoints.append(kept)
+    assert torch.equal(value, out)
+    assert torch.equal(moved, tangent)
+    found: list[tuple[Tensor, ...]] = []
+    for (low, high), before, kept in reversed(list(zip(bounds, inputs, checkpoints, strict=True))):
+        flags = (case.segment, True, True)
+        grad, *some_grads = backward(grad, before, *part(params, low, high), kept, *settings, low, *flags)
+        assert grad.shape == before.shape
+        found.insert(0, tuple(some_grads))
+    for i, name in enumerate(NAMES[1:]):
+        pieces = [grads[i] for grads in found if grads[i].numel()]
+        assert torch.equal(torch.cat(pieces) if len(pieces) > 1 else pieces[0], gradients[1 + i]), name
+    assert torch.equal(grad, gradients[0])
+
+
+def check_state(case: Case, ops: Ops, start: int) -> None:
+    """Hidden layers alone from a state that no chain need have made: output and tangent against float64."""
+    (forward, _, jvp), truth = ops, CNN_TRUTH if case.image else MLP_TRUTH
+    _, *params = draw_inputs(case)
+    hidden = [None, None, *params[2:4], None, None]
+    tangents = [draw(*t.shape, dtype=case.dtype, seed=30 + i) for i, t in enumerate(params[2:4])]
+    shape = (3 if case.offset else 1, case.hidden, *case.image, case.batch)
+    state, state_t = draw(*shape, dtype=case.dtype, seed=40), draw(*shape, dtype=case.dtype, seed=41)
+    settings = (SCALE, case.offset, case.out_features, start)
+    out, _ = forward(state, *hidden, *settings, case.segment)
+    expected, _ = truth.forward(*doubled((state, *hidden, *settings)), case.segment)
+    assert torch.equal(out[0], expected[0].to(case.dtype)) or not case.offset
+    assert_close(out.sum(0), expected.sum(0).to(case.dtype), "state")
+    arguments = (state, *hidden, state_t, None, None, *tangents, None, None, *settings)
+    assert_close(jvp(*arguments).sum(0), truth.jvp(*doubled(arguments)).sum(0).to(case.dtype), "tangent")
 
 
 @dataclass(frozen=True)

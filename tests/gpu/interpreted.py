@@ -6,7 +6,7 @@ import json
 
 import torch
 
-from narrowdeep.ops.cnn import triton as conv
+from narrowdeep.ops.cnn import triton as cnn
 from narrowdeep.ops.gram import triton as gram
 from narrowdeep.ops.mlp import triton as mlp
 from tests.gpu.cases import Case, GramCase, Ops, check, check_gram
@@ -37,7 +37,7 @@ GRAMS = [
     GramCase(Case(1, 1, 3, 2, False, F32, 0, image=(1, 1), width=8, tap=1), 33, 0),
 ]
 MLP: Ops = (mlp.mlp_forward, mlp.mlp_backward, mlp.mlp_jvp)
-CONV: Ops = (conv.conv_forward, conv.conv_backward, conv.conv_jvp)
+CNN: Ops = (cnn.cnn_forward, cnn.cnn_backward, cnn.cnn_jvp)
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def main() -> None:
             if isinstance(case, GramCase):
                 check_gram(case, gram.cnn_gram if case.case.image else gram.mlp_gram)
             else:
-                check(case, CONV if case.image else MLP)
+                check(case, CNN if case.image else MLP)
             failure = None
         except Exception as error:
             failure = f"{type(error).__name__}: {error}"

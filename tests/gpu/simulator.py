@@ -59,7 +59,15 @@ class Simulator:
         self._unwritten[tensor.data_ptr()] = tensor
         return tensor
 
-    def launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, **constants: Any) -> None:
+    def launch(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        *args: Any,
+        num_warps: int,
+        registers: int | None = None,
+        **constants: Any,
+    ) -> None:
         tensors = {a.data_ptr(): a for a in args if isinstance(a, Tensor)}
         fresh = tuple(t for pointer, t in tensors.items() if pointer in self._unwritten)
         with warnings.catch_warnings():

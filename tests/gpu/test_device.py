@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import narrowdeep
-from narrowdeep.ops.cnn.op import ops as conv_ops
+from narrowdeep.ops.cnn.op import ops as cnn_ops
 from narrowdeep.ops.gram.op import cnn_gram, mlp_gram
 from narrowdeep.ops.gram.reference import DIAGONAL, FULL, TRACE
 from narrowdeep.ops.mlp.op import ops as mlp_ops
@@ -70,7 +70,7 @@ def test_large_batch(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [F32, F64])
 @pytest.mark.parametrize(("outputs", "image", "tap"), [(1, (7, 7), 3), (2, (3, 5), 1), (1, (4, 6), 5)])
 def test_conv(outputs: int, image: tuple[int, int], tap: int, dtype: torch.dtype, segment: int, device: str) -> None:
-    check(Case(1, outputs, 36, 5, True, dtype, segment, image=image, tap=tap), ops_of(conv_ops, device))
+    check(Case(1, outputs, 36, 5, True, dtype, segment, image=image, tap=tap), ops_of(cnn_ops, device))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -109,11 +109,11 @@ def test_results_repeat_bit_for_bit() -> None:
 
 @pytest.mark.gpu
 def test_autotuned_blocks_give_the_same_result() -> None:
+    from narrowdeep.ops import triton_common
+
     model = narrowdeep.DeepNarrowMLP(3, 2, 100).cuda()
     x = torch.rand(5000, 3, device="cuda")
     expected = model(x)
-    from narrowdeep.ops import triton_common
-
     triton_common.autotune()
     try:
         assert torch.equal(model(x), expected)

@@ -1,40 +1,26 @@
-"""Which implementation a CUDA tensor gets, without a device."""
+"""What kernels take and in which shares, without a device."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="needs Triton")
 
 from narrowdeep.ops import layered, triton_chain, triton_dispatch
-from narrowdeep.ops.cnn import triton as conv
+from narrowdeep.ops.cnn import triton as cnn
+from narrowdeep.ops.gram import triton as gram
 from narrowdeep.ops.mlp import triton as mlp
 from narrowdeep.ops.triton_common import Block, choose_block
-from tests.gpu.cases import Case, draw_inputs
-
-
-class Recorder:
-    """In place of torch's library: keeps what is registered."""
-
-    def __init__(self) -> None:
-        self.implementations: dict[str, Callable[..., Any]] = {}
-
-    def impl(self, name: str, function: Callable[..., Any], key: str) -> None:
-        assert key == "CUDA"
-        self.implementations[name] = function
-
-
-def registered(otherwise: Callable[..., Any]) -> Callable[..., Any]:
-    recorder: Any = Recorder()
-    triton_dispatch.register(recorder, "mlp_forward", "narrowdeep.ops.mlp.triton", otherwise)
-    return recorder.implementations["mlp_forward"]
+from tests.gpu.cases import Case, Ops, draw_inputs
 
 
 def test_importing_narrowdeep_imports_no_triton_and_starts_no_device() -> None:
@@ -42,26 +28,6 @@ def test_importing_narrowdeep_imports_no_triton_and_starts_no_device() -> None:
         "import sys, torch, narrowdeep\nassert 'triton' not in sys.modules\nassert not torch.cuda.is_initialized()"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64])
-def test_other_dtypes_are_refused(dtype: torch.dtype) -> None:
-    with pytest.raises(TypeError, match=r"x must be torch\.float32 or torch\.float64, got " + str(dtype)):
-        registered(lambda *_: None)(torch.zeros(2, 1, dtype=dtype))
-
-
-def test_without_triton_layers_run_one_at_a_time() -> None:
-    with mock.patch.object(triton_dispatch, "missing", return_value="the package triton is not installed"):
-        assert registered(lambda x: ("layered", x.shape))(torch.zeros(2, 1)) == ("layered", (2, 1))
-        status = triton_dispatch.triton_status()
-    assert not status["available"]
-    assert status["reason"] == "the package triton is not installed"
-    assert status["version"] is None
-
-
-def test_missing_names_the_package() -> None:
-    with mock.patch("importlib.util.find_spec", return_value=None):
-        assert triton_dispatch.missing.__wrapped__() == "the package triton is not installed"
 
 
 def test_status_reports_the_limits_of_the_code() -> None:
@@ -78,7 +44,145 @@ def test_status_knows_the_limits_of_an_older_device() -> None:
 
 def test_groups_keep_to_the_limits_of_a_grid() -> None:
     state = torch.empty(2, 1, device="meta")
-    assert triton_chain.layers_a_group(state, 2) == 2 * 65_535
+    assert triton_chain.layers_a_group(state, 2, torch.device("cpu")) == 2 * 65_535
+
+
+def test_a_group_fits_the_cache_of_its_device() -> None:
+    state, device = torch.empty(4, 1024, device="meta"), torch.device("cuda", 0)
+    for cache, layers in ((6 << 20, 128), (50 << 20, 1066), (1 << 10, 2)):  # h and G: 32 KiB a layer
+        properties = mock.Mock(L2_cache_size=cache)
+        with mock.patch("torch.cuda.get_device_properties", return_value=properties):
+            assert triton_chain.layers_a_group(state, 2, device) == layers
+
+
+class Grids:
+    """In place of ``launch`` and ``empty``: keeps what would be started, allocates nothing."""
+
+    def __init__(self) -> None:
+        self.grids: list[tuple[int, ...]] = []
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, **_: Any) -> None:
+        self.grids.append(grid)
+
+    def empty(self, like: torch.Tensor, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=like.dtype, device="meta")
+
+
+@pytest.mark.parametrize("image", [(), (2, 2)])
+def test_no_batch_is_beyond_a_grid(image: tuple[int, ...]) -> None:
+    """More samples than 65,535 programs of any kernel take (CUDA's limit past a grid's first dimension)."""
+    batch, layers, width, taps = 10**9, 3, 3, (3, 3) if image else ()
+    state = torch.empty(layers, width, *image, batch, device="meta")
+    grads = torch.empty(layers, width, width, *taps, device="meta"), torch.empty(layers, width, device="meta")
+    module, family = (cnn, gram.CNN) if image else (mlp, gram.MLP)
+    grids = Grids()
+    with (
+        mock.patch.multiple(module, launch=grids.launch, empty=grids.empty),
+        mock.patch.multiple(gram, launch=grids.launch, empty=grids.empty),
+    ):
+        module.sum_weight_gradients(state, state, *grads)
+        total = torch.empty(1, batch, 1, dtype=torch.float64, device="meta")
+        side = gram.Side(state, state)
+        family.add(total, side, gram.Side(state[..., :1], state[..., :1]), gram.Terms(1, True, True, True, len(taps)))
+    assert len(grids.grids) >= 2
+    for grid in grids.grids:
+        first, second, third = (*grid, 1, 1)[:3]
+        assert first < 2**31
+        assert max(second, third) <= 65_535
+
+
+_MLP: Ops = (mlp.mlp_forward, mlp.mlp_backward, mlp.mlp_jvp)
+_CNN: Ops = (cnn.cnn_forward, cnn.cnn_backward, cnn.cnn_jvp)
+
+
+class Work(TorchDispatchMode):
+    """In place of ``launch``, too: the kernels that a call starts, ours by name and torch's by operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels: list[str] = []
+        self.allocated: list[int] = []
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, **_: Any) -> None:
+        self.kernels.append(kernel.fn.__name__)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        name = function.overloadpacket.__name__
+        if name in ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"):
+            self.allocated.append(result.numel() * result.element_size())
+        elif not function.is_view:
+            self.kernels.append(name)
+        return result
+
+
+@contextmanager
+def counted() -> Iterator[Work]:
+    work = Work()
+    replaced: dict[str, Any] = {"launch": work.launch}
+    with (
+        mock.patch.multiple(triton_chain, **replaced),
+        mock.patch.multiple(mlp, **replaced),
+        mock.patch.multiple(cnn, **replaced),
+        work,
+    ):
+        yield work
+
+
+@pytest.mark.parametrize("offset", [True, False], ids=["offset", "plain"])
+@pytest.mark.parametrize("image", [(), (2, 2)], ids=["mlp", "cnn"])
+def test_kernels_of_a_span_between_two_states(image: tuple[int, ...], offset: bool) -> None:
+    """A forward is one; a backward recomputes, goes back and sums. Nothing is copied or converted around them."""
+    case = Case(1, 1, 22, 4, offset, torch.float32, 5, image=image)
+    _, *params = draw_inputs(case)
+    hidden: list[Any] = [None, None, *params[2:4], None, None]
+    state = torch.rand(3 if offset else 1, 3, *image, 4)
+    forward, backward, jvp = _CNN if image else _MLP
+    settings = (10.0, offset, 1, 40)
+    zeros = ["new_zeros"] if image else []  # a convolution's border
+    with counted() as work:
+        out, saved = forward(state, *hidden, *settings, 5)
+    assert work.kernels == [*zeros, "chain_forward"]
+    with counted() as work:
+        backward(out, state, *hidden, saved, *settings, 5, True, True)
+    assert work.kernels == [*zeros, "chain_recompute", *zeros, "chain_backward", "weight_gradient"]
+    with counted() as work:
+        jvp(state, *hidden, state, None, None, *params[2:4], None, None, *settings)
+    assert work.kernels == [*zeros, "chain_jvp"]
+
+
+_WAITING = {"_local_scalar_dense", "item", "nonzero", "masked_select", "_unique2", "equal", "is_nonzero", "_to_copy"}
+"""Operators for which the host waits, or which copy between host and device."""
+
+
+@pytest.mark.parametrize("segment", [0, 1, 4])
+@pytest.mark.parametrize("image", [(), (2, 2)], ids=["mlp", "cnn"])
+def test_a_second_call_waits_for_nothing(image: tuple[int, ...], segment: int) -> None:
+    """What a CUDA graph can capture: kernels, and torch's allocations, the same in every call of one shape."""
+    case = Case(2, 1, 22, 4, True, torch.float32, segment, image=image)
+    inputs: list[Any] = list(draw_inputs(case))
+    forward, backward, jvp = _CNN if image else _MLP
+    settings = (10.0, True, 1, 0)
+    calls = []
+    for _ in range(2):
+        with counted() as work, mock.patch("torch.cuda.synchronize") as synchronize:
+            out, saved = forward(*inputs, *settings, segment)
+            backward(out, *inputs, saved, *settings, segment, True, True)
+            jvp(*inputs, *inputs, *settings)
+        assert not _WAITING & set(work.kernels)
+        synchronize.assert_not_called()
+        calls.append((work.kernels, work.allocated))
+    assert calls[0] == calls[1]
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "ahead"),
+    [(4, "float32", True), (22, "float32", True), (23, "float32", False), (16, "float64", True), (80, "float32", 0)],
+)
+def test_weights_are_asked_for_ahead_where_they_fit(width: int, dtype: str, ahead: bool) -> None:
+    """32 layers in 64 KiB: n = 80 would ask a cache of 256 KiB for 819 KB."""
+    weight = torch.empty(1, width, width, dtype=getattr(torch, dtype), device="meta")
+    assert mlp.FAMILY.constants("forward", torch.empty(1, 1), weight)["PREFETCH"] == ahead
 
 
 @pytest.mark.parametrize("segment", [1, 2, 3])
@@ -88,7 +192,7 @@ def test_workspace_is_what_a_backward_allocates(image: tuple[int, ...], segment:
     case = Case(1, 1, 9, 5, True, torch.float64, segment, image=image)
     inputs: Any = draw_inputs(case)
     x, params = inputs[0], inputs[1:]
-    family = conv.FAMILY if image else mlp.FAMILY
+    family = cnn.FAMILY if image else mlp.FAMILY
     most = 0
 
     def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **_: Any) -> None:
@@ -100,12 +204,12 @@ def test_workspace_is_what_a_backward_allocates(image: tuple[int, ...], segment:
         if kernel.fn.__name__ in ("chain_recompute", "chain_backward"):
             most = max(most, sum(t.numel() * t.element_size() for t in [*held, *padded]))
 
-    arguments: Any = (*inputs, 10.0, True, segment)
+    settings = (10.0, True, 1, 0, segment)
+    arguments: Any = (*inputs, *settings)
     saved = layered.forward(family.layer, *arguments)[1]
-    with mock.patch.multiple(triton_chain, launch=launch, SCRATCH_BYTES=2000):
-        walk = triton_chain.Descent(
-            family, x, params, saved, 10.0, True, segment, triton_chain.layers_a_group(saved[0, 0], segment)
-        )
+    with mock.patch.multiple(triton_chain, launch=launch, scratch_bytes=lambda device: 2000):
+        step = triton_chain.layers_a_group(saved[0, 0], segment, x.device)
+        walk = triton_chain.Descent(family, x, params, saved, *settings, step)
         list(walk.groups(torch.ones(5, 1, dtype=torch.float64), True))
         assert triton_chain.workspace(family, x, params[2], True, segment) == most
 
@@ -129,7 +233,7 @@ def test_what_kernels_take(kernel: str) -> None:
     assert mlp.supported(kernel, x, torch.empty(1, widest, widest))
     assert not mlp.supported(kernel, x, torch.empty(1, widest + 1, widest + 1))
     image = torch.empty(2, 1, 7, 7)
-    assert conv.supported(kernel, image, torch.empty(1, 3, 3, 3, 3))
-    assert not conv.supported(kernel, image, torch.empty(1, 3, 3, 7, 7))
-    assert not conv.supported(kernel, image, torch.empty(1, 17, 17, 3, 3))
-    assert not conv.supported(kernel, torch.empty(2, 1, 33, 33), torch.empty(1, 3, 3, 3, 3))
+    assert cnn.supported(kernel, image, torch.empty(1, 3, 3, 3, 3))
+    assert not cnn.supported(kernel, image, torch.empty(1, 3, 3, 7, 7))
+    assert not cnn.supported(kernel, image, torch.empty(1, 17, 17, 3, 3))
+    assert not cnn.supported(kernel, torch.empty(2, 1, 33, 33), torch.empty(1, 3, 3, 3, 3))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -11,12 +13,12 @@ import torch
 pytest.importorskip("triton", reason="needs Triton")
 
 from narrowdeep.ops import triton_chain
-from narrowdeep.ops.cnn import triton as conv
+from narrowdeep.ops.cnn import triton as cnn
 from narrowdeep.ops.gram import triton as gram
 from narrowdeep.ops.mlp import triton as mlp
 from narrowdeep.ops.triton_common import Block
-from tests.gpu.cases import Case, GramCase, check, check_gram
-from tests.gpu.interpreted import CONV, MLP
+from tests.gpu.cases import Case, GramCase, check, check_gram, check_spans, check_state
+from tests.gpu.interpreted import CNN, MLP
 from tests.gpu.simulator import Simulator, load
 
 F32, F64 = torch.float32, torch.float64
@@ -55,15 +57,24 @@ SLOW = [
 ]
 
 
-def run(case: Case, simulator: Simulator, **limits: Any) -> None:
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # in torch.func.jvp
+
+
+@contextmanager
+def simulated(simulator: Simulator, **limits: Any) -> Iterator[None]:
     load()
     stand_ins: dict[str, Any] = {"launch": simulator.launch, "empty": simulator.empty}
     with (
         mock.patch.multiple(triton_chain, **stand_ins | limits),
         mock.patch.multiple(mlp, **stand_ins | {"_SPLIT": 512}),
-        mock.patch.multiple(conv, **stand_ins | {"_SPLIT": 128}),
+        mock.patch.multiple(cnn, **stand_ins | {"_SPLIT": 128}),
     ):
-        check(case, CONV if case.image else MLP)
+        yield
+
+
+def run(case: Case, simulator: Simulator, **limits: Any) -> None:
+    with simulated(simulator, **limits):
+        check(case, CNN if case.image else MLP)
     assert {"chain_forward", "chain_backward"} <= set(simulator.launches)
 
 
@@ -80,6 +91,37 @@ def test_kernels(case: Case, target: int) -> None:
 @pytest.mark.parametrize("case", SLOW, ids=str)
 def test_more_shapes(case: Case, target: int) -> None:
     run(case, Simulator(target))
+
+
+@pytest.mark.parametrize(
+    ("case", "cuts"),
+    [
+        (Case(1, 1, 70, 5, True, F32, 5), (20, 33)),
+        (Case(1, 1, 37, 3, False, F64, 1), (17,)),
+        (Case(1, 1, 37, 3, True, F64, 1), (1, 33)),
+        (Case(2, 1, 12, 5, True, F32, 0), (5,)),
+        (Case(10, 7, 6, 5, True, F32, 2), (1, 3)),  # tiles
+        (Case(1, 1, 36, 2, True, F32, 4, image=(2, 3)), (10, 33)),
+        (Case(1, 1, 8, 2, False, F64, 1, image=(2, 3)), (3, 4)),
+    ],
+    ids=str,
+)
+def test_spans(case: Case, cuts: tuple[int, ...]) -> None:
+    simulator = Simulator(90)
+    with simulated(simulator):
+        check_spans(case, CNN if case.image else MLP, cuts)
+    spans = 1 + len(cuts)
+    assert simulator.launches.count("chain_forward") == (1 + spans) * (2 if case.segment == 0 else 1)
+    assert simulator.launches.count("chain_backward") == 1 + spans
+
+
+@pytest.mark.parametrize("offset", [True, False], ids=["offset", "plain"])
+@pytest.mark.parametrize("start", [0, 31, 2**40 + 5])
+@pytest.mark.parametrize(("inputs", "image"), [(1, ()), (10, ()), (1, (2, 3))], ids=["lanes", "tiles", "cnn"])
+def test_a_state_from_anywhere(inputs: int, image: tuple[int, ...], start: int, offset: bool) -> None:
+    case = Case(inputs, 6 if inputs > 1 else 1, 6, 5, offset, F64, 2, image=image)
+    with simulated(Simulator(80)):
+        check_state(case, CNN if image else MLP, start)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -131,7 +173,7 @@ def test_gram_in_random_warp_order(case: GramCase, seed: int) -> None:
 def test_gram_in_parts() -> None:
     """Groups of one segment, Jacobians of one layer at a time."""
     simulator = Simulator(90)
-    run_gram(GramCase(Case(1, 1, 6, 2, True, F64, 0, image=(2, 1)), 0, 0), simulator, SCRATCH_BYTES=1)
+    run_gram(GramCase(Case(1, 1, 6, 2, True, F64, 0, image=(2, 1)), 0, 0), simulator, scratch_bytes=lambda device: 1)
     assert simulator.launches.count("chain_backward") == 2
     assert simulator.launches.count("pair_sums") == 6  # every layer's own
 
@@ -145,5 +187,5 @@ def test_blocks_for_large_batches(dtype: torch.dtype) -> None:
     case = Case(1, 1, 9, largest.samples + 4, True, dtype, 2)
     simulator = Simulator(90)
     group = 2 * 2 * 2 * 3 * case.batch * dtype.itemsize  # bytes of h and g of two segments of two states
-    run(case, simulator, choose_block=lambda *args: args[-1](args[1][0]), SCRATCH_BYTES=group)
+    run(case, simulator, choose_block=lambda *args: args[-1](args[1][0]), scratch_bytes=lambda device: group)
     assert simulator.launches.count("chain_recompute") == 2 * 2

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from narrowdeep.ops.conv import op as _cnn_op  # noqa: F401 (defines the ops)
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (the name torch's own documentation uses)
 
 from narrowdeep.ops import engine
-from narrowdeep.ops.conv import op as _cnn_op  # noqa: F401 (defines the ops)
 from narrowdeep.ops.mlp import op as _mlp_op  # noqa: F401
 
 PERIOD = 32

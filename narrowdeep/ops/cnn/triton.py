@@ -13,15 +13,17 @@ from torch import Tensor
 
 from narrowdeep.ops import triton_chain, triton_common
 from narrowdeep.ops.cnn.layered import CONVOLUTION
-from narrowdeep.ops.triton_common import PREFETCH, Block, empty, launch
+from narrowdeep.ops.triton_common import Block, empty, launch, prefetched
 
 
-@triton.jit(do_not_specialize=["batch"])
+@triton.jit(do_not_specialize=["batch", "splits"])
 def weight_gradient(
     g_ptr,
     h_ptr,
-    partial_ptr,
+    weight_ptr,
+    bias_ptr,
     batch,
+    splits,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     TAP: tl.constexpr,
@@ -30,22 +32,24 @@ def weight_gradient(
     SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """sum over samples and positions of G h^T. Program (layer, row group * input channel, split).
+    """sum over samples and positions of G h^T and of G. Program (layer and split, row group * input channel).
 
-    g, h: (layers, n, positions * B); partial: (splits, layers, row groups * ROWS, n, f * f).
+    g, h: (layers, n, positions * B); weight: (splits, layers, n, n, f * f); bias: (splits, layers, n).
     """
     RADIUS: tl.constexpr = TAP // 2
     TAPS: tl.constexpr = TAP * TAP
     batch = batch.to(tl.int64)
     columns = batch * (HEIGHT * LENGTH)
-    layer = tl.program_id(0).to(tl.int64)
+    # Layers and splits share the one dimension of a grid that takes more than 65,535.
+    layers = tl.num_programs(0) // splits
+    layer = (tl.program_id(0) // splits).to(tl.int64)
+    split = (tl.program_id(0) % splits).to(tl.int64)
     row = tl.program_id(1) // WIDTH * ROWS
     channel = tl.program_id(1) % WIDTH
-    split = tl.program_id(2).to(tl.int64)
     g_ptr += layer * WIDTH * columns
     h_ptr += (layer * WIDTH + channel) * columns
     sums = ()
-    for _ in tl.static_range(ROWS * TAPS):
+    for _ in tl.static_range(ROWS * (TAPS + 1)):
         sums = sums + (tl.zeros((BLOCK,), g_ptr.dtype.element_ty),)
     for start in range(split * SPLIT, tl.minimum(split * SPLIT + SPLIT, columns), BLOCK):
         column = start + tl.arange(0, BLOCK)
@@ -63,13 +67,16 @@ def weight_gradient(
             unit = tl.minimum(row + i, WIDTH - 1)  # rows past the last are computed and dropped
             g = tl.load(g_ptr + unit * columns + column, mask=column < columns, other=0.0)
             for t in tl.static_range(TAPS):
-                new = new + (tl.fma(g, values[t], sums[i * TAPS + t]),)
+                new = new + (tl.fma(g, values[t], sums[i * (TAPS + 1) + t]),)
+            new = new + (sums[i * (TAPS + 1) + TAPS] + g,)
         sums = new
-    groups = tl.num_programs(1) // WIDTH
     for i in tl.static_range(ROWS):
-        cell = ((split * tl.num_programs(0) + layer) * (groups * ROWS) + row + i) * WIDTH + channel
+        cell = (split * layers + layer) * WIDTH + row + i
         for t in tl.static_range(TAPS):
-            tl.store(partial_ptr + cell * TAPS + t, tl.sum(sums[i * TAPS + t], axis=0))
+            place = (cell * WIDTH + channel) * TAPS + t
+            tl.store(weight_ptr + place, tl.sum(sums[i * (TAPS + 1) + t], axis=0), row + i < WIDTH)
+        total = tl.sum(sums[i * (TAPS + 1) + TAPS], axis=0)
+        tl.store(bias_ptr + cell, total, (row + i < WIDTH) & (channel == 0))
 
 
 _MOST_LANES = 1024
@@ -83,9 +90,6 @@ _MOST_TAP = 5
 
 _SPLIT = 8192
 """Columns that a program of ``weight_gradient`` sums: constant, so that the shape alone fixes the order of the sum."""
-
-_PREFETCH_BYTES = 64 << 10
-"""Weights of MOVE_PERIOD layers are asked for ahead if they fit the first-level cache beside the states."""
 
 
 def supported(kernel: str, x: Tensor, weight: Tensor) -> bool:
@@ -104,27 +108,33 @@ def limits(kernel: str) -> str:
 
 
 def blocks(kernel: str, x: Tensor, weight: Tensor, offset: bool) -> list[Block]:
-    """As many columns a lane as the registers take without spills; one sample a program where the batch is small."""
+    """As many columns a lane as the registers take without spills; one sample a program where the batch is small.
+
+    168 registers let three programs of four warps share a multiprocessor.
+    """
     lanes = triton.next_power_of_2(x.shape[2] * x.shape[3])
-    a_lane = (2 if weight.shape[1] <= 4 else 1) * (2 if x.dtype == torch.float32 else 1)
-    if triton_common.capability(x.device) >= 100:
+    target, narrow = triton_common.capability(x.device), weight.shape[1] <= 4
+    a_lane = (2 if narrow else 1) * (2 if x.dtype == torch.float32 else 1)
+    if target >= 100:
         a_lane = min(a_lane, 2)  # four spill up to 32 bytes there
+    if target < 80 and not narrow:
+        a_lane = 1  # two spill 8 bytes there
     samples = max(1, 128 * a_lane // lanes)
+    limit = 168 if narrow else None
     return [
-        Block(samples, max(1, min(8, lanes * samples // (32 * a_lane)))),
-        Block(1, max(1, min(8, lanes // 32))),
+        Block(samples, max(1, min(8, lanes * samples // (32 * a_lane))), limit),
+        Block(1, max(1, min(8, lanes // 32)), limit),
     ]
 
 
 def _constants(kernel: str, x: Tensor, weight: Tensor) -> dict[str, Any]:
-    near = weight[0].numel() * 32 * weight.element_size() <= _PREFETCH_BYTES
     shape = {"TAP": weight.shape[-1], "HEIGHT": x.shape[2], "LENGTH": x.shape[3]}
-    return {"ROWS": 1, "PREFETCH": PREFETCH and near} | shape
+    return {"ROWS": 1, "PREFETCH": prefetched(weight)} | shape
 
 
 def weight_gradient_rows(channels: int, tap: int) -> int:
-    """Rows of a filter a program of ``weight_gradient`` sums: rows f^2 sums a lane have to fit the registers."""
-    return max(1, min(channels, 54 // tap**2))
+    """Rows of a filter a program of ``weight_gradient`` sums: rows (f^2 + 1) sums a lane have to fit the registers."""
+    return max(1, min(channels, 60 // (tap**2 + 1)))
 
 
 def sum_weight_gradients(g: Tensor, h: Tensor, weight_grad: Tensor, bias_grad: Tensor) -> None:
@@ -134,16 +144,19 @@ def sum_weight_gradients(g: Tensor, h: Tensor, weight_grad: Tensor, bias_grad: T
     splits = triton.cdiv(height * length * batch, _SPLIT)
     rows = weight_gradient_rows(channels, tap)
     groups = triton.cdiv(channels, rows)
-    partial_sums = empty(g, splits, layers, groups * rows, channels, tap, tap)
+    whole = splits == 1  # the one sum is the gradient
+    weights = weight_grad if whole else empty(g, splits, layers, channels, channels, tap, tap)
+    biases = bias_grad if whole else empty(g, splits, layers, channels)
     constants = {"WIDTH": channels, "ROWS": rows, "TAP": tap, "HEIGHT": height, "LENGTH": length, "SPLIT": _SPLIT}
-    grid = (layers, groups * channels, splits)
-    launch(weight_gradient, grid, g, h, partial_sums, batch, num_warps=4, BLOCK=128, **constants)
-    torch.sum(partial_sums[:, :, :channels], dim=0, out=weight_grad)
-    torch.sum(g.flatten(2), dim=2, out=bias_grad)
+    grid = (layers * splits, groups * channels)
+    launch(weight_gradient, grid, g, h, weights, biases, batch, splits, num_warps=4, BLOCK=128, **constants)
+    if not whole:
+        torch.sum(weights, dim=0, out=weight_grad)
+        torch.sum(biases, dim=0, out=bias_grad)
 
 
 FAMILY = triton_chain.Family(CONVOLUTION, supported, blocks, _constants, sum_weight_gradients)
 
-conv_forward = partial(triton_chain.forward, FAMILY)
-conv_backward = partial(triton_chain.backward, FAMILY)
-conv_jvp = partial(triton_chain.jvp, FAMILY)
+cnn_forward = partial(triton_chain.forward, FAMILY)
+cnn_backward = partial(triton_chain.backward, FAMILY)
+cnn_jvp = partial(triton_chain.jvp, FAMILY)

@@ -4,7 +4,7 @@ A layer of the MLP adds ``(<h, h'> + 1) <B_a, B'_b>`` to Theta_ab (thesis sectio
 lane takes one pair of samples through all layers of a group and nothing of the size of a Jacobian is ever formed. A
 convolution's filters are small: ``filter_jacobians`` forms the gradient of every sample and output, ``pair_sums`` is
 the product of these Jacobians for all pairs of samples. All sums over layers are float64 and their order depends on the
-shapes alone.
+shapes and the device's cache alone.
 """
 
 # ruff: noqa: RUF005 (the kernel language has no starred tuples)
@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from narrowdeep.ops import triton_chain
-from narrowdeep.ops.cnn import triton as conv
+from narrowdeep.ops.cnn import triton as cnn
 from narrowdeep.ops.gram import reference
 from narrowdeep.ops.mlp import triton as mlp
 from narrowdeep.ops.triton_common import MULTIPROCESSORS, empty, launch
@@ -105,12 +105,13 @@ def gram_sums(
     tl.store(sums_ptr + (cell * count1 + i[:, None]) * count2 + j[None, :], total, mask=inside)
 
 
-@triton.jit(do_not_specialize=["samples"])
+@triton.jit(do_not_specialize=["samples", "blocks"])
 def filter_jacobians(
     g_ptr,
     h_ptr,
     jacobian_ptr,
     samples,
+    blocks,
     WEIGHT: tl.constexpr,
     BIAS: tl.constexpr,
     UNITS: tl.constexpr,
@@ -121,7 +122,7 @@ def filter_jacobians(
     LENGTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """G h^T and G of every sample by itself, summed over positions. Program (layer, row group * channel, samples).
+    """G h^T and G of every sample by itself, summed over positions. Program (layer and samples, row group * channel).
 
     g: (layers, UNITS, positions * samples); h: (layers, CHANNELS, positions * samples); jacobian: (layers, entries,
     samples), the entries being [unit][channel][tap] if WEIGHT, then [unit] if BIAS. CHANNELS is 1 without WEIGHT.
@@ -130,10 +131,10 @@ def filter_jacobians(
     TAPS: tl.constexpr = TAP * TAP if WEIGHT else 0
     POSITIONS: tl.constexpr = HEIGHT * LENGTH
     samples = samples.to(tl.int64)
-    layer = tl.program_id(0).to(tl.int64)
+    layer = (tl.program_id(0) // blocks).to(tl.int64)  # as in the weight gradients: a batch may have many blocks
     row = tl.program_id(1) // CHANNELS * ROWS
     channel = tl.program_id(1) % CHANNELS
-    column = tl.program_id(2).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    column = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     g_ptr += layer * UNITS * POSITIONS * samples
     h_ptr += (layer * CHANNELS + channel) * POSITIONS * samples
     jacobian_ptr += layer * (UNITS * (CHANNELS * TAPS + (1 if BIAS else 0))) * samples
@@ -270,13 +271,14 @@ def _entries(side: Side, terms: Terms) -> int:
 def _jacobians(side: Side, terms: Terms) -> Tensor:
     """(layers * entries, out N)."""
     (layers, units, height, length, columns), channels = side.g.shape, side.h.shape[1] if terms.weight else 1
-    rows = conv.weight_gradient_rows(units, terms.tap)
+    rows = cnn.weight_gradient_rows(units, terms.tap)
     jacobians = empty(side.g, layers * _entries(side, terms), columns)
     samples = min(128, max(32, triton.next_power_of_2(columns)))
-    grid = (layers, triton.cdiv(units, rows) * channels, triton.cdiv(columns, samples))
+    blocks = triton.cdiv(columns, samples)
+    grid = (layers * blocks, triton.cdiv(units, rows) * channels)
     shape = {"UNITS": units, "CHANNELS": channels, "TAP": terms.tap, "HEIGHT": height, "LENGTH": length}
     flags = {"WEIGHT": terms.weight, "BIAS": terms.bias, "ROWS": rows, "BLOCK": samples} | shape
-    launch(filter_jacobians, grid, side.g, side.h, jacobians, columns, num_warps=samples // 32, **flags)
+    launch(filter_jacobians, grid, side.g, side.h, jacobians, columns, blocks, num_warps=samples // 32, **flags)
     return jacobians
 
 
@@ -285,7 +287,7 @@ def _add_filters(total: Tensor, left: Side, right: Side, terms: Terms) -> None:
     cells, count1, count2 = total.shape
     tiles = triton.cdiv(count1, TILE_PAIRS) * triton.cdiv(count2, TILE_PAIRS)
     bytes_a_layer = _entries(left, terms) * terms.outputs * max(count1, count2) * left.g.element_size()
-    step = max(1, triton_chain.SCRATCH_BYTES // bytes_a_layer)
+    step = max(1, triton_chain.scratch_bytes(total.device) // bytes_a_layer)
     for first in range(0, left.g.shape[0], step):
         sides = [left] if right is left else [left, right]
         some = [Side(side.h[first : first + step], side.g[first : first + step]) for side in sides]
@@ -312,7 +314,7 @@ class Kernels:
 
 
 MLP = Kernels(mlp.FAMILY, WIDEST, _add_linear, reference.MLP)
-CNN = Kernels(conv.FAMILY, WIDEST, _add_filters, reference.CNN)
+CNN = Kernels(cnn.FAMILY, WIDEST, _add_filters, reference.CNN)
 
 
 def gram(
@@ -337,11 +339,10 @@ def gram(
     layers, count1, count2 = hidden_weight.shape[0], x1.shape[0], x2.shape[0]
     chain = kernels.chain
     if count1 == 0 or count2 == 0 or width > kernels.widest or not chain.supported("backward", x1, hidden_weight):
-        settings = (scale, offset, symmetric, trainable, reduce)
-        return reference.gram(kernels.reference, x1, x2, *params, *settings)
+        return reference.gram(kernels.reference, x1, x2, *params, scale, offset, symmetric, trainable, reduce)
     segment = max(2, round(layers**0.5))
     states = x1.new_empty(width, *x1.shape[2:], outputs * max(count1, count2), device="meta")
-    step = triton_chain.layers_a_group(states, segment)
+    step = triton_chain.layers_a_group(states, segment, x1.device)
     diagonal = reduce != reference.FULL
 
     def terms(bit: int) -> Terms:
@@ -351,9 +352,10 @@ def gram(
     walks, iterators = [], []
     for x in [x1] if symmetric else [x1, x2]:  # the backward from every output at once
         repeated = x.repeat(outputs, *(1 for _ in x.shape[1:]))
-        saved = triton_chain.forward(chain, repeated, *params, scale, offset, segment)[1]
+        settings = (scale, offset, outputs, 0, segment)
+        saved = triton_chain.forward(chain, repeated, *params, *settings)[1]
         seeds = torch.eye(outputs, dtype=x.dtype, device=x.device).repeat_interleave(x.shape[0], 0)
-        walks.append(triton_chain.Descent(chain, repeated, params, saved, scale, offset, segment, step))
+        walks.append(triton_chain.Descent(chain, repeated, params, saved, *settings, step))
         iterators.append(walks[-1].groups(seeds, True))
     total = x1.new_zeros(terms(0).cells, count1, count2, dtype=torch.float64)
 
@@ -367,9 +369,8 @@ def gram(
     for walk in walks:
         assert walk.h_last is not None
         assert walk.r is not None
-        assert walk.full is not None
         tops.append(Side(walk.h_last[None], walk.r[None]))
-        bottoms.append(Side(walk.x.movedim(0, -1).contiguous()[None], walk.full[None]))
+        bottoms.append(Side(walk.input.movedim(0, -1).contiguous()[None], walk.full()[None]))
     add(tops, terms(4))
     add(bottoms, terms(0))
     kernel = total.permute(1, 2, 0)

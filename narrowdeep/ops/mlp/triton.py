@@ -13,31 +13,35 @@ from torch import Tensor
 
 from narrowdeep.ops import triton_chain, triton_common
 from narrowdeep.ops.mlp.layered import LINEAR
-from narrowdeep.ops.triton_common import PREFETCH, TILE, Block, empty, launch, read_state
+from narrowdeep.ops.triton_common import TILE, Block, empty, launch, prefetched, read_state
 
 
-@triton.jit(do_not_specialize=["batch"])
+@triton.jit(do_not_specialize=["batch", "splits"])
 def weight_gradient(
     g_ptr,
     h_ptr,
-    partial_ptr,
+    weight_ptr,
+    bias_ptr,
     batch,
+    splits,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """sum over samples of G h^T and of G. Program (layer, rows, split): ROWS rows of one layer over SPLIT samples.
+    """sum over samples of G h^T and of G. Program (layer and split, rows): ROWS rows of a layer over SPLIT samples.
 
-    g, h: (layers, n, B); partial: (splits, layers, row groups * ROWS, n + 1), the last column is the bias.
+    g, h: (layers, n, B); weight: (splits, layers, n, n); bias: (splits, layers, n).
     """
     batch = batch.to(tl.int64)
     if ALIGNED:
         batch = tl.multiple_of(batch, 4)
-    layer = tl.program_id(0).to(tl.int64)
+    # Layers and splits share the one dimension of a grid that takes more than 65,535.
+    layers = tl.num_programs(0) // splits
+    layer = (tl.program_id(0) // splits).to(tl.int64)
+    split = (tl.program_id(0) % splits).to(tl.int64)
     row = tl.program_id(1) * ROWS
-    split = tl.program_id(2).to(tl.int64)
     g_ptr += layer * WIDTH * batch
     h_ptr += layer * WIDTH * batch
     sums = ()
@@ -54,10 +58,11 @@ def weight_gradient(
                 new = new + (sums[i * (WIDTH + 1) + k] + g * h[k],)
             new = new + (sums[i * (WIDTH + 1) + WIDTH] + g,)
         sums = new
-    partial_ptr += ((split * tl.num_programs(0) + layer) * (tl.num_programs(1) * ROWS) + row) * (WIDTH + 1)
+    cell = (split * layers + layer) * WIDTH + row
     for i in tl.static_range(ROWS):
-        for k in tl.static_range(WIDTH + 1):
-            tl.store(partial_ptr + i * (WIDTH + 1) + k, tl.sum(sums[i * (WIDTH + 1) + k], axis=0))
+        for k in tl.static_range(WIDTH):
+            tl.store(weight_ptr + (cell + i) * WIDTH + k, tl.sum(sums[i * (WIDTH + 1) + k], axis=0), row + i < WIDTH)
+        tl.store(bias_ptr + cell + i, tl.sum(sums[i * (WIDTH + 1) + WIDTH], axis=0), row + i < WIDTH)
 
 
 _NARROW = {"forward": 16, "recompute": 16, "backward": 16, "jvp": 8}
@@ -119,18 +124,20 @@ def blocks(kernel: str, x: Tensor, weight: Tensor, offset: bool) -> list[Block]:
     """Blocks of samples to choose from, the one with the best instruction mix first (4 warps share cached weights)."""
     width = weight.shape[1]
     if width > _NARROW[kernel]:
+        limit = 255 if kernel in ("recompute", "jvp") else None
         if kernel == "recompute" and width > 64:
-            return [Block(16, 8)]  # 32 samples spill 24 bytes on sm_80
-        return [Block(32, 4 if width <= 32 and kernel != "jvp" else 8)]
+            return [Block(16, 8, limit)]  # 32 samples spill 24 bytes on sm_80
+        return [Block(32, 4 if width <= 32 and kernel != "jvp" else 8, limit)]
     table = _SAMPLES | (_SAMPLES_BLACKWELL if triton_common.capability(x.device) >= 100 else {})
     most = table[kernel, x.dtype, offset][0 if width <= 4 else 1 if width <= 8 else 2]
     sizes = [most >> i for i in range(4) if most >> i]
-    return [Block(128 * size, 4) for size in sizes] + [Block(32, 1)]
+    limit = 255 if kernel == "backward" and x.dtype == torch.float64 else None
+    return [Block(128 * size, 4, limit) for size in sizes] + [Block(32, 1, 255)]
 
 
 def _constants(kernel: str, x: Tensor, weight: Tensor) -> dict[str, Any]:
     rows = 1 if weight.shape[1] <= _NARROW[kernel] else TILE
-    return {"ROWS": rows, "TAP": 0, "HEIGHT": 1, "LENGTH": 1, "PREFETCH": PREFETCH}
+    return {"ROWS": rows, "TAP": 0, "HEIGHT": 1, "LENGTH": 1, "PREFETCH": prefetched(weight)}
 
 
 def weight_gradient_block(width: int, dtype: torch.dtype) -> tuple[int, int]:
@@ -151,13 +158,15 @@ def sum_weight_gradients(g: Tensor, h: Tensor, weight_grad: Tensor, bias_grad: T
         return
     splits = triton.cdiv(batch, _SPLIT)
     rows, samples = weight_gradient_block(width, g.dtype)
-    groups = triton.cdiv(width, rows)
-    partial_sums = empty(g, splits, layers, groups * rows, width + 1)
+    grid = (layers * splits, triton.cdiv(width, rows))
+    whole = splits == 1  # the one sum is the gradient
+    weights = weight_grad if whole else empty(g, splits, layers, width, width)
+    biases = bias_grad if whole else empty(g, splits, layers, width)
     constants = {"WIDTH": width, "ROWS": rows, "SPLIT": _SPLIT, "BLOCK": samples, "ALIGNED": batch % 4 == 0}
-    launch(weight_gradient, (layers, groups, splits), g, h, partial_sums, batch, num_warps=4, **constants)
-    total = partial_sums[0] if splits == 1 else partial_sums.sum(0)
-    weight_grad.copy_(total[:, :width, :width])
-    bias_grad.copy_(total[:, :width, width])
+    launch(weight_gradient, grid, g, h, weights, biases, batch, splits, num_warps=4, **constants)
+    if not whole:
+        torch.sum(weights, dim=0, out=weight_grad)
+        torch.sum(biases, dim=0, out=bias_grad)
 
 
 FAMILY = triton_chain.Family(LINEAR, supported, blocks, _constants, sum_weight_gradients)
