@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parent
 X86_64 = platform.machine().lower() in ("x86_64", "amd64")
 ARM64 = platform.machine().lower() in ("aarch64", "arm64")
 
-# Every csrc/*/kernels.cpp is compiled once for each of these with -DND_ISA=<name> and these flags, all other sources once
-# for the baseline of the architecture; the engine chooses among them at run time. Hence never -march=native. Never
+# Every csrc/*/kernels.cpp is compiled once for each of these with -DND_ISA=<name> and these flags, all other sources
+# once for the baseline of the architecture; the engine chooses among them at run time. Hence never -march=native. Never
 # fast-math: the offset form's exact sums would be optimised away.
 INSTRUCTION_SETS: dict[str, list[str]] = {"scalar": ["-DND_VECTOR_BYTES=0"]}
 if X86_64:

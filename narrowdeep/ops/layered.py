@@ -2,9 +2,9 @@
 
 The same results as the fused kernels, with their memory: checkpoints every ``segment`` layers, computed again in the
 backward, no autograd graph. One layer is a matrix product (cuBLAS on a GPU) or a convolution, and three or four
-elementwise operations, in the dtype of its operands whatever torch's global modes say (``full_precision``). Symbols as in
-``narrowdeep.ops.reference``, arguments as in ``narrowdeep.ops.chain``. The Triton kernels enter and leave a chain here
-as well: ``first_state``, ``last_output``, ``last_gradient`` and their likes.
+elementwise operations, in full precision whatever torch's global modes say. Symbols as in ``narrowdeep.ops.reference``,
+arguments as in ``narrowdeep.ops.chain``. The Triton kernels enter and leave a chain here as well: ``first_state``,
+``last_output``, ``last_gradient`` and their likes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The engine's span ops: a chain cut anywhere is the chain in one op, bit for bit, and float64 autograd of plain torch."""
+"""Span ops of the engine: a chain cut anywhere is the chain in one op, bit for bit, and float64 autograd of torch."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from narrowdeep.ops.conv import op as _cnn_op  # noqa: F401 (defines the ops)
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (the name torch's own documentation uses)
 
 from narrowdeep.ops import engine
+from narrowdeep.ops.cnn import op as _cnn_op  # noqa: F401 (defines the ops)
 from narrowdeep.ops.mlp import op as _mlp_op  # noqa: F401
 
 PERIOD = 32
@@ -135,7 +135,9 @@ class Result(NamedTuple):
     """At the borders."""
 
 
-def _run(case: Case, args: tuple[Tensor, ...], offset: bool, lengths: tuple[int, ...], segment: int, grad: Tensor) -> Result:
+def _run(
+    case: Case, args: tuple[Tensor, ...], offset: bool, lengths: tuple[int, ...], segment: int, grad: Tensor
+) -> Result:
     """Forward and backward through spans."""
     spans, value, kept = _cut(args[1:], lengths), args[0], []
     for span in spans:
@@ -265,8 +267,17 @@ def test_a_chain_cut_anywhere_is_the_chain(
 @pytest.mark.parametrize("start", [0, 1, 31, 32, 1000])
 @pytest.mark.parametrize("layers", [0, 1, 31, 32, 33, 65])
 @pytest.mark.parametrize(("first", "last"), [(True, True), (True, False), (False, True), (False, False)])
-@pytest.mark.parametrize(("case", "offset"), [(Case(2, 1, 0, 17), True), (Case(5, 4, 0, 9), True),
-    (Case(1, 2, 0, 9, 3, (2, 3)), True), (Case(2, 2, 0, 5), False), (Case(1, 2, 0, 9, 3, (2, 3)), False)], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("case", "offset"),
+    [
+        (Case(2, 1, 0, 17), True),
+        (Case(5, 4, 0, 9), True),
+        (Case(1, 2, 0, 9, 3, (2, 3)), True),
+        (Case(2, 2, 0, 5), False),
+        (Case(1, 2, 0, 9, 3, (2, 3)), False),
+    ],
+    ids=str,
+)
 def test_a_span_is_plain_torch(
     case: Case, offset: bool, first: bool, last: bool, layers: int, start: int
 ) -> None:
@@ -303,7 +314,7 @@ def test_a_span_is_plain_torch(
             skip = [i for i in range(case.width) if i != case.inputs]
             assert (output[2][skip].abs() <= 1e-15 * output[1][skip].abs()).all()  # renormalised: hi has it all
 
-    # A gradient of a state is that of its pre-activation: masked, with R in the right units, the same at every position.
+    # A gradient of a state is that of its pre-activation: masked, R in the right units, the same at every position.
     if last:
         grad = torch.randn(case.batch, case.outputs, dtype=torch.float64)
         along = grad
@@ -417,7 +428,7 @@ def test_gradients_of_a_large_batch_are_summed_without_loss(case: Case, samples:
     case = case._replace(batch=samples)
     args = _arguments(case, torch.float32, True)
     grad = torch.rand(samples, case.outputs) + 0.5
-    output, saved = _op(case, "forward")(*args, *_settings(case, True, 0), 1)
+    _, saved = _op(case, "forward")(*args, *_settings(case, True, 0), 1)
     grads = _op(case, "backward")(grad, *args, saved, *_settings(case, True, 0), 1, True, True)
     same = _op(case, "forward")(*(t.double() for t in args), *_settings(case, True, 0), 1)[1]
     wanted = _op(case, "backward")(
