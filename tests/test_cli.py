@@ -486,7 +486,7 @@ def test_numbers_that_no_machine_holds(command, option, kind, tmp_path):
             (line,) = result.stderr.splitlines()
             assert line.startswith("error: ")
             assert len(line) < 600
-    if kind is float:
+    if kind is float and option != "save-every":  # which has a range
         assert f"{option.replace('-', '_')} must be a number, got nan" in refused(
             command, f"--{option}", "nan"
         ).replace("-", "_")
