@@ -461,7 +461,7 @@ def test_the_help_loads_no_torch():
 
 def _number_options() -> list[tuple[str, str, type]]:
     """(command, option, type) of every option that takes a number."""
-    found = []
+    found: list[tuple[str, str, type]] = []
     for command in COMMANDS:
         function = getattr(importlib.import_module(f"narrowdeep.commands.{command}"), command)
         for parameter in inspect.signature(function, eval_str=True).parameters.values():
