@@ -15,7 +15,7 @@ from narrowdeep.training import DTYPES, DivergedError, TrainConfig, Trainer, ste
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-ARCHS: tuple[Literal["mlp"], Literal["cnn"]] = ("mlp", "cnn")
+ARCHS: tuple[Literal["mlp", "cnn"], ...] = ("mlp", "cnn")
 
 
 @dataclass(frozen=True)
