@@ -92,13 +92,14 @@ def report(name: str, seconds: float, peak: int) -> str:
     fused = seconds_per_step(training_step(trainer.model, x, y))
     eager = seconds_per_step(training_step(trainer.model.to_sequential(), x, y), part.eager_repeats)
     last = training.read_metrics(folder)[-1]
+    curves = folder / training.CURVES
     return f"""
 {part.title}
 test accuracy   {last.test_accuracy:.2%} after {last.epoch} epochs ({last.step} steps) in {seconds:.0f} s
 steps           {1 / fused:.1f} a second at batch size {len(x)}
 peak memory     {peak / 2**20:.0f} MiB (whole process)
 speed-up        {eager / fused:.1f}x over the eager network ({eager * 1e3:.0f} ms a step, here {fused * 1e3:.0f} ms)
-picture         {folder / training.CURVES}"""
+picture         {curves if curves.exists() else "none: it needs matplotlib"}"""
 
 
 def main() -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import os
 import re
@@ -7,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import typing
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,7 +18,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from narrowdeep import DeepNarrowCNN, demo, training
-from narrowdeep.cli import app
+from narrowdeep.cli import COMMANDS, app
 from narrowdeep.data import load_task
 from narrowdeep.step_size import predict_step_size
 
@@ -402,3 +405,145 @@ def test_kill_loses_no_more_than_the_last_checkpoint(tmp_path):
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
     _assert_same_as_never_stopped(tmp_path / "run", tmp_path / "whole")
+
+
+def _narrowdeep(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "narrowdeep", *arguments]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+
+
+def test_names_of_the_package():
+    code = """if True:
+        import sys
+        import narrowdeep
+        assert "torch" not in sys.modules
+        assert {"ntk", "memory", "optim", "training", "DeepNarrowMLP", "__version__"} <= set(dir(narrowdeep))
+        print(narrowdeep.__version__)
+        narrowdeep.ntk.empirical_ntk, narrowdeep.memory.plan, narrowdeep.optim.FusedSGD, narrowdeep.training.load_model
+        from narrowdeep import *
+        assert DeepNarrowMLP is narrowdeep.DeepNarrowMLP
+        try:
+            narrowdeep.nonsense
+        except AttributeError as error:
+            assert str(error) == "module 'narrowdeep' has no attribute 'nonsense'"
+        else:
+            raise AssertionError
+    """
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{version('narrowdeep')}\n"
+
+
+def test_the_command_as_a_module():
+    assert _narrowdeep("--version").stdout == f"narrowdeep {version('narrowdeep')}\n"
+    short, long = _narrowdeep("-h"), _narrowdeep("--help")
+    assert short.returncode == 0
+    assert short.stdout == long.stdout
+    assert short.stdout.startswith("Usage: narrowdeep ")
+    assert run("plan", "-h").output == run("plan", "--help").output
+
+
+def test_the_help_loads_no_torch():
+    code = """if True:
+        import sys
+        from narrowdeep.cli import app
+        try:
+            app(["--help"])
+        finally:
+            assert not {"torch", "numpy"} & set(sys.modules)
+    """
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def _number_options() -> list[tuple[str, str, type]]:
+    """(command, option, type) of every option that takes a number."""
+    found: list[tuple[str, str, type]] = []
+    for command in COMMANDS:
+        function = getattr(importlib.import_module(f"narrowdeep.commands.{command}"), command)
+        for parameter in inspect.signature(function, eval_str=True).parameters.values():
+            kind = parameter.annotation
+            names = set(re.findall(r"\w+", repr(typing.get_args(kind)[0] if typing.get_args(kind) else kind)))
+            numeric = float if "float" in names else int if "int" in names or parameter.name == "checkpoint" else None
+            if numeric is not None:
+                found.append((command, parameter.name.replace("_", "-"), numeric))
+    return found
+
+
+@pytest.mark.parametrize(("command", "option", "kind"), _number_options())
+def test_numbers_that_no_machine_holds(command, option, kind, tmp_path):
+    name = {"record": ["mlp-1m"], "reproduce": ["fig-3.1"]}.get(command, [])
+    values = [-(10**400)] if option == "save-every" else [10**400, -(10**400)]  # seconds without end: never
+    for value in values:
+        result = run(command, *name, f"--{option}", value, *(["--out", tmp_path / "run"] if command == "train" else []))
+        assert result.exit_code == 2, result.output
+        assert result.stdout == ""
+        assert option.replace("-", "_") in result.stderr.replace("-", "_")
+        if not result.stderr.startswith("Usage"):  # typer's own check of an option with a range
+            (line,) = result.stderr.splitlines()
+            assert line.startswith("error: ")
+            assert len(line) < 600
+    if kind is float and option != "save-every":  # which has a range
+        assert f"{option.replace('-', '_')} must be a number, got nan" in refused(
+            command, f"--{option}", "nan"
+        ).replace("-", "_")
+
+
+def test_there_are_number_options():
+    assert {("train", "depth", int), ("train", "rho", float), ("ntk", "depth", int), ("plan", "checkpoint", int)} <= {
+        *_number_options()
+    }
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["ntk", "--out-features", 2**63 - 1],
+        ["plan", "--inputs", 2**63 - 1],
+        ["plan", "--arch", "cnn", "--kernel-size", 10**11 + 1],
+        ["profile", "--batch-size", 2**62, "--depth", 3, "--no-eager"],
+        ["ntk", "--draws", 10**12],
+    ],
+)
+def test_what_needs_more_memory_than_there_is(arguments, tmp_path):
+    out = ["--out", tmp_path / "k.npz"] if arguments[0] == "ntk" else []
+    assert "error: this needs more memory than there is" in refused(*arguments, *out)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("delay", [0.3, 0.8, 1.4, 2.0])
+def test_ctrl_c_while_it_starts_is_one_line(delay, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "narrowdeep", "ntk", "--depth", "3000", "--draws", "100000", "--points", "2"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+    )
+    time.sleep(delay)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stdout, stderr) == (130, "", "stopped\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_lines_of_progress_off_a_terminal(monkeypatch, tmp_path):
+    from narrowdeep.commands import progress
+
+    monkeypatch.setattr(progress, "SECONDS", 0.05)
+    arguments = ("ntk", "--depth", 2000, "--draws", 40, "--out", tmp_path / "k.npz", "--no-plot")
+    result = run(*arguments, "--json")
+    assert json.loads(result.stdout)["draws"] == 40
+    assert re.search(r"^kernels, depth 2,000: \d+ of 40, \d+ s", result.stderr, re.MULTILINE), result.stderr
+    monkeypatch.setattr(progress, "SECONDS", 1e3)
+    assert run(*arguments).stderr == ""  # what is done sooner
+
+
+def test_what_there_is_to_reproduce_as_json():
+    listed = json.loads(run("reproduce", "--json").stdout)
+    assert next(iter(listed)) == "fig-3.1"
+    assert set(listed["table-4.1"]) == {"title", "source"}

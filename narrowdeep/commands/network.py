@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from narrowdeep.commands.options import Dtype
+from narrowdeep.__main__ import shorten
+from narrowdeep.commands.options import Dtype, fail
 from narrowdeep.modules import DeepNarrowCNN, DeepNarrowMLP
 
 
@@ -39,8 +40,13 @@ BudgetOption = Annotated[
 
 
 def parse_checkpoint(text: str) -> int | str:
-    """A number where it is one; the model refuses other words than auto and none."""
-    return int(text) if re.fullmatch(r"-?\d+", text) else text
+    """A number where it is one; the model refuses other words than auto and none. Ends the command where it has more
+    than 64 bits."""
+    if re.fullmatch(r"-?\d+", text) is None:
+        return text
+    if len(text) > 20 or abs(int(text)) >= 2**63:
+        fail(f"checkpoint must be below 2^63 in size, got {shorten(text)}")
+    return int(text)
 
 
 def make_network(

@@ -51,7 +51,9 @@ def ntk(
     out_features: Annotated[int | None, typer.Option(help="Outputs of fresh networks. [default: 1]")] = None,
     kernel_size: Annotated[int | None, typer.Option(help="Side of fresh CNNs' filters, odd. [default: 3]")] = None,
     draws: Annotated[int | None, typer.Option(min=1, help="Fresh networks of each depth. [default: 10]")] = None,
-    points: Annotated[int | None, typer.Option(min=2, help="Angles on the quarter circle. [default: 100]")] = None,
+    points: Annotated[
+        int | None, typer.Option(min=2, max=10**9, help="Angles on the quarter circle. [default: 100]")
+    ] = None,
     inputs: Annotated[
         Path | None, typer.Option(help="A .npy file (N, in) or (N, C, H, W): kernels of these with each other.")
     ] = None,

@@ -46,6 +46,8 @@ def one_line_errors() -> Iterator[None]:
         with memory_errors():
             yield
     except (ValueError, TypeError, OSError, OverflowError) as error:
+        if "unpacking long" in str(error):  # how torch says that a size has more than 64 bits
+            fail("this needs more memory than there is: a size of the network has more than 64 bits")
         fail(str(error))
 
 
@@ -57,7 +59,8 @@ def memory_errors() -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not _NO_ROOM.search(str(error)):
             raise
-        fail(f"this needs more memory than there is: {error}")
+        reason = str(error).partition("\nException raised from")[0]  # what follows is torch's C++ stack
+        fail(f"this needs more memory than there is: {reason or type(error).__name__}")
 
 
 def fail(message: str, status: int = 2) -> NoReturn:

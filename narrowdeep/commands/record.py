@@ -16,7 +16,9 @@ from narrowdeep.experiments.records import RECORDS, run_record
 
 def record(
     name: Annotated[str | None, typer.Argument(help=f"all, or one of {', '.join(RECORDS)}.")] = None,
-    depth: Annotated[int | None, typer.Option(min=2, hidden=True, help="Another depth than the record's own.")] = None,
+    depth: Annotated[
+        int | None, typer.Option(min=2, max=10**9, hidden=True, help="Another depth than the record's own.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="What it does without: JSON alone on standard output.")] = False,
     seed: SeedOption = 0,
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from narrowdeep.data import Task, load_task
 from narrowdeep.experiments.base import Context, Experiment, Verdict, number
@@ -15,7 +15,7 @@ from narrowdeep.training import DTYPES, DivergedError, TrainConfig, Trainer, ste
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-ARCHS = ("mlp", "cnn")
+ARCHS: tuple[Literal["mlp", "cnn"], ...] = ("mlp", "cnn")
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,9 @@ def constant_loss(task: Task) -> float:
     return float((y - y.mean(0)).square().sum() / (2 * len(y)))
 
 
-def mnist_config(row: Any, rho: float, task: str, arch: str, pool: int, context: Context) -> TrainConfig:
+def mnist_config(
+    row: Any, rho: float, task: str, arch: Literal["mlp", "cnn"], pool: int, context: Context
+) -> TrainConfig:
     """The thesis's initialisation, the step size still to be found; ``row`` has depth, scale, epochs, batch_size."""
     return TrainConfig(
         task=task,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -205,3 +206,50 @@ def test_a_store_takes_no_piece_of_another_key(tmp_path: Path) -> None:
     assert Store(tmp_path, {"a": 1}).piece("p", lambda: [1.5]) == [1.5]
     assert Store(tmp_path, {"a": 2}).piece("p", lambda: None) is None
     assert Store(tmp_path, {"a": 1}).piece("p", lambda: pytest.fail("computed again")) == [1.5]
+
+
+def test_without_matplotlib_there_is_no_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reproduce(_fake(None, []), tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(EXPERIMENTS, "fake", _fake(None, []))
+    done = CliRunner().invoke(app, ["reproduce", "fake", "--out", str(tmp_path), "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["fake"]["reproduced"] is True
+    assert done.stderr == "the picture is left out: it needs matplotlib (pip install matplotlib)\n"
+    assert not (tmp_path / "fake.png").exists()  # an older run's would not belong to these numbers
+    assert "<img" not in (tmp_path / "index.html").read_text()
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"experiment": "fake"}', "\x00" * 9])
+def test_a_damaged_record_is_left_out_of_the_page(tmp_path: Path, content: str) -> None:
+    reproduce(_fake(None, []), tmp_path)
+    (tmp_path / "other.json").write_text(content)
+    page = write_page(tmp_path, ["other", "fake"]).read_text()
+    assert page.count("<h2") == 1
+
+
+def test_a_changed_piece_is_computed_again(tmp_path: Path) -> None:
+    Store(tmp_path, {}).piece("p", lambda: [1.5])
+    (path,) = tmp_path.glob("p-*.json")
+    path.write_text(path.read_text().replace("1.5", "2.5"))
+    assert Store(tmp_path, {}).piece("p", lambda: [1.5]) == [1.5]
+
+
+def test_no_planted_link_is_followed(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.write_text("mine")
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("fake.json", "fake.png"):
+        (out / name).symlink_to(mine)
+    reproduce(_fake(None, []), out)
+    assert mine.read_text() == "mine"
+    assert json.loads((out / "fake.json").read_text())["verdict"]["reproduced"]
+
+
+def test_missing_mnist_is_said_before_anything_runs(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["reproduce", "all", "--data", str(tmp_path), "--out", str(tmp_path / "out")])
+    assert done.exit_code == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: data must hold")
+    assert not (tmp_path / "out").exists()

@@ -113,3 +113,10 @@ def test_plot_into_no_folder(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     message = refused("profile", "--depth", 3, "--no-eager", "--plot", tmp_path / "none" / "peak.png")
     assert "No such file or directory" in message
+
+
+def test_plots_of_an_unknown_kind_are_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    message = refused("profile", "--depth", 3, "--plot", tmp_path / "peak.docx")
+    assert "plot must end in one of " in message
+    assert not list(tmp_path.iterdir())

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import struct
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -169,3 +172,87 @@ def test_a_failed_write_leaves_no_file(tmp_path: Path, monkeypatch: pytest.Monke
     assert result.exit_code == 2
     assert result.stderr == f"error: {tmp_path / 'k.npz'} cannot be written: No space left on device\n"
     assert not list(tmp_path.iterdir())
+
+
+def header(path: str, text: str) -> None:
+    """A .npy file with this header and 64 bytes of numbers."""
+    Path(path).write_bytes(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode() + bytes(64))
+
+
+@pytest.mark.parametrize("dtype", [">f8", ">f4", np.longdouble, np.float16, ">i2", np.uint8, np.bool_])
+def test_inputs_of_any_real_type(dtype: str, tmp_path: Path) -> None:
+    x = np.array([[0, 1], [1, 1], [1, 0]])
+    np.save(tmp_path / "x.npy", x.astype(dtype))
+    out = tmp_path / "k.npz"
+    summary("--inputs", tmp_path / "x.npy", "--depth", 5, "--draws", 1, "--dtype", "float64", "--seed", 2, "--out", out)
+    torch.manual_seed(2)
+    model = DeepNarrowMLP(2, 1, 5, dtype=torch.float64)
+    expected = empirical_ntk(model, torch.tensor(x, dtype=torch.float64))
+    np.testing.assert_allclose(load(out)["kernel"][0, 0], expected.numpy(), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("1e300.npy", r"inputs must hold numbers that float32 can hold, got 1e\+300 at \[1, 0\] in 1e300.npy"),
+        ("1e30.npy", r"the kernel must be finite, got \S+: the inputs \(the largest is 1e\+30\), scale, rho or beta"),
+        ("complex.npy", "inputs must hold real numbers, got complex128 in complex.npy"),
+        ("objects.npy", "inputs must be a .npy file of numbers, got objects.npy: .*Python objects"),
+        ("long.npy", "got long.npy: mmap length is greater than file size"),
+        ("longer.npy", "inputs must be a .npy file of numbers, got longer.npy: "),
+        ("negative.npy", "inputs must be a .npy file of numbers, got negative.npy: "),
+        ("nested.npy", "inputs must be a .npy file of numbers, got nested.npy: "),
+        ("broken.npy", "inputs must be a .npy file of numbers, got broken.npy: "),
+        ("fifo.npy", "got fifo.npy, which is not a regular file"),
+        ("folder.npy", "got folder.npy, which is not a regular file"),
+    ],
+)
+def test_inputs_that_are_no_numbers(
+    name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for value in (1e300, 1e30):
+        np.save(f"{value:g}.npy".replace("+", ""), np.array([[1, 2], [value, 0]]))
+    np.save("complex.npy", np.ones((2, 2), complex))
+    np.save("objects.npy", np.array([[1, None]], dtype=object), allow_pickle=True)
+    for path, shape in {"long": "1000000000000, 2", "longer": f"1{'0' * 400}, 2", "negative": "-4, 2"}.items():
+        header(f"{path}.npy", f"{{'descr': '<f8', 'fortran_order': False, 'shape': ({shape}), }}\n")
+    header("nested.npy", "(" * 9000)
+    header("broken.npy", "{[]: 1}\n")
+    os.mkfifo("fifo.npy")
+    Path("folder.npy").mkdir()
+    result = run("--inputs", name, "--depth", 5, "--draws", 1)
+    assert result.exit_code == 2, result.output
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert re.search(message, line)
+    assert not Path("ntk.npz").exists()
+
+
+def test_no_file_but_out_is_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    mine = {name: Path(name) for name in ("results.npz.tmp", "results.png.tmp", "elsewhere")}
+    for path in mine.values():
+        path.write_text("mine")
+    assert run("--out", "results.npz", "--depth", 1).exit_code == 2
+    assert all(path.read_text() == "mine" for path in mine.values())
+    Path("results.npz").symlink_to("elsewhere")
+    before = os.umask(0o027)
+    try:
+        assert run("--out", "results.npz", "--depth", 3, "--draws", 1, "--points", 3).exit_code == 0
+    finally:
+        os.umask(before)
+    assert all(path.read_text() == "mine" for path in mine.values())
+    for name in ("results.npz", "results.png"):
+        assert not Path(name).is_symlink()
+        assert Path(name).stat().st_mode & 0o777 == 0o640
+    assert sorted(p.name for p in Path().iterdir()) == sorted([*mine, "results.npz", "results.png"])
+
+
+def test_without_matplotlib_there_is_no_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    result = run("--depth", 3, "--draws", 1, "--json", "--out", tmp_path / "k.npz")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["plot"] is None
+    assert result.stderr == "the plot is left out: it needs matplotlib (pip install matplotlib)\n"
+    assert [p.name for p in tmp_path.iterdir()] == ["k.npz"]
