@@ -53,7 +53,8 @@ class _Walk:
         if part.first is None:  # as one segment: nothing within is saved
             layers, saved = max(2, end - begin), state.new_empty(0, 2 if self.settings.offset else 1, *state.shape[1:])
         else:
-            layers, saved = 0, state.new_empty(0)
+            width, (batch, _, *positions) = self.params.hidden.weight.shape[1], state.shape
+            layers, saved = 0, state.new_empty(0, 1, width, *positions, batch)
         settings = self.settings._replace(start=self.settings.start + begin)
         args = (*part.flat(), saved, *settings, layers, self.need_input or begin > 0, bool(self.grads))
         self.grad, *found = self.ops.backward(self.grad, state, *args)
