@@ -56,7 +56,8 @@ class BuildEngine(BuildExtension):
         def compile_by_instruction_set(sources: list[str], output_dir: str, **options: Any) -> list[str]:
             arguments = options.pop("extra_postargs", None) or {}
             kernels = [s for s in sources if Path(s).name == "kernels.cpp"]
-            groups = [("baseline", [s for s in sources if s not in kernels], [])]
+            others = [s for s in sources if s not in kernels]
+            groups: list[tuple[str, list[str], list[str]]] = [("baseline", others, [])]
             groups += [(name, kernels, [f"-DND_ISA={name}", *flags]) for name, flags in INSTRUCTION_SETS.items()]
 
             def compile_group(group: tuple[str, list[str], list[str]]) -> list[str]:

@@ -29,6 +29,7 @@ class _Walk:
     ) -> None:
         self.ops, self.params, self.settings, self.schedule = FAMILIES[family].ops, params, settings, schedule
         self.kept: dict[int, Tensor] = {}
+        self.grad, self.grads, self.need_input = input, [input], False  # of a backward
         self.input, self.current, self.layer = input, input, 0
 
     # ---- what a schedule asks for ----

@@ -258,6 +258,6 @@ def register_chain(library: torch.library.Library, family: str, title: str, ops:
         ("jvp", Jvp, f"{title}Tangent"),
     ):
         node.__name__ = name  # in profilers; the name of the grad_fn is that of a class that torch has made of it
-        node._backward_cls.__name__ = f"{name}Backward"  # type: ignore[attr-defined]
+        node._backward_cls.__name__ = f"{name}Backward"
         register(library, f"{family}_{op}", node)
     NODES[family] = Chain

@@ -186,7 +186,8 @@ def _affine(case: Case, weight: Tensor, bias: Tensor, h: Tensor) -> Tensor:
 def _identity(case: Case, rows: int, columns: int, pairs: list[tuple[int, int]], value: float) -> Tensor:
     weight = torch.zeros(rows, columns, *case.tap, dtype=torch.float64)
     for i, j in pairs:
-        weight[(i, j, *(size // 2 for size in case.tap))] = value
+        centre: tuple[Any, ...] = (i, j, *(size // 2 for size in case.tap))
+        weight[centre] = value
     return weight
 
 
@@ -285,8 +286,8 @@ def test_a_span_is_plain_torch(
     if (first and start) or not (first or last or layers):
         pytest.skip("no such span")
     case = case._replace(layers=layers)
-    x, *params = _arguments(case, torch.float64, offset)
-    params = [p if keep else None for p, keep in zip(params, (first, first, True, True, last, last), strict=True)]
+    x, *every = _arguments(case, torch.float64, offset)
+    params = [p if keep else None for p, keep in zip(every, (first, first, True, True, last, last), strict=True)]
     span = Span(tuple(params), start)
     words, middle = 3 if offset else 1, case.width - case.outputs - 1  # no word but lo where there is no identity part
     state = (words, case.width, *case.image, case.batch)
