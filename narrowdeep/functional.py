@@ -161,10 +161,10 @@ def mlp_chain(
         scale: C_L, finite and positive. Read in offset form only.
         form: "offset": the parameters hold Delta = W - E and c, and n must be in + 1 + out. "plain": W and b.
         segment: layers between two saved states for the backward; 1 saves every state, 0 none (the backward then
-            runs the forward again). Changes memory and time, never the result.
+            runs the forward again). Changes memory and time, on the CPU never a bit of the result.
         snapshots: states kept at most (in each chunk), at least 1, under a binomial schedule over the segments
-            (Griewank and Walther, ACM TOMS 26(1), 2000): the same results up to rounding. Compiled, in a transform of
-            torch.func or in forward mode every checkpoint is kept. None: every checkpoint.
+            (Griewank and Walther, ACM TOMS 26(1), 2000). Compiled, in a transform of torch.func or in forward mode
+            every checkpoint is kept. None: every checkpoint.
 
     Returns: (*, out), dtype and device of the parameters.
 
@@ -224,10 +224,10 @@ def conv_chain(
         scale: C_L, finite and positive. Read in offset form only.
         form: "offset": the parameters hold Delta = W - E and c, and n must be c + 1 + k. "plain": W and b.
         segment: layers between two saved states for the backward; 1 saves every state, 0 none (the backward then
-            runs the forward again). Changes memory and time, never the result.
+            runs the forward again). Changes memory and time, on the CPU never a bit of the result.
         snapshots: states kept at most (in each chunk), at least 1, under a binomial schedule over the segments
-            (Griewank and Walther, ACM TOMS 26(1), 2000): the same results up to rounding. Compiled, in a transform of
-            torch.func or in forward mode every checkpoint is kept. None: every checkpoint.
+            (Griewank and Walther, ACM TOMS 26(1), 2000). Compiled, in a transform of torch.func or in forward mode
+            every checkpoint is kept. None: every checkpoint.
 
     Returns: (*, k), dtype and device of the parameters.
 

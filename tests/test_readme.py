@@ -70,8 +70,6 @@ def short_form(line: str) -> list[str]:
 
 @pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.splitlines()[-1][:40])
 def test_python_blocks_define_all_they_use(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if "param_groups" in code and not hasattr(DeepNarrowMLP, "param_groups"):
-        pytest.skip("needs param_groups")
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     exec(code, names)

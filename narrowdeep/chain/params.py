@@ -18,6 +18,21 @@ class Affine(NamedTuple):
     bias: Tensor
 
 
+class LayerSpan(NamedTuple):
+    """Consecutive layers of a model whose weights and biases are stored together."""
+
+    layers: range
+    """Affine layers, counted from 0 to L - 1."""
+    weight: Tensor
+    """(rows, columns, *tap) of one end, (layers, n, n, *tap) of hidden layers."""
+    bias: Tensor
+
+    @property
+    def trainable(self) -> tuple[bool, bool]:
+        """Of the weight and of the bias."""
+        return self.weight.requires_grad, self.bias.requires_grad
+
+
 class ChainParams(NamedTuple):
     """The parameters of a span. A missing end is None: the span then begins or ends with a state."""
 

@@ -211,7 +211,7 @@ class _Step:
         return max(1, _ceil(self.longest, segment))
 
     def in_nodes(self, segment: int, snapshots: int) -> bool:
-        """Whether the chain runs as several graph nodes (narrowdeep/parts.py): in chunks, or under a schedule."""
+        """Whether the chain runs as several graph nodes (narrowdeep/chain/span.py): in chunks, or under a schedule."""
         return len(self.chunks) > 1 or (segment > 1 and snapshots < self.segments(segment))
 
     def _boundaries(self, segment: int, snapshots: int) -> int:
@@ -442,7 +442,7 @@ def _step(model: DeepNarrowBase, batch_size: int, input_shape: tuple[int, ...] |
         cuda=weight.is_cuda,
         threads=torch.get_num_threads(),
         lanes=vector // itemsize if vector else 1,
-        chunks=tuple(weight.shape[0] for weight in model.in_chunks("hidden_weight")),
+        chunks=tuple(len(span.layers) for span in model.spans()[1:-1]),
     )
 
 

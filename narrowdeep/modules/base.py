@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from narrowdeep.chain.params import LayerSpan
 from narrowdeep.checks import LARGEST, check_count, check_number, is_integer, shown
 from narrowdeep.functional import Form, check_tensors
 from narrowdeep.memory.planning import AUTO_SEGMENT, parse_bytes, plan
@@ -226,9 +227,18 @@ class DeepNarrowBase(nn.Module):
         value = getattr(self, name)
         return list(value) if isinstance(value, nn.ParameterList) else [value]
 
+    def spans(self) -> list[LayerSpan]:
+        """Which layers are stored in which parameters: the first layer, the chunks of hidden ones, the last."""
+        hidden = zip(self.in_chunks("hidden_weight"), self.in_chunks("hidden_bias"), strict=True)
+        found = [LayerSpan(range(1), self.first_weight, self.first_bias)]
+        for weight, bias in hidden:
+            begin = found[-1].layers.stop
+            found.append(LayerSpan(range(begin, begin + weight.shape[0]), weight, bias))
+        return [*found, LayerSpan(range(self.depth - 1, self.depth), self.last_weight, self.last_bias)]
+
     def _own(self) -> list[Tensor]:
         """The six parameters, chunk by chunk, without what a subclass adds."""
-        return [part for name in PARAMETER_NAMES for part in self.in_chunks(name)]
+        return [param for span in self.spans() for param in (span.weight, span.bias)]
 
     def arguments(self) -> tuple[Any, ...]:
         """The six parameters as narrowdeep.functional takes them: tensors, or lists of chunks.

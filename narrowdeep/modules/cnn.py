@@ -38,8 +38,8 @@ class DeepNarrowCNN(DeepNarrowBase):
             results.
         chunks: parameters that the hidden layers are divided into, and graph nodes: more than 1, and the gradients of
             all layers never exist at once where each is used as soon as it is complete (``narrowdeep.optim.FusedSGD``,
-            or hooks). ``hidden_weight`` and ``hidden_bias`` are then lists. Results are the same up to rounding, but
-            the same seed draws other numbers; gradients come from ``backward`` alone, not from torch.func.
+            or hooks). ``hidden_weight`` and ``hidden_bias`` are then lists. Results are the same to the bit on the CPU;
+            the same seed draws other numbers.
         budget: bytes that a training step may take, parameters and gradients included, without the optimizer's own
             state and the interpreter: an int, or text such as "2GiB". With checkpoint="auto" each call is planned to
             fit (``narrowdeep.memory.plan``), or raises BudgetError before anything runs. None: no limit.

@@ -31,7 +31,7 @@ _FAMILIES: tuple[tuple[type[Narrow], reference.Family], ...] = (
 )
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
-_READ = ("__call__", "forward", "arguments", "stacked", "in_chunks")
+_READ = ("__call__", "forward", "arguments", "spans", "stacked", "in_chunks")
 """What makes a narrow model's output: who replaces one of these, in a subclass or on the instance, has another one."""
 
 CAST_SAMPLES: ContextVar[bool] = ContextVar("CAST_SAMPLES", default=False)
@@ -98,11 +98,10 @@ class Ours:
     def places(self) -> list[tuple[Tensor, int, int]]:
         """(parameter, which of the six, its first layer there), every chunk of the hidden layers for itself."""
         found = []
-        for i, name in enumerate(PARAMETER_NAMES):
-            first = 0
-            for chunk in self.model.in_chunks(name):
-                found.append((chunk, i, first))
-                first += chunk.shape[0]
+        for span in self.model.spans():
+            end = 0 if span.layers.start == 0 else 4 if span.layers.stop == self.model.depth else 2
+            first = span.layers.start - 1 if end == 2 else 0
+            found += [(span.weight, end, first), (span.bias, end + 1, first)]
         return found
 
     def stacked(self) -> tuple[Tensor, ...]:
@@ -111,13 +110,7 @@ class Ours:
 
     def layer_flags(self) -> list[tuple[bool, bool]]:
         """Whether the weight and the bias of each layer, from the first, are trained."""
-        depth = self.model.depth
-        flags = [[False, False] for _ in range(depth)]
-        for param, i, first in self.places():
-            layers = {0: range(1), 2: range(depth - 1, depth)}.get(i // 2, range(1 + first, 1 + first + len(param)))
-            for layer in layers:
-                flags[layer][i % 2] = param.requires_grad
-        return [(weight, bias) for weight, bias in flags]
+        return [span.trainable for span in self.model.spans() for _ in span.layers]
 
     def tied(self) -> bool:
         places = self.places()

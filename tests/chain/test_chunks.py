@@ -165,3 +165,44 @@ def test_borders_are_even() -> None:
     sizes = [p.shape[0] for p in DeepNarrowMLP(2, 1, 12, chunks=4).hidden_weight]
     assert sizes == [2, 3, 2, 3]
     assert all(abs(a - b) <= 1 for a, b in pairwise(sizes))
+
+
+def _everything(model: Any, x: Tensor) -> dict[str, Tensor]:
+    """Output and gradients by name, those of chunks joined."""
+    out = model(x)
+    weight = torch.linspace(0.5, 1.5, out.numel(), dtype=out.dtype).view_as(out)
+    grads = torch.autograd.grad((out * weight).sum(), [x, *model.parameters()])
+    found: dict[str, list[Tensor]] = {"out": [out.detach()], "x": [grads[0]]}
+    for (name, _), grad in zip(model.named_parameters(), grads[1:], strict=True):
+        found.setdefault(name.partition(".")[0], []).append(grad)
+    return {name: torch.cat(parts) if len(parts) > 1 else parts[0] for name, parts in found.items()}
+
+
+@pytest.mark.parametrize("batch", [1, 17, 300])
+@pytest.mark.parametrize("depth", [40, 131])
+@pytest.mark.parametrize("form", ["offset", "plain"])
+@pytest.mark.parametrize("inputs", [2, 12, 64, "image"])
+def test_where_a_chain_is_cut_changes_no_bit_in_float32(inputs: Any, form: Any, depth: int, batch: int) -> None:
+    def build(**settings: Any) -> Any:
+        if inputs == "image":
+            return DeepNarrowCNN(1, 2, depth, scale=5.0, form=form, **settings)
+        return DeepNarrowMLP(inputs, 1, depth, scale=5.0, form=form, **settings)
+
+    x = torch.rand((batch, 1, 5, 4) if inputs == "image" else (batch, inputs), requires_grad=True)
+    model = build(checkpoint="none")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.01 * torch.randn_like(p))
+    wanted = _everything(model, x)
+    for settings in (
+        {"checkpoint": 7},
+        {"checkpoint": (7, 2)},
+        {"checkpoint": (16, 1)},
+        {"chunks": 5},
+        {"chunks": 5, "checkpoint": (3, 2)},
+        {"chunks": 3, "checkpoint": "none"},
+    ):
+        cut = build(**settings)
+        cut.load_state_dict(model.state_dict())
+        for name, value in _everything(cut, x).items():
+            assert torch.equal(value, wanted[name]), (settings, name)
