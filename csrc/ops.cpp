@@ -400,6 +400,29 @@ Tensor gram(Tensor x1_any, Tensor x2_any, Tensor first_weight, Tensor first_bias
 
 }  // namespace
 
+// narrowdeep::BackwardCosts for narrowdeep.memory, through ctypes. `sizes` are batch, in, width, out, layers, segment,
+// filter size, height and width of the image; `flags` first, last, offset, need_params, double precision, convolutions.
+// Returns 0, or 1 where NARROWDEEP_ISA names no instruction set of this machine.
+extern "C" __attribute__((visibility("default"))) int narrowdeep_backward_costs(const int64_t* sizes, const bool* flags,
+                                                                                int64_t threads, int64_t* costs) {
+  const ChainShape shape{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], 0, flags[0], flags[1], flags[2], 1.0,
+                         sizes[6], {sizes[7], sizes[8]}};
+  const auto ask = [&](auto family) {
+    return flags[4] ? kernels_of<double>(family).backward_costs(shape, threads, flags[3])
+                    : kernels_of<float>(family).backward_costs(shape, threads, flags[3]);
+  };
+  try {
+    const narrowdeep::BackwardCosts found = flags[5] ? ask(narrowdeep::Cnn()) : ask(narrowdeep::Mlp());
+    costs[0] = found.kept;
+    costs[1] = found.segment;
+    costs[2] = found.longest;
+    costs[3] = found.held;
+    return 0;
+  } catch (const std::exception&) {
+    return 1;
+  }
+}
+
 #define ND_OP(op) TORCH_BOX(&Guarded<&op>::run)
 
 STABLE_TORCH_LIBRARY_IMPL(narrowdeep, CPU, m) {

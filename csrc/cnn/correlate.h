@@ -148,7 +148,9 @@ inline void correlate(const Filter<T>& filter, int64_t channels, int64_t out_cha
 
 // ---- weight gradients -----------------------------------------------------------------------------------------------
 // sums[o][c][tap] (a vector each) = sum over positions of full[o][y][x] h[c][y + i - size / 2][x + j - size / 2].
-// One tap at a time: its positions inside the image are a rectangle.
+// One tap at a time: its positions inside the image are a rectangle. Rows of it are summed in blocks of about kPositions:
+// a long sum one after another loses digits.
+constexpr int64_t kPositions = 64;
 template <class T, int O, int C>
 void weight_sums_block(int64_t o, int64_t c, int64_t channels, int64_t size, const Plane& plane, const T* full,
                        const T* h, T* sums) {
@@ -162,7 +164,24 @@ void weight_sums_block(int64_t o, int64_t c, int64_t channels, int64_t size, con
       ND_UNROLL for (int a = 0; a < O; ++a) {
         ND_UNROLL for (int b = 0; b < C; ++b) sum[a][b] = Vec<T>{};
       }
+      const auto put = [&](bool add) {
+        ND_UNROLL for (int a = 0; a < O; ++a) {
+          ND_UNROLL for (int b = 0; b < C; ++b) {
+            T* const to = sums + (((o + a) * channels + c + b) * size * size + i * size + j) * lanes;
+            store(to, add ? load(to) + sum[a][b] : sum[a][b]);
+          }
+        }
+      };
+      const int64_t block = max_of(1, kPositions / plane.width);  // rows
+      int64_t block_end = y_begin + block;
       for (int64_t y = y_begin; y < y_end; ++y) {
+        if (y == block_end) {
+          put(y > y_begin + block);
+          block_end += block;
+          ND_UNROLL for (int a = 0; a < O; ++a) {
+            ND_UNROLL for (int b = 0; b < C; ++b) sum[a][b] = Vec<T>{};
+          }
+        }
         const T* left = full + (o * positions + y * plane.width) * lanes;
         const T* right = h + (c * positions + (y + i - radius) * plane.width + j - radius) * lanes;
         for (int64_t x = x_begin; x < x_end; ++x) {
@@ -174,11 +193,7 @@ void weight_sums_block(int64_t o, int64_t c, int64_t channels, int64_t size, con
           }
         }
       }
-      ND_UNROLL for (int a = 0; a < O; ++a) {
-        ND_UNROLL for (int b = 0; b < C; ++b) {
-          store(sums + (((o + a) * channels + c + b) * size * size + i * size + j) * lanes, sum[a][b]);
-        }
-      }
+      put(block_end > y_begin + block);
     }
 }
 
@@ -219,14 +234,19 @@ inline void bias_sums(int64_t rows, int64_t positions, const T* full, T* sums) {
   constexpr int lanes = kLanes<T>;
   for (int64_t o = 0; o < rows; ++o) {
     const T* row = full + o * positions * lanes;
-    Vec<T> even{}, odd{};
-    int64_t p = 0;
-    for (; p + 2 <= positions; p += 2) {
-      even = even + load(row + p * lanes);
-      odd = odd + load(row + (p + 1) * lanes);
+    Vec<T> total{};
+    for (int64_t begin = 0; begin < positions; begin += kPositions) {
+      const int64_t end = min_of(begin + kPositions, positions);
+      Vec<T> even{}, odd{};
+      int64_t p = begin;
+      for (; p + 2 <= end; p += 2) {
+        even = even + load(row + p * lanes);
+        odd = odd + load(row + (p + 1) * lanes);
+      }
+      if (p < end) even = even + load(row + p * lanes);
+      total = begin == 0 ? even + odd : total + (even + odd);
     }
-    if (p < positions) even = even + load(row + p * lanes);
-    store(sums + o * lanes, even + odd);
+    store(sums + o * lanes, total);
   }
 }
 

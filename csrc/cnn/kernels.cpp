@@ -7,12 +7,14 @@ namespace narrowdeep {
 template <>
 ChainKernels<Cnn, float> entry_points<ChainKernels<Cnn, float>, Isa::ND_ISA>() {
   using Layer = ND_ISA::CnnLayer<float>;
-  return {ND_ISA::chain_forward<Layer>, ND_ISA::chain_backward<Layer>, ND_ISA::chain_jvp<Layer>};
+  return {ND_ISA::chain_forward<Layer>, ND_ISA::chain_backward<Layer>, ND_ISA::chain_jvp<Layer>,
+          ND_ISA::chain_backward_costs<Layer>};
 }
 template <>
 ChainKernels<Cnn, double> entry_points<ChainKernels<Cnn, double>, Isa::ND_ISA>() {
   using Layer = ND_ISA::CnnLayer<double>;
-  return {ND_ISA::chain_forward<Layer>, ND_ISA::chain_backward<Layer>, ND_ISA::chain_jvp<Layer>};
+  return {ND_ISA::chain_forward<Layer>, ND_ISA::chain_backward<Layer>, ND_ISA::chain_jvp<Layer>,
+          ND_ISA::chain_backward_costs<Layer>};
 }
 
 }  // namespace narrowdeep

@@ -65,6 +65,12 @@ struct ChainJvp {
   T* output;
 };
 
+// For plans: bytes that a backward takes beside its results, kept from its begin to its end and within a segment; and the
+// states of its longest segment, and how many of them it holds at once (fewer: it runs the segment's layers once more).
+struct BackwardCosts {
+  int64_t kept, segment, longest, held;
+};
+
 // The entry points of one family and one instruction set.
 struct Mlp {};
 struct Cnn {};
@@ -73,6 +79,7 @@ struct ChainKernels {
   void (*forward)(const ChainForward<T>&, const Parallel&);
   void (*backward)(const ChainBackward<T>&, const Parallel&);
   void (*jvp)(const ChainJvp<T>&, const Parallel&);
+  BackwardCosts (*backward_costs)(const ChainShape&, int64_t threads, bool need_params);
 };
 
 }  // namespace narrowdeep

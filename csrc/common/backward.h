@@ -40,20 +40,20 @@ class ChainBackwardRun {
         held(min_of(longest, layer.most_states())),
         pieces(held < longest ? ceil_div(longest, held) : 0),
         room(max_of(size, s.in * tiles.row)),
-        kept_per_tile(together < steps || (Layer::kEndsTogether && args.need_params && (s.first || s.last))),
-        kept((kept_per_tile ? tiles.count : workers) * kept_elements() * int64_t(sizeof(T))) {}
+        kept_per_tile(together < steps || (Layer::kEndsTogether && args.need_params && (s.first || s.last))) {}
 
   void run() {
-    const int64_t layers = min_of(together * step, s.layers), per_worker = ceil_div(tiles.count, workers);
-    // A long sum one after another loses digits: past this many tiles they are added up in blocks.
-    const int64_t block = block_of(per_worker);
-    const GradientSizes all = sizes(layers);
-    const int64_t copies = args.need_params ? workers - direct() + (block < per_worker ? workers : 0) : 0;
-    const Buffer sums(copies * all.total * int64_t(sizeof(T)));
+    const Buffer kept_memory(kept_bytes()), sums(sums_bytes());
+    kept = kept_memory.as<T>();
     for (int64_t last = steps; last > 0; last -= min_of(together, last))
-      group(last - min_of(together, last), last, block, block < per_worker, all.total, sums.as<T>());
+      group(last - min_of(together, last), last, sums.as<T>());
     if constexpr (Layer::kEndsTogether)
       if (args.need_params) ends();
+  }
+
+  // What `run` takes beside its results, for plans: what is kept of the tiles all the way, and within a segment.
+  BackwardCosts costs() const {
+    return {kept_bytes(), workers * room_elements() * int64_t(sizeof(T)) + sums_bytes(), longest, held};
   }
 
  private:
@@ -67,7 +67,7 @@ class ChainBackwardRun {
   const int64_t longest, held, pieces;   // states of the longest step, those held at once, and in how many pieces
   const int64_t room;                    // elements of a state or of the gradient of x
   const bool kept_per_tile;
-  const Buffer kept;
+  T* kept = nullptr;
 
   // What a backward keeps of a tile from its first step to its last.
   struct Kept {
@@ -75,11 +75,13 @@ class ChainBackwardRun {
   };
   int64_t kept_elements() const { return (s.in + s.out) * tiles.row + (s.last && Layer::kEndsTogether ? 3 : 2) * size; }
   Kept kept_of(int64_t slot) const {
-    T* const x = kept.as<T>() + slot * kept_elements();
+    T* const x = kept + slot * kept_elements();
     T* const r = x + s.in * tiles.row;
     T* const lo = r + s.out * tiles.row;
     return {x, r, lo, lo + size, lo + 2 * size};
   }
+
+  int64_t kept_bytes() const { return (kept_per_tile ? tiles.count : workers) * kept_elements() * int64_t(sizeof(T)); }
 
   // What a worker needs beside: the state that runs again, R and the floor of the gradient, G before and after a layer.
   struct Room {
@@ -109,6 +111,15 @@ class ChainBackwardRun {
     if (!Layer::kEndsTogether) return steps;
     const int64_t layer_size = layer.in_registers() ? layer.packed_size() : layer.hidden_weights() + s.width;
     return min_of(steps, max_of(1, (int64_t(1) << 20) / (layer_size * int64_t(sizeof(T)) * step)));
+  }
+  // Gradients of the layers of a group, as many times as workers do not write them at once. A long sum one after another
+  // loses digits: past `block` tiles a worker adds them up in blocks, apart from its total.
+  GradientSizes group_sizes() const { return sizes(min_of(together * step, s.layers)); }
+  int64_t block() const { return block_of(ceil_div(tiles.count, workers)); }
+  bool blocked() const { return block() < ceil_div(tiles.count, workers); }
+  int64_t sums_bytes() const {
+    const int64_t copies = args.need_params ? workers - direct() + (blocked() ? workers : 0) : 0;
+    return copies * group_sizes().total * int64_t(sizeof(T));
   }
   // Workers that write their sums to the gradients themselves. (Sums of its own for worker 0 as well were 30% slower at
   // width 75: what one core has written is dear to read on another.)
@@ -144,7 +155,9 @@ class ChainBackwardRun {
   }
 
   // Every worker takes its tiles through steps [first, last), backwards; then the sums of all workers are added up.
-  void group(int64_t first, int64_t last, int64_t block, bool blocked, int64_t stride, T* memory) const {
+  void group(int64_t first, int64_t last, T* memory) const {
+    const int64_t stride = group_sizes().total, block = this->block();
+    const bool blocked = this->blocked();
     const int64_t first_layer = first * step, layers = min_of(last * step, s.layers) - first_layer;
     const GradientSizes g = sizes(layers);
     const bool packed = layer.in_registers();
@@ -170,6 +183,7 @@ class ChainBackwardRun {
         const bool add = i % block != 0;
         if (packed && args.need_params && !add) fill(g.total, T(0), sums.hidden_weight);
         if (last == steps) load(tile, k);
+        set_bases(tile, k, room);
         for (int64_t n = last; n-- > first;) take_step(tile, n * step, min_of((n + 1) * step, s.layers), k, room, sums, first_layer, add);
         if (first == 0) leave(tile, k, room, sums, add);
         if (blocked && args.need_params && ((i + 1) % block == 0 || i + 1 == share.count)) sum(g, sums, total, i >= block, 0, 1);
@@ -213,25 +227,24 @@ class ChainBackwardRun {
           k.r[i * tiles.row + p * tiles.samples + e] = k.r[i * tiles.samples + e] / share;
   }
 
-  // base = R = [0; 0; r] in offset form, else 0, and the floor.
-  void set_root(const Kept& k, const Room& room) const {
+  // What stays the same on the way: base = R = [0; 0; r] of the gradient and its floor, and the base of the states.
+  void set_bases(int64_t tile, const Kept& k, const Room& room) const {
     fill(size, T(0), room.base);
     if (s.offset) copy(s.out * tiles.row, k.r, room.base + tiles.right() * tiles.row);
     room.gradient(k).set_floor(size);
+    if (s.first) {
+      set_base(tiles, k.x, room.state.base);
+    } else {
+      load_base(tiles, tile, false, args.input, room.state);
+    }
   }
 
-  // State j into room.state, without its total.
-  void read(int64_t tile, int64_t j, const Kept& k, const Room& room) const {
-    if (!s.first && j == 0) {
-      load_state(tiles, tile, false, args.input, room.state);
-    } else {
-      if (s.first) {
-        start_state(tiles, k.x, room.state);
-      } else {
-        load_base(tiles, tile, false, args.input, room.state);
-      }
-      restore(tiles, tile, false, args.saved + saved_row(tiles, j) * tiles.words() * tiles.state(), room.state);
-    }
+  // State j into room.state, whose base is there, without its total.
+  void read(int64_t tile, int64_t j, const Room& room) const {
+    const bool given = !s.first && j == 0;
+    const T* const from = given ? args.input + (tiles.words() - 1) * tiles.state()
+                                : args.saved + saved_row(tiles, j) * tiles.words() * tiles.state();
+    restore(tiles, tile, false, from, room.state);
     room.state.set_floor(size);
   }
 
@@ -243,13 +256,12 @@ class ChainBackwardRun {
       if (to > s.layers) last_back(tile, k, room, room.states + (s.layers - from) * size, sums, add);
       reverse(tile, from, min_of(to, end), k, room, sums, first_layer, add);
     };
-    set_root(k, room);
     if (stop == begin) return;
     if (s.segment == 1) {
       for (int64_t j = begin; j < stop; ++j) {
         T* const h = room.states + (j - begin) * size;
         if (!s.first && j == 0) {
-          read(tile, j, k, room);
+          read(tile, j, room);
           room.state.total(size, h);
         } else {
           load_word(tiles, tile, false, args.saved + saved_row(tiles, j) * tiles.state(), h, tiles.units);
@@ -257,19 +269,20 @@ class ChainBackwardRun {
       }
       return back(begin, stop);
     }
-    read(tile, begin, k, room);
+    read(tile, begin, room);
     if (stop - begin <= held) {
-      ND_ISA::run<Layer>(tiles, layer, begin, stop - 1, room.state, room.states, static_cast<T*>(nullptr));
+      run_to(tiles, layer, begin, stop - 1, room.state, room.states);
       return back(begin, stop);
     }
     // Too long to hold: keep a state every `held` layers, then hold one piece after the other, from the last.
     const int64_t count = ceil_div(stop - begin, held);
+    T *h = room.states, *spare = room.states + size;
+    room.state.total(size, h);
     for (int64_t piece = 0; piece < count; ++piece) {
       T* const inner = room.inner + piece * tiles.words() * size;
       copy(size, room.state.lo, inner);
       if (s.offset) copy(size, room.state.hi, inner + size);
-      if (piece + 1 < count)
-        ND_ISA::run<Layer>(tiles, layer, begin + piece * held, begin + (piece + 1) * held, room.state, room.states, room.states + size);
+      if (piece + 1 < count) ND_ISA::run(tiles, layer, begin + piece * held, begin + (piece + 1) * held, room.state, h, spare);
     }
     for (int64_t piece = count; piece-- > 0;) {
       const int64_t from = begin + piece * held, to = min_of(from + held, stop);
@@ -277,7 +290,7 @@ class ChainBackwardRun {
       copy(size, inner, room.state.lo);
       if (s.offset) copy(size, inner + size, room.state.hi);
       room.state.set_floor(size);
-      ND_ISA::run<Layer>(tiles, layer, from, to - 1, room.state, room.states, static_cast<T*>(nullptr));
+      run_to(tiles, layer, from, to - 1, room.state, room.states);
       back(from, to);
     }
   }
@@ -365,6 +378,13 @@ class ChainBackwardRun {
              [](const Kept& k) { return k.x; });
   }
 };
+
+template <class Layer, class T = typename Layer::Element>
+BackwardCosts chain_backward_costs(const ChainShape& shape, int64_t threads, bool need_params) {
+  const ChainBackward<T> args{shape, {}, nullptr, nullptr, nullptr, nullptr, need_params, {}};
+  const Parallel parallel{threads, nullptr};
+  return ChainBackwardRun<Layer>(args, parallel).costs();
+}
 
 template <class Layer, class T = typename Layer::Element>
 void chain_backward(const ChainBackward<T>& args, const Parallel& parallel) {

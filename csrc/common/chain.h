@@ -27,20 +27,17 @@ struct Share {
   int64_t operator[](int64_t i) const { return first + i * stride; }
 };
 
-// base = [scale relu(x); 0; scale], hi = 0 and lo = what the base left out of scale * x, from x as [feature][sample].
+// base = [scale relu(x); 0; scale], from x as [feature][sample].
 template <class T>
-inline void start_state(const Tiles<T>& tiles, const T* x, const State<T>& state) {
-  fill(tiles.size, T(0), state.base);
-  fill(tiles.size, T(0), state.hi);
-  fill(tiles.size, T(0), state.lo);
+inline void set_base(const Tiles<T>& tiles, const T* x, T* base) {
+  fill(tiles.size, T(0), base);
   if (!tiles.shape.offset) return;
   const T scale = T(tiles.shape.scale);
   for (int64_t e = 0; e < tiles.shape.in * tiles.row; ++e) {
     const T left = scale * x[e];
-    state.base[e] = left < T(0) ? T(0) : left;
-    state.lo[e] = left < T(0) ? left : T(0);
+    base[e] = left < T(0) ? T(0) : left;
   }
-  fill(tiles.shape.out * tiles.row, scale, state.base + tiles.right() * tiles.row);
+  fill(tiles.shape.out * tiles.row, scale, base + tiles.right() * tiles.row);
 }
 
 // State 0 of a tile, `h` its value. A span with the first layer leaves x, as [feature][sample], in `x`.
@@ -49,7 +46,13 @@ inline void enter(const Tiles<T>& tiles, const Layer& layer, int64_t tile, const
                   T* h) {
   if (tiles.shape.first) {
     load_samples(tiles, tile, tiles.shape.in * tiles.positions, false, input, x);
-    start_state(tiles, x, state);
+    set_base(tiles, x, state.base);
+    fill(tiles.size, T(0), state.hi);
+    fill(tiles.size, T(0), state.lo);
+    for (int64_t e = 0; tiles.shape.offset && e < tiles.shape.in * tiles.row; ++e) {
+      const T left = T(tiles.shape.scale) * x[e];
+      state.lo[e] = left < T(0) ? left : T(0);  // what the base left out
+    }
     state.set_floor(tiles.size);
     layer.first(x, state, h);
   } else {
@@ -59,12 +62,12 @@ inline void enter(const Tiles<T>& tiles, const Layer& layer, int64_t tile, const
   }
 }
 
-// Hidden layers [begin, end). Values of states begin .. end go to h, h + size, ... if there is no `spare`; with one, the
-// present value is in turn in h and in the spare, or in neither where layers stay in registers.
+// Hidden layers [begin, end). `h` holds the value of state `begin`. Values of the following ones go to h + size, h + 2
+// size, ... if there is no `spare`; with one they change places with it, and `h` ends where the last one is: except for
+// layers in registers, which leave both alone.
 template <class Layer, class T>
-inline void run(const Tiles<T>& tiles, const Layer& layer, int64_t begin, int64_t end, const State<T>& state, T* h,
-                T* spare) {
-  state.total(tiles.size, h);
+inline void run(const Tiles<T>& tiles, const Layer& layer, int64_t begin, int64_t end, const State<T>& state, T*& h,
+                T*& spare) {
   while (begin < end) {
     const int64_t stop = tiles.next_renormalisation(begin, end);
     if (layer.in_registers()) {
@@ -84,6 +87,14 @@ inline void run(const Tiles<T>& tiles, const Layer& layer, int64_t begin, int64_
     }
     begin = stop;
   }
+}
+// The same from a state whose value is not at hand, every value to `states`.
+template <class Layer, class T>
+inline void run_to(const Tiles<T>& tiles, const Layer& layer, int64_t begin, int64_t end, const State<T>& state,
+                   T* states) {
+  T* spare = nullptr;
+  state.total(tiles.size, states);
+  run(tiles, layer, begin, end, state, states, spare);
 }
 
 // A long sum one after another loses digits: it is made of sums of so many terms, which depends on their number alone.
@@ -128,36 +139,39 @@ void chain_forward(const ChainForward<T>& args, const Parallel& parallel) {
   const Layer layer(tiles, args.params);
   const ChainShape& s = tiles.shape;
   const int64_t workers = min_of(parallel.threads, tiles.count), size = tiles.size;
-  // Where every state is saved, so many as stay in the cache are run before they are written.
-  const int64_t fitting = max_of(1, min_of(kRenormalisePeriod, (int64_t(1) << 18) / (size * int64_t(sizeof(T)))));
-  const int64_t step = s.segment == 0 ? max_of(1, s.layers) : s.segment == 1 ? fitting : s.segment;
-  const int64_t held = s.segment == 1 ? step + 1 : 2;
+  // Where every state is saved, layers in registers write so many before they are stored.
+  const int64_t several = s.segment == 1 && layer.in_registers() ? kRenormalisePeriod : 1;
+  const int64_t step = s.segment == 0 ? max_of(1, s.layers) : s.segment == 1 ? several : s.segment;
   parallel_for(parallel, workers, [&](int64_t worker) {
     const Buffer memory(int64_t(sizeof(T)) *
-                        ((State<T>::kArrays + held) * size + (s.in + s.out) * tiles.row));
+                        ((State<T>::kArrays + several + 1) * size + (s.in + s.out) * tiles.row));
     const State<T> state(memory.as<T>(), size);
-    T* const h = state.lo + size;
-    T* const x = h + held * size;
+    T* const states = state.lo + size;
+    T* const x = states + (several + 1) * size;
     T* const z = x + s.in * tiles.row;
+    const auto store_value = [&](int64_t tile, int64_t j, const T* h) {
+      if (s.first || j > 0) store_word(tiles, tile, h, args.saved + saved_row(tiles, j) * tiles.state());
+    };
     const Share share(tiles.count, workers, worker, Layer::kRunsOfTiles);
     for (int64_t i = 0; i < share.count; ++i) {
       const int64_t tile = share[i];
+      T *h = states, *spare = states + size;
       enter(tiles, layer, tile, args.input, x, state, h);
       for (int64_t begin = 0; begin < max_of(1, s.layers); begin += step) {
         const int64_t end = min_of(begin + step, s.layers);
-        const bool saved = s.first || begin > 0;  // else the input itself
-        if (s.segment > 1 && saved)
+        if (s.segment > 1 && (s.first || begin > 0))  // else it is the input itself
           save(tiles, tile, state, args.saved + saved_row(tiles, begin) * tiles.words() * tiles.state());
-        run(tiles, layer, begin, end, state, h, s.segment == 1 ? nullptr : h + size);
-        if (s.segment != 1) continue;
-        for (int64_t j = begin; j < end; ++j)
-          if (s.first || j > 0)
-            store_word(tiles, tile, h + (j - begin) * size, args.saved + saved_row(tiles, j) * tiles.state());
+        if (several > 1) {
+          run_to(tiles, layer, begin, end, state, states);
+          for (int64_t j = begin; j < end; ++j) store_value(tile, j, states + (j - begin) * size);
+        } else {
+          if (s.segment == 1 && begin < end) store_value(tile, begin, h);
+          run(tiles, layer, begin, end, state, h, spare);
+        }
       }
       if (s.last) {
-        state.total(size, h);
-        if (s.segment == 1 && (s.first || s.layers > 0))
-          store_word(tiles, tile, h, args.saved + saved_row(tiles, s.layers) * tiles.state());
+        if (layer.in_registers()) state.total(size, h);
+        if (s.segment == 1) store_value(tile, s.layers, h);
         layer.last(h, state, z);
         store_outputs(tiles, tile, z, args.output);
       } else {

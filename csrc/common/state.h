@@ -156,6 +156,10 @@ inline void load_word(const Tiles<T>& tiles, int64_t tile, bool zeros, const T* 
   const int64_t valid = tiles.valid(tile), samples = tiles.samples;
   for (int64_t i = 0; i < rows; ++i) {
     const T* const row = from + i * stride * tiles.shape.batch + tile * samples;
+    if (valid == samples) {
+      for (int64_t s = 0; s < samples; s += kLanes<T>) ND_ISA::store(to + i * samples + s, ND_ISA::load(row + s));
+      continue;
+    }
     for (int64_t s = 0; s < valid; ++s) to[i * samples + s] = row[s];
     for (int64_t s = valid; s < samples; ++s) to[i * samples + s] = zeros ? T(0) : row[valid - 1];
   }
@@ -165,6 +169,10 @@ inline void store_word(const Tiles<T>& tiles, int64_t tile, const T* from, T* to
   const int64_t valid = tiles.valid(tile), samples = tiles.samples;
   for (int64_t i = 0; i < tiles.units; ++i) {
     T* const row = to + i * tiles.shape.batch + tile * samples;
+    if (valid == samples) {
+      for (int64_t s = 0; s < samples; s += kLanes<T>) ND_ISA::store(row + s, ND_ISA::load(from + i * samples + s));
+      continue;
+    }
     for (int64_t s = 0; s < valid; ++s) row[s] = from[i * samples + s];
   }
 }

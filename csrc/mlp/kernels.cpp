@@ -7,12 +7,14 @@ namespace narrowdeep {
 template <>
 ChainKernels<Mlp, float> entry_points<ChainKernels<Mlp, float>, Isa::ND_ISA>() {
   using Layer = ND_ISA::MlpLayer<float>;
-  return {ND_ISA::chain_forward<Layer>, ND_ISA::chain_backward<Layer>, ND_ISA::chain_jvp<Layer>};
+  return {ND_ISA::chain_forward<Layer>, ND_ISA::chain_backward<Layer>, ND_ISA::chain_jvp<Layer>,
+          ND_ISA::chain_backward_costs<Layer>};
 }
 template <>
 ChainKernels<Mlp, double> entry_points<ChainKernels<Mlp, double>, Isa::ND_ISA>() {
   using Layer = ND_ISA::MlpLayer<double>;
-  return {ND_ISA::chain_forward<Layer>, ND_ISA::chain_backward<Layer>, ND_ISA::chain_jvp<Layer>};
+  return {ND_ISA::chain_forward<Layer>, ND_ISA::chain_backward<Layer>, ND_ISA::chain_jvp<Layer>,
+          ND_ISA::chain_backward_costs<Layer>};
 }
 
 }  // namespace narrowdeep

@@ -97,10 +97,10 @@ class CnnGramSum {
       const State<T> state(memory.as<T>(), size);
       T* const x = state.lo + size;
       load_samples(tiles, tile, s.in * tiles.positions, false, args.x, x);
-      start_state(tiles, x, state);
+      set_base(tiles, x, state.base);
       restore(tiles, tile, false, saved.as<T>() + slot * tiles.words() * tiles.state(), state);
       state.set_floor(size);
-      ND_ISA::run(tiles, layer, begin, end == s.layers ? end : end - 1, state, states.as<T>() + tile * held * size, static_cast<T*>(nullptr));
+      run_to(tiles, layer, begin, end == s.layers ? end : end - 1, state, states.as<T>() + tile * held * size);
     });
   }
 

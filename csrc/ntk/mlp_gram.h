@@ -101,10 +101,10 @@ class MlpGramSum {
       const State<T> state(memory.as<T>(), size);
       T* const spare = state.lo + size;
       T* const h = states.as<T>() + tile * (held + 1) * size;
-      start_state(tiles, x(tile), state);
+      set_base(tiles, x(tile), state.base);
       restore(tiles, tile, false, saved.as<T>() + begin / s.segment * tiles.words() * tiles.state(), state);
       state.set_floor(size);
-      ND_ISA::run(tiles, layer, begin, end == s.layers ? end : end - 1, state, h, static_cast<T*>(nullptr));
+      run_to(tiles, layer, begin, end == s.layers ? end : end - 1, state, h);
       if (end == s.layers) copy(size, h + (end - begin) * size, h_last(tile));
       for (int64_t a = 0; a < outputs; ++a) {
         const Back b = back(tile, a);

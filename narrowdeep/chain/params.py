@@ -82,27 +82,31 @@ class ChainSettings(NamedTuple):
 class ChainShape:
     """A whole network and a batch in numbers: all that a plan of memory and time needs, no tensors."""
 
-    family: str
-    """"mlp" or "cnn"."""
-    depth: int
+    batch: int
     inputs: int
     outputs: int
     width: int
+    chunks: tuple[int, ...]
+    """Hidden layers of each span."""
+    image: tuple[int, ...]
+    """(H, W); () for the MLP."""
     kernel_size: int
     """f of the filters f x f; 1 for the MLP."""
     offset: bool
-    batch: int
-    image: tuple[int, ...]
-    """(H, W); () for the MLP."""
+    trained: bool
+    """Whether any parameter requires gradients."""
     dtype: torch.dtype
     device: torch.device
-    chunks: int = 1
-    trainable: bool = True
 
     @property
     def layers(self) -> int:
         """Hidden layers."""
-        return self.depth - 2
+        return sum(self.chunks)
+
+    @property
+    def longest(self) -> int:
+        """Hidden layers of the longest chunk."""
+        return max(self.chunks)
 
     @property
     def positions(self) -> int:
@@ -110,9 +114,16 @@ class ChainShape:
         return math.prod(self.image)
 
     @property
-    def parameters(self) -> int:
-        """Numbers in all six."""
-        taps = self.kernel_size**2
-        n = self.width
-        hidden = self.layers * n * (n * taps + 1)
-        return n * (self.inputs * taps + 1) + hidden + self.outputs * (n * taps + 1)
+    def taps(self) -> int:
+        """Entries of a filter, 1 for the MLP."""
+        return self.kernel_size**2
+
+    @property
+    def state(self) -> int:
+        """Bytes of one word of a hidden state of the whole batch."""
+        return self.width * self.positions * self.batch * self.dtype.itemsize
+
+    @property
+    def layer(self) -> int:
+        """Bytes of the weight and the bias of one hidden layer."""
+        return self.width * (self.width * self.taps + 1) * self.dtype.itemsize

@@ -51,13 +51,14 @@ class _Walk:
         end = min(begin + self.schedule.segment, self.params.layers)
         part, state = self.params.part(begin, end), self.current
         self.current = self.input  # nothing else holds a state that is gone through
-        if part.first is None:  # as one segment: nothing within is saved
-            layers, saved = max(2, end - begin), state.new_empty(0, 2 if self.settings.offset else 1, *state.shape[1:])
+        # As one segment: nothing within is saved, but of the first layer's state what its base does not say.
+        words = 2 if self.settings.offset else 1
+        if part.first is None:
+            saved = state.new_empty(0, words, *state.shape[1:])
         else:
-            width, (batch, _, *positions) = self.params.hidden.weight.shape[1], state.shape
-            layers, saved = 0, state.new_empty(0, 1, width, *positions, batch)
+            saved = self.ops.forward(state, *part.part(0, 0, last=False).flat(), *self.settings, 0)[0][-words:].unsqueeze(0)
         settings = self.settings._replace(start=self.settings.start + begin)
-        args = (*part.flat(), saved, *settings, layers, self.need_input or begin > 0, bool(self.grads))
+        args = (*part.flat(), saved, *settings, max(2, end - begin), self.need_input or begin > 0, bool(self.grads))
         self.grad, *found = self.ops.backward(self.grad, state, *args)
         for name, whole, value in zip(PARAMS, self.grads, found, strict=False):
             if value.numel():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,8 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from narrowdeep.chain import schedule
+from narrowdeep.chain.params import ChainShape
 from narrowdeep.checks import LARGEST, check_count, is_integer, shown
 from narrowdeep.ops import engine, triton_dispatch
+from narrowdeep.ops.reference import saved_shape
 
 if TYPE_CHECKING:  # models plan by what is here, not the other way round
     from narrowdeep.modules.base import DeepNarrowBase
@@ -28,9 +29,8 @@ gradients of one chunk of layers exist at a time."""
 BACKWARD_COST = 2.0
 """What the backward of a layer costs when its input is at hand, in forwards of that layer: two products against one."""
 
-NODE_STATES = {1: 12, 2: 20}
-"""States that exist at once where a node of a chain in several goes back, beside a segment's: by the parts of a state,
-in plain and in offset form. At most; measured 4 to 12 and 10 to 20."""
+MOST_SEGMENTS = 1000
+"""Of a schedule whose actions are gone through to see what it takes; longer ones take as much."""
 
 CACHE_BYTES = 1 << 20
 """Of a thread of the CPU. States that do not fit are written to memory and read back."""
@@ -43,8 +43,6 @@ it besides its products. Measured with two threads: saving every state took 1.7 
 _UNITS = {"": 1, **{f"{prefix}B": 1000**i for i, prefix in enumerate(("", "k", "M", "G", "T"))}}
 _UNITS |= {f"{prefix}iB": 1024**i for i, prefix in enumerate(("K", "M", "G", "T"), 1)}
 _UNITS_BY_LOWER = {unit.lower(): factor for unit, factor in _UNITS.items()}
-_VECTOR_BYTES = {"avx512": 64, "avx2": 32, "neon": 16}
-_WIDEST_NARROW = 8  # kWidestNarrow of csrc/mlp/narrow.h
 
 
 class BudgetError(ValueError):
@@ -165,147 +163,99 @@ def _ceil(a: int, b: int) -> int:
     return -(-a // b)
 
 
-@dataclass(frozen=True)
 class _Step:
-    """One training step in numbers: L - 2 hidden layers of n units at some positions, on a device."""
+    """One training step of a chain, on the device where its parameters are."""
 
-    layers: int
-    width: int
-    inputs: int
-    outputs: int
-    positions: int
-    """H W of an image, 1 for the MLP."""
-    taps: int
-    """Entries of a filter; 0 for the MLP."""
-    parameters: int
-    """Of the whole network."""
-    batch: int
-    parts: int
-    """Tensors a saved boundary takes: 2 in offset form, (moved, a), else 1."""
-    shape: tuple[int, ...]
-    """Of one sample."""
-    dtype: torch.dtype
-    cuda: bool
-    threads: int
-    lanes: int
-    """Samples in a vector of the CPU engine."""
-    chunks: tuple[int, ...]
-    """Hidden layers of each graph node."""
-
-    @property
-    def longest(self) -> int:
-        """Hidden layers of the longest chunk."""
-        return max(self.chunks)
-
-    @property
-    def itemsize(self) -> int:
-        return self.dtype.itemsize
-
-    @property
-    def state(self) -> int:
-        """Bytes of one hidden state of the whole batch."""
-        return self.width * self.positions * self.batch * self.itemsize
+    def __init__(self, shape: ChainShape) -> None:
+        self.shape, self.threads = shape, torch.get_num_threads()
+        self.cuda = shape.device.type == "cuda"
+        self.words = 2 if shape.offset else 1
+        """Of a checkpoint: hi and lo, or h."""
+        self.border = 3 if shape.offset else 1
+        """Words of a state between spans: base, hi and lo, or h."""
 
     def segments(self, segment: int) -> int:
         """Of the longest chunk."""
-        return max(1, _ceil(self.longest, segment))
+        return max(1, _ceil(self.shape.longest, segment))
 
-    def in_nodes(self, segment: int, snapshots: int) -> bool:
-        """Whether the chain runs as several graph nodes (narrowdeep/chain/span.py): in chunks, or under a schedule."""
-        return len(self.chunks) > 1 or (segment > 1 and snapshots < self.segments(segment))
+    def scheduled(self, segment: int, snapshots: int) -> bool:
+        """Whether fewer states are kept than there are segments."""
+        return segment > 1 and snapshots < self.segments(segment)
 
     def _boundaries(self, segment: int, snapshots: int) -> int:
-        """Numbers of states: what is saved, with the state that each chunk starts from and that the last ends at."""
-        if len(self.chunks) == 1:
-            return self.layers + 1 if segment == 1 else snapshots * self.parts
-        if segment == 1:
-            return sum(m - 1 + self.parts for m in self.chunks) + self.parts
-        return sum(min(snapshots, _ceil(m, segment)) * self.parts for m in self.chunks) + self.parts
+        """Words of states that are kept for the backward: those that spans save, and those between them."""
+        chunks = self.shape.chunks
+        between = (len(chunks) - 1) * self.border
+        if self.scheduled(segment, snapshots):  # the first of a chunk is its input
+            return between + sum(self.border * (min(snapshots, _ceil(m, segment)) - 1) for m in chunks)
+        ends = [(i == 0, i == len(chunks) - 1) for i in range(len(chunks))]
+        saved = [saved_shape(m, (), self.shape.offset, segment, *end) for m, end in zip(chunks, ends, strict=True)]
+        return between + sum(rows * words for rows, words in saved)
 
     def activations(self, segment: int, snapshots: int) -> dict[str, int]:
         """Bytes that depend on checkpointing, by part. ``snapshots`` is read when ``segment`` is not 1."""
-        boundaries = self._boundaries(segment, snapshots) * self.state
-        in_nodes = self.in_nodes(segment, snapshots)
-        gradients = self.parameters
-        if in_nodes:  # of one node's layers: each thread's but one, and the node's own, until they are copied
-            layers = self.longest if segment == 1 or len(self.chunks) > 1 else min(segment, self.layers)
-            gradients = layers * self.width * (self.width * max(1, self.taps) + 1)
-        if in_nodes and (self.cuda or not self.taps):
-            # In torch, a layer at a time (ops/layered.py): a state and its gradient with all that is made of each, what
-            # nodes hand on, a segment's states; and where a node is divided again, its part's gradients.
-            backward = (NODE_STATES[self.parts] + 2 * self.parts) * self.state
-            states = 0 if segment == 1 else min(segment, self.longest) + 1
-            copied = gradients if snapshots < self.segments(segment) and segment > 1 else 0
-            workspace = states * self.state + copied * self.itemsize
-            if self.taps:
-                workspace += (2 * self.taps + 2) * self.state
-        elif self.cuda:
-            backward, workspace = self._gpu(segment)
-        elif self.taps:
-            # Nodes hand a state and its gradient on, in and out.
-            backward = 3 * self.parts * self.state if in_nodes else 0
-            workspace = self._conv_engine(segment, gradients) + in_nodes * gradients * self.itemsize
-            if in_nodes:  # the last layer, in torch, takes its inputs apart by taps; no gradient exists by then
-                last = (2 * self.taps + 2) * self.state - self.parameters * self.itemsize
-                workspace = max(workspace, last - backward)
+        shape, scheduled = self.shape, self.scheduled(segment, snapshots)
+        layers = min(segment, shape.longest) if scheduled else shape.longest
+        if self.cuda:
+            backward, workspace = self._gpu(layers, segment)
         else:
-            backward, workspace = self._mlp_engine(segment)
-        return {"boundaries": boundaries, "backward state": backward, "workspace": workspace}
+            costs = self._engine(layers, max(2, layers) if scheduled else segment)
+            backward, workspace = costs.kept, costs.segment
+        if scheduled:  # a segment's gradients, until they are copied to the span's
+            workspace += layers * shape.layer if shape.trained else 0
+            backward += self._walking(segment, snapshots) * self.border * shape.state
+        elif len(shape.chunks) > 1:  # a gradient of a state comes in, another goes out
+            backward += 2 * self.border * shape.state
+        return {
+            "boundaries": self._boundaries(segment, snapshots) * shape.state,
+            "backward state": backward,
+            "workspace": workspace,
+        }
 
-    def _gpu(self, segment: int) -> tuple[int, int]:
+    def _walking(self, segment: int, snapshots: int) -> int:
+        """States and gradients of states that a schedule has beside those that it keeps, at its peak."""
+        length = self.segments(segment)
+        if length > MOST_SEGMENTS:
+            return 3
+        # The slots that the forward fills but the first, which holds the input; whether the current state is in none of
+        # them; the gradient that comes in, and what is made: a state, or the gradient that goes out.
+        run = schedule.Binomial(segment, snapshots)
+        slots, apart, gradients, most = len(run.kept(self.shape.longest)) - 1, 0, len(self.shape.chunks) > 1, 0
+        for action in run.backward(self.shape.longest):
+            if action.op in (schedule.Op.ADVANCE, schedule.Op.REVERSE):
+                most = max(most, slots + apart + gradients + 1)
+            if action.op == schedule.Op.REVERSE:
+                gradients = True
+            apart = {schedule.Op.ADVANCE: 1, schedule.Op.FREE: apart}.get(action.op, 0)
+            slots += {schedule.Op.STORE: 1, schedule.Op.FREE: -1}.get(action.op, 0)
+        return max(1, most - (min(snapshots, length) - 1))
+
+    def _engine(self, layers: int, segment: int) -> engine.BackwardCosts:
+        """Of the CPU engine, for a span of so many hidden layers with both ends."""
+        s = self.shape
+        sizes = (s.batch, s.inputs, s.width, s.outputs, layers, segment, s.kernel_size, *(s.image or (1, 1)))
+        flags = (True, True, s.offset, s.trained, s.dtype == torch.float64, bool(s.image))
+        return engine.backward_costs(sizes, flags, self.threads)
+
+    def _gpu(self, layers: int, segment: int) -> tuple[int, int]:
         """What the Triton kernels allocate; one layer at a time a segment's states (ops/layered.py)."""
-        x = torch.empty(self.batch, *self.shape, dtype=self.dtype, device="meta")
-        filters = (self.width, self.width, *((math.isqrt(self.taps),) * 2 if self.taps else ()))
-        weight = torch.empty(self.layers, *filters, dtype=self.dtype, device="meta")
-        fused = triton_dispatch.backward_workspace(x, weight, self.parts == 2, segment)
-        states = 0 if segment == 1 else min(segment, self.layers) + 1
-        return 8 * self.state, states * self.state if fused is None else fused
-
-    def _mlp_engine(self, segment: int) -> tuple[int, int]:
-        """Memory of ``Backward`` in csrc/mlp/kernels.h, whose names are used here."""
-        share = _ceil(_ceil(self.batch, self.lanes), self.threads)
-        samples = (4 if share >= 3 else share) * self.lanes
-        tiles = _ceil(self.batch, samples)
-        workers = min(self.threads, tiles)
-        size = self.width * samples
-        kept = tiles * (3 * size + (self.inputs + self.outputs) * samples)
-        step = segment if segment > 1 else max(4, min(64, 2**19 // (2 * size * self.itemsize)))
-        longest = min(step, self.layers)
-        narrow = 2 <= self.width <= _WIDEST_NARROW
-        entries = self.width * (self.width + 1)
-        partial = _ceil(entries, self.lanes) * self.lanes if narrow else entries
-        together = min(self.segments(step), max(1, 2**20 // (partial * self.itemsize * step)))
-        partials = (workers if narrow else workers - 1) * min(together * step, self.layers) * partial
-        transposed = _ceil(self.width + 1, self.lanes) * self.lanes * samples
-        a_worker = size * (4 + longest + 1) + (0 if narrow else size + transposed)
-        return kept * self.itemsize, (partials + workers * a_worker) * self.itemsize
-
-    def _held(self, segment: int) -> tuple[int, int]:
-        """States of a segment, and how many of them csrc/conv/chain.h holds at once (``longest``, ``held_states``)."""
-        longest = min(segment + 1, self.longest + 1)
-        fits = 2**24 // (self.width * self.positions * self.lanes * self.itemsize)
-        return longest, min(max(32, min(256, fits)), longest)
-
-    def _conv_engine(self, segment: int, gradients: int) -> int:
-        """Memory of ``TileBackward`` and ``conv_backward`` in csrc/conv/chain.h, whose names are used here."""
-        workers = min(self.threads, _ceil(self.batch, self.lanes))
-        row = self.positions * self.lanes
-        state = self.width * row
-        longest, held = (1, 1) if segment == 1 else self._held(segment)
-        inner = _ceil(longest, held) if held < longest else 0
-        sums = self.width * max(self.width, self.inputs) * self.taps * self.lanes
-        tile_states = 2 * 4 * state + self.inputs * row
-        a_worker = (held + 2) * state + self.outputs * row + sums + inner * self.parts * state + tile_states
-        return (workers * a_worker + (workers - 1) * gradients) * self.itemsize
+        s = self.shape
+        x = torch.empty(s.batch, s.inputs, *s.image, dtype=s.dtype, device="meta")
+        filters = (s.width, s.width, *((s.kernel_size,) * len(s.image)))
+        weight = torch.empty(layers, *filters, dtype=s.dtype, device="meta")
+        fused = triton_dispatch.backward_workspace(x, weight, s.offset, segment)
+        states = 0 if segment == 1 else min(segment, layers) + 1
+        return 8 * s.state, states * s.state if fused is None else fused
 
     def sweeps(self, segment: int, snapshots: int) -> float:
         """Forward runs of the whole chain in one step, as ``schedule.Schedule`` has it."""
         if segment == 1:
             return 1.0
         length = self.segments(segment)
-        # The convolution engine divides a segment that it cannot hold, and runs all but the last part once more.
-        longest, held = self._held(segment)
-        divided = 1 - held / longest if self.taps and not self.cuda else 0.0
+        divided = 0.0
+        if not self.cuda:  # the engine divides a segment that it cannot hold, and runs all but the last part once more
+            costs = self._engine(self.shape.longest, segment)
+            divided = 1 - costs.held / costs.longest
         if snapshots >= length:
             return 2.0 + divided
         kept = schedule.first_snapshots(length, snapshots)
@@ -315,16 +265,10 @@ class _Step:
 
     def time(self, segment: int, snapshots: int) -> float:
         """Of a step, in forward sweeps."""
-        states = (self.layers + 1) * self.state
+        states = (self.shape.layers + 1) * self.shape.state
         if segment == 1 and not self.cuda and states > CACHE_BYTES * self.threads:
-            products = self.width * max(1, self.taps)
-            return 1.0 + BACKWARD_COST + STATE_COST / (products + UNIT_COST)
+            return 1.0 + BACKWARD_COST + STATE_COST / (self.shape.width * self.shape.taps + UNIT_COST)
         return self.sweeps(segment, snapshots) + BACKWARD_COST
-
-
-def _vector_bytes() -> int | None:
-    """Of the instruction set in use; None for the scalar kernels, which take one number at a time."""
-    return _VECTOR_BYTES.get(os.environ.get("NARROWDEEP_ISA") or engine.instruction_sets()[0])
 
 
 def _uniform(layers: int) -> set[int]:
@@ -348,7 +292,7 @@ def plan(
     state in ``segment`` layers, a segment's own states being recomputed where they are used (everything runs twice).
     Fewer boundaries than segments, under a binomial schedule (Griewank and Walther, ACM TOMS 26(1), 2000), are planned
     where the model asks for them (``checkpoint=(segment, snapshots)``) but not chosen: the engine divides long segments
-    of convolutions again, sample by sample, which takes less memory; and narrow MLPs run parts one layer at a time.
+    of convolutions again, sample by sample, which takes less memory.
 
     Arguments:
         model: a DeepNarrowMLP or DeepNarrowCNN, which is only read.
@@ -367,7 +311,8 @@ def plan(
     Raises: TypeError or ValueError naming the argument, the rule and the value; BudgetError (a ValueError), with the
         smallest budget that can be met, when this one cannot.
     """
-    step = _step(model, batch_size, input_shape)
+    shape = _shape(model, batch_size, input_shape)
+    step = _Step(shape)
     if optimizer not in OPTIMIZER_TENSORS:
         raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZER_TENSORS)}, got {optimizer!r}")
     wanted = model.budget if budget is None else parse_bytes(budget)
@@ -376,18 +321,18 @@ def plan(
         "parameters": size,
         "gradients": _gradients(model, fused=optimizer.startswith("fused")),
         "optimizer state": OPTIMIZER_TENSORS[optimizer] * size,
-        "input and output": (step.inputs * step.positions + 2 * step.outputs) * step.batch * step.itemsize,
+        "input and output": (shape.inputs * shape.positions + 2 * shape.outputs) * shape.batch * shape.dtype.itemsize,
     }
 
     if wanted is None:
         with torch.enable_grad():  # a training step, whatever the caller is doing
-            segment = model.segment(step.batch * step.positions)
+            segment = model.segment(shape.batch * shape.positions)
         snapshots = step.segments(segment)
         if isinstance(model.checkpoint, tuple):
             segment, most = model.checkpoint
             snapshots = min(most, step.segments(segment))
         return _finish(step, fixed, segment, snapshots, None)
-    candidates = [(1, 0), *((k, step.segments(k)) for k in _uniform(step.longest))]
+    candidates = [(1, 0), *((k, step.segments(k)) for k in _uniform(shape.longest))]
     totals = {c: sum(fixed.values()) + sum(step.activations(*c).values()) for c in candidates}
     fitting = [c for c in candidates if totals[c] <= wanted]
     if not fitting:
@@ -409,7 +354,7 @@ def _gradients(model: DeepNarrowBase, *, fused: bool) -> int:
     return max(size(node) for node in (*ends, *zip(model.hidden_weight, model.hidden_bias, strict=True)))
 
 
-def _step(model: DeepNarrowBase, batch_size: int, input_shape: tuple[int, ...] | None) -> _Step:
+def _shape(model: DeepNarrowBase, batch_size: int, input_shape: tuple[int, ...] | None) -> ChainShape:
     if not isinstance(model, torch.nn.Module) or not hasattr(model, "identity_part"):
         raise TypeError(f"model must be a DeepNarrowMLP or a DeepNarrowCNN, got {type(model).__name__}")
     batch_size = check_count("batch_size", batch_size, 1)
@@ -424,37 +369,28 @@ def _step(model: DeepNarrowBase, batch_size: int, input_shape: tuple[int, ...] |
         or any(not is_integer(d) or not 1 <= d <= LARGEST for d in shape)
     ):
         raise ValueError(f"input_shape must be {expected}, got {input_shape}")
-    shape = tuple(map(int, shape))
-    itemsize = weight.element_size()
-    vector = _vector_bytes()
-    return _Step(
-        layers=model.depth - 2,
-        width=model.width,
+    return ChainShape(
+        batch=batch_size,
         inputs=inputs,
         outputs=last_weight.shape[0],
-        positions=math.prod(shape[1:]),
-        taps=math.prod(weight.shape[2:]) if image else 0,
-        parameters=sum(p.numel() for p in model.parameters()),
-        batch=batch_size,
-        parts=2 if model.form == "offset" else 1,
-        shape=shape,
-        dtype=weight.dtype,
-        cuda=weight.is_cuda,
-        threads=torch.get_num_threads(),
-        lanes=vector // itemsize if vector else 1,
+        width=model.width,
         chunks=tuple(len(span.layers) for span in model.spans()[1:-1]),
+        image=tuple(map(int, shape[1:])),
+        kernel_size=weight.shape[-1] if image else 1,
+        offset=model.form == "offset",
+        trained=any(any(span.trainable) for span in model.spans()),
+        dtype=weight.dtype,
+        device=weight.device,
     )
 
 
 def _finish(step: _Step, fixed: dict[str, int], segment: int, snapshots: int, budget: int | None) -> MemoryPlan:
-    sweeps = step.sweeps(segment, snapshots)
-    fewer = segment > 1 and snapshots < step.segments(segment)
     return MemoryPlan(
         segment=segment,
-        schedule=schedule.Binomial(segment, snapshots) if fewer else None,
-        snapshots=step.layers + 1 if segment == 1 else snapshots,
+        schedule=schedule.Binomial(segment, snapshots) if step.scheduled(segment, snapshots) else None,
+        snapshots=step.shape.layers + 1 if segment == 1 else snapshots,
         parts=fixed | step.activations(segment, snapshots),
-        forward_sweeps=sweeps,
+        forward_sweeps=step.sweeps(segment, snapshots),
         slow_down=step.time(segment, snapshots) / step.time(1, 0),
         budget=budget,
     )

@@ -37,5 +37,9 @@ def test_plan_and_measured_peak_agree_at_the_smallest_depth(network: Network) ->
 
 def test_only_the_parts_that_the_plan_lists_grow_with_the_batch() -> None:
     planned, measured = zip(*(beyond_what_grows(samples) for samples in BATCHES), strict=True)
-    assert len(set(planned)) == 1
-    assert max(measured) < planned[0] + MEGABYTE
+    # From 33 tiles a thread on sums are made in blocks, which takes a group's gradients once more, however many tiles.
+    assert planned[0] == planned[1]
+    assert len(set(planned)) <= 2
+    assert max(planned) < 2 * planned[0]
+    for most, found in zip(planned, measured, strict=True):
+        assert found < most + MEGABYTE

@@ -106,7 +106,8 @@ def test_parts_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
         "input and output": 8 * 5 * (6 + 3 + 3),
         "boundaries": 8 * 3 * 2 * 10 * 5,  # before hidden layers 0, 2, 4, in two parts
         "backward state": 8 * 2 * (3 * tile + 9 * 4),
-        "workspace": 8 * ((4 + 3 + 1) * tile + 11 * 4),  # state, 2 layers and what is before them, one G; h transposed
+        # The state, base and floor of G, 2 layers and what is before them, G before and after a layer; h transposed.
+        "workspace": 8 * ((4 + 2 + 3 + 2) * tile + 11 * 4),
     }
 
 
@@ -201,7 +202,7 @@ def test_a_schedule_that_the_model_asks_for(depth: int, segment: int, snapshots:
     assert planned.schedule == schedule.Binomial(min(segment, depth), snapshots)
     cost = planned.schedule.cost(depth - 2)
     assert cost.snapshots == snapshots
-    assert planned.parts["boundaries"] == snapshots * 2 * 3 * 36 * 400 * 4
+    assert planned.parts["boundaries"] == (snapshots - 1) * 3 * 3 * 36 * 400 * 4  # the first is x
     # Besides what the schedule advances: the last segment on the way to the output, and every segment once, reversed.
     assert planned.forward_sweeps == pytest.approx((cost.advances + 1 + length) / length)
 

@@ -107,7 +107,7 @@ def test_an_optimizer_that_steps_inside_backward_does_not(chunks: int) -> None:
 def test_what_is_planned_for_several_nodes_is_enough(form: Any, chunks: int, checkpoint: Any) -> None:
     x = torch.rand(16384, 2)
     models = [(DeepNarrowMLP(2, 1, 300, form=form, checkpoint=checkpoint, chunks=chunks), x)]
-    image = torch.rand(256, 1, 7, 7)
+    image = torch.rand(2048, 1, 7, 7)
     DeepNarrowCNN(1, 1, 9, chunks=2)(image).sum().backward()  # what torch loads for its first convolution of a size
     models.append((DeepNarrowCNN(1, 1, 100, form=form, checkpoint=checkpoint, chunks=chunks), image))  # type: ignore[arg-type]
     for model, inputs in models:
