@@ -1,0 +1,81 @@
+"""``python -m tests.fuzz --seconds 60 --seed 1``: calls of the public API with random arguments, good ones and bad ones.
+
+The calls run in a process of their own. When that ends by a signal, or hangs, its last case is reported and the next
+process goes on behind it. ``--case N`` runs one case again. Ends with status 1 where anything was found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+MOST_DEATHS = 5
+HANGS = 120
+"""Seconds after which a case is taken to hang."""
+
+
+def work(seed: int, first: int, end: float, log: Path | None) -> int:
+    """Cases from ``first`` on until the time ``end``; the number of those that found something."""
+    from tests.fuzz import calls
+
+    faulthandler.enable()
+    found, number, report = 0, first, calls.Report()
+    while time.time() < end:
+        if log is not None:
+            log.write_text(str(number))
+        faulthandler.dump_traceback_later(HANGS, exit=True)
+        problem = calls.run(seed, number, report)
+        if problem:
+            found += 1
+            print(f"\n== case {number}: python -m tests.fuzz --seed {seed} --case {number}\n{problem}", flush=True)
+        number += 1
+    faulthandler.cancel_dump_traceback_later()
+    print(f"cases {first} to {number - 1} of seed {seed}: {report}", flush=True)
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__.splitlines()[0])  # type: ignore
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--case", type=int, help="run this one alone, in this process")
+    parser.add_argument("--work", nargs=3, metavar=("FIRST", "END", "LOG"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.work:
+        first, end, log = options.work
+        return min(1, work(options.seed, int(first), float(end), Path(log)))
+    if options.case is not None:
+        from tests.fuzz import calls
+
+        faulthandler.enable()
+        problem = calls.run(options.seed, options.case, calls.Report(), verbose=True)
+        print(problem or "nothing found")
+        return int(problem is not None)
+
+    end, first, deaths, failed = time.time() + options.seconds, 0, 0, False
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "case"
+        while time.time() < end and deaths < MOST_DEATHS:
+            command = [sys.executable, "-m", "tests.fuzz", "--seed", str(options.seed)]
+            code = subprocess.run([*command, "--work", str(first), str(end), str(log)], env=os.environ).returncode
+            failed |= code != 0
+            if code in (0, 1) and time.time() >= end:
+                break
+            if not log.exists():
+                print(f"the worker ended with {code} before its first case")
+                break
+            case, deaths = int(log.read_text()), deaths + 1
+            what = f"ended by signal {-code}" if code < 0 else f"ended or hung (status {code})"
+            print(f"\n== case {case} {what}: {' '.join(command[1:])} --case {case}", flush=True)
+            first = case + 1
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
