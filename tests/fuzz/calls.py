@@ -141,7 +141,7 @@ class Net:
         return eager(self.eager_family, (x, *params), self.scale, self.offset)
 
     def double(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(t.detach().double() for t in tensors)
+        return _own_memory(*(t.detach().double() for t in tensors))
 
     def check_margin(self, *xs: Tensor, params: Sequence[Tensor] | None = None) -> list[Tensor]:
         with _Relus() as relus:
@@ -169,6 +169,11 @@ class Net:
         if self.width != self.inputs + 1 + self.outputs:
             raise _Skip
         return self
+
+
+def _own_memory(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Torch's forward mode takes no tensor whose rows are one in memory."""
+    return tuple(t.clone(memory_format=torch.contiguous_format) if 0 in t.stride() else t for t in tensors)
 
 
 def functional_names() -> tuple[str, ...]:
@@ -200,7 +205,7 @@ def _some(f: Function, tensors: tuple[Tensor, ...], seeds: tuple[Tensor, ...], g
 
 
 def _jvp(f: Function, tensors: tuple[Tensor, ...], seeds: tuple[Tensor, ...], grad: Tensor) -> Sequence[Tensor]:
-    return torch.func.jvp(f, tensors, seeds)
+    return torch.func.jvp(f, _own_memory(*tensors), seeds)
 
 
 def _vjp(f: Function, tensors: tuple[Tensor, ...], seeds: tuple[Tensor, ...], grad: Tensor) -> Sequence[Tensor]:
@@ -209,12 +214,13 @@ def _vjp(f: Function, tensors: tuple[Tensor, ...], seeds: tuple[Tensor, ...], gr
 
 
 def _linearize(f: Function, tensors: tuple[Tensor, ...], seeds: tuple[Tensor, ...], grad: Tensor) -> Sequence[Tensor]:
-    out, push = torch.func.linearize(f, *tensors)
+    out, push = torch.func.linearize(f, *_own_memory(*tensors))
     return out, push(*seeds)
 
 
 def _dual(f: Function, tensors: tuple[Tensor, ...], seeds: tuple[Tensor, ...], grad: Tensor) -> Sequence[Tensor]:
     forward_ad = torch.autograd.forward_ad
+    tensors = _own_memory(*tensors)
     with forward_ad.dual_level():
         duals = [forward_ad.make_dual(t, s) if i % 2 == 0 else t for i, (t, s) in enumerate(zip(tensors, seeds, strict=True))]
         primal, tangent = forward_ad.unpack_dual(f(*duals))
@@ -290,7 +296,9 @@ def chain(rng: random.Random) -> Call:
         net.check_margin(net.x)
         if transform is _ensemble:
             net.check_margin(net.x, params=[p + 0.01 * s for p, s in zip(net.params, seeds[1:], strict=True)])
-        return transform(net.eager, net.double(net.x, *net.params), net.double(*seeds), *net.double(grad))
+        # Torch's own linearize is wrong where tensors are written to, as eager() does with its identity part.
+        truth = _jvp if transform is _linearize else transform
+        return truth(net.eager, net.double(net.x, *net.params), net.double(*seeds), *net.double(grad))
 
     arguments = {"x": net.x, **dict(zip(functional_names(), net.params, strict=True))}
     arguments |= {"scale": net.scale, "form": "offset" if net.offset else "plain", "segment": segment}
@@ -356,24 +364,23 @@ def spans(rng: random.Random) -> Call:
     net = Net(rng)
     cut, seg = rng.randint(0, net.layers), rng.choice([0, 1, 2, 5, 64])
     seeds = tuple(torch.randn_like(t) for t in (net.x, *net.params))
-    grad = torch.randn(net.batch, net.outputs, dtype=net.dtype)
-    head = (net.layers, net.params[2][:cut], net.params[3][:cut])
-    arguments: dict[str, Any] = {"x": net.x, **dict(zip(functional_names(), net.params, strict=True))}
+    grad = net.disguise(torch.randn(net.batch, net.outputs, dtype=net.dtype))
+    w1, b1, wh, bh, wl, bl = net.params
+    arguments: dict[str, Any] = {"x": net.x, "w1": w1, "b1": b1, "wh": wh[:cut], "bh": bh[:cut]}
+    arguments |= {"tail_wh": wh[cut:], "tail_bh": bh[cut:], "wl": wl, "bl": bl}
     arguments |= {"scale": net.scale, "offset": net.offset, "outputs": net.outputs, "start": cut, "segment": seg}
-    arguments |= {"grad": net.disguise(grad), "head_weight": head[1], "head_bias": head[2], "shift": 0}
+    arguments |= {"grad": grad, "origin": 0}
 
     def run(*, x: Any, scale: Any, offset: Any, outputs: Any, start: Any, segment: Any, grad: Any, **p: Any) -> Sequence[Tensor]:
-        first = (p["first_weight"], p["first_bias"], p["head_weight"], p["head_bias"], None, None)
-        last = (None, None, p["hidden_weight"][cut:], p["hidden_bias"][cut:], p["last_weight"], p["last_bias"])
-        settings = (scale, offset, outputs)
-        state, saved = net.ops.forward(x, *first, *settings, p["shift"], segment)
-        if cut == net.layers and rng.random() < 0:
-            return (state,)
+        first = (p["w1"], p["b1"], p["wh"], p["bh"], None, None)
+        last = (None, None, p["tail_wh"], p["tail_bh"], p["wl"], p["bl"])
+        settings, origin = (scale, offset, outputs), p["origin"]
+        state, saved = net.ops.forward(x, *first, *settings, origin, segment)
         out, kept = net.ops.forward(state, *last, *settings, start, segment)
         g_state, *g_last = net.ops.backward(grad, state, *last, kept, *settings, start, segment, True, True)
-        g_x, *g_first = net.ops.backward(g_state, x, *first, saved, *settings, p["shift"], segment, True, True)
+        g_x, *g_first = net.ops.backward(g_state, x, *first, saved, *settings, origin, segment, True, True)
         t = (seeds[0], *seeds[1:3], seeds[3][:cut], seeds[4][:cut], None, None)
-        state_t = net.ops.jvp(x, *first, *t, *settings, p["shift"])
+        state_t = net.ops.jvp(x, *first, *t, *settings, origin)
         t = (state_t, None, None, seeds[3][cut:], seeds[4][cut:], *seeds[5:])
         tangent = net.ops.jvp(state, *last, *t, *settings, start)
         hidden = [torch.cat((a, b)) for a, b in zip(g_first[2:4], g_last[2:4], strict=True)]
@@ -576,8 +583,8 @@ KINDS += (descent, planning)
 # ---- bad calls ----
 
 HUGE = 10**400
-NUMBERS = (-1.5, math.nan, math.inf, -math.inf, "1", True, HUGE, [1.0], 1j, object(), torch.ones(2))
-COUNTS = (-1, -(2**63), 2**63, HUGE, 2.5, math.nan, "3", True, [3], 1j, object(), torch.ones(2, dtype=torch.int64))
+NUMBERS = (-1.5, math.nan, math.inf, -math.inf, "one", True, HUGE, [1.0], 1j, object(), torch.ones(2))
+COUNTS = (-1, -(2**63), 2**63, HUGE, 2.5, math.nan, "three", True, [3], 1j, object(), torch.ones(2, dtype=torch.int64))
 TEXTS = ("twelve", "", 3.5, b"offset", ["plain"], 1j, object(), torch.ones(2))
 RAW_COUNTS = (-1, -(2**63), 2**63 - 1, 2**62, 2**31, 10**6, *COUNTS)
 
