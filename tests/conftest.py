@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,14 @@ from hypothesis import settings
 # Machines under load miss deadlines; in CI the same examples are tried every time.
 settings.register_profile("narrowdeep", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("narrowdeep")
+
+
+def pytest_sessionstart() -> None:
+    """``make sanitize`` must not pass with another engine than the one it has built."""
+    if os.environ.get("NARROWDEEP_SANITIZE"):
+        engine = importlib.util.find_spec("narrowdeep._C")
+        if engine is None or engine.origin is None or b"__asan_init" not in Path(engine.origin).read_bytes():
+            pytest.exit("NARROWDEEP_SANITIZE is set, but the engine was built without sanitizers", 3)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 MOST_DEATHS = 5
@@ -22,26 +23,27 @@ HANGS = 120
 
 def work(seed: int, first: int, end: float, log: Path | None) -> int:
     """Cases from ``first`` on until the time ``end``; the number of those that found something."""
-    from tests.fuzz import calls
+    from tests.fuzz import case
 
     faulthandler.enable()
-    found, number, report = 0, first, calls.Report()
+    found, number, counts = 0, first, Counter[str]()
     while time.time() < end:
         if log is not None:
             log.write_text(str(number))
         faulthandler.dump_traceback_later(HANGS, exit=True)
-        problem = calls.run(seed, number, report)
+        problem = case.run(seed, number, counts)
         if problem:
             found += 1
             print(f"\n== case {number}: python -m tests.fuzz --seed {seed} --case {number}\n{problem}", flush=True)
         number += 1
     faulthandler.cancel_dump_traceback_later()
-    print(f"cases {first} to {number - 1} of seed {seed}: {report}", flush=True)
+    summary = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
+    print(f"cases {first} to {number - 1} of seed {seed} on {case.OURS}: {summary}", flush=True)
     return found
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__.splitlines()[0])  # type: ignore
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description="Random calls of the public API.")
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--case", type=int, help="run this one alone, in this process")
@@ -51,10 +53,10 @@ def main() -> int:
         first, end, log = options.work
         return min(1, work(options.seed, int(first), float(end), Path(log)))
     if options.case is not None:
-        from tests.fuzz import calls
+        from tests.fuzz import case
 
         faulthandler.enable()
-        problem = calls.run(options.seed, options.case, calls.Report(), verbose=True)
+        problem = case.run(options.seed, options.case, Counter(), verbose=True)
         print(problem or "nothing found")
         return int(problem is not None)
 
@@ -70,10 +72,10 @@ def main() -> int:
             if not log.exists():
                 print(f"the worker ended with {code} before its first case")
                 break
-            case, deaths = int(log.read_text()), deaths + 1
+            number, deaths = int(log.read_text()), deaths + 1
             what = f"ended by signal {-code}" if code < 0 else f"ended or hung (status {code})"
-            print(f"\n== case {case} {what}: {' '.join(command[1:])} --case {case}", flush=True)
-            first = case + 1
+            print(f"\n== case {number} {what}: {' '.join(command[1:])} --case {number}", flush=True)
+            first = number + 1
     return int(failed)
 
 
