@@ -1,4 +1,4 @@
-"""``python -m tests.fuzz --seconds 60 --seed 1``: calls of the public API with random arguments, good ones and bad ones.
+"""``python -m tests.fuzz --seconds 60 --seed 1``: random calls of the public API, good ones and bad ones.
 
 The calls run in a process of their own. When that ends by a signal, or hangs, its last case is reported and the next
 process goes on behind it. ``--case N`` runs one case again. Ends with status 1 where anything was found.

@@ -112,8 +112,9 @@ def spans(rng: random.Random) -> Call:
     net = Net(rng)
     cut = rng.randint(0, net.layers)
     w1, b1, wh, bh, wl, bl = net.params
-    arguments = {"x": net.x, "w1": w1, "b1": b1, "wh": wh[:cut], "bh": bh[:cut]}
-    arguments |= {"tail_wh": wh[cut:], "tail_bh": bh[cut:], "wl": wl, "bl": bl, "grad": net.grad, "scale": net.scale, "offset": net.offset}
+    arguments: dict[str, Any] = {"x": net.x, "w1": w1, "b1": b1, "wh": wh[:cut], "bh": bh[:cut]}
+    arguments |= {"tail_wh": wh[cut:], "tail_bh": bh[cut:], "wl": wl, "bl": bl, "grad": net.grad}
+    arguments |= {"scale": net.scale, "offset": net.offset}
     arguments |= {"outputs": net.outputs, "origin": 0, "start": cut, "segment": rng.choice([0, 1, 2, 5, 64])}
 
     def run(*, x: Any, grad: Any, scale: Any, offset: Any, outputs: Any, segment: Any, **a: Any) -> Sequence[Tensor]:

@@ -65,7 +65,7 @@ class Net:
         free = not (self.offset or of_module) and rng.random() < 0.4
         self.width = rng.choice([1, 2, 4, 9, 16]) if free else self.inputs + 1 + self.outputs
         self.scale = rng.choice([0.5, 1.0, 7.0, float(self.layers + 2), 300.0])
-        self.tap = (rng.choice([1, 3, 3, 5]),) * 2 if image else ()
+        self.tap: tuple[int, ...] = (rng.choice([1, 3, 3, 5]),) * 2 if image else ()
         self.image = (rng.randint(1, 6), rng.randint(1, 6)) if image else ()
         n, taps = self.width, math.prod(self.tap)
         spread = 0.5 / math.sqrt(n * taps * (self.layers + 1)) if self.offset else math.sqrt(2 / (n * taps))
@@ -209,5 +209,5 @@ def ensemble(f, tensors, seeds, grad):
     return (torch.func.vmap(f, (None, *(0,) * 6))(tensors[0], *params),)
 
 
-TRANSFORMS = (call, no_grad, inference, backward, backward, backward_twice, backward_of_some)
-TRANSFORMS += (jvp, vjp, linearize, dual_numbers, per_sample, ensemble)
+TRANSFORMS = [call, no_grad, inference, backward, backward, backward_twice, backward_of_some]
+TRANSFORMS += [jvp, vjp, linearize, dual_numbers, per_sample, ensemble]
