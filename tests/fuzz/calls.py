@@ -48,7 +48,7 @@ def chain(rng: random.Random) -> Call:
         def f(x: Any, w1: Any, b1: Any, wh: Any, bh: Any, wl: Any, bl: Any) -> Tensor:
             if good and len(sizes) > 1:
                 wh, bh = wh.split(sizes), bh.split(sizes)
-            with mode:
+            with mode if good else nullcontext():
                 return function(x, w1, b1, wh, bh, wl, bl, scale=scale, form=form, segment=segment, snapshots=snapshots)
 
         values = tuple(tensors.values())
@@ -83,12 +83,13 @@ def module(rng: random.Random) -> Call:
     }
     if settings["checkpoint"] == "auto" and rng.random() < 0.5:
         settings["budget"] = rng.choice(["1GiB", 2**40])
+    samples = net.x.expand(*dims, *net.x.shape)
     sizes = {"inputs": net.inputs, "outputs": net.outputs, "depth": net.layers + 2}
 
     def run(*, x: Any, layers: Any, inputs: Any, outputs: Any, depth: Any, **settings: Any) -> Sequence[Tensor]:
         net.model((inputs, outputs, depth), **settings)
         model = net.model(**settings)
-        leaf = x.detach().requires_grad_() if x is arguments["x"] and x.is_floating_point() else x
+        leaf = x.detach().requires_grad_() if x is samples else x
         out = model(leaf)
         gradients = torch.autograd.grad(out, [leaf, model.first_weight], grad, materialize_grads=True)
         return out.detach(), *gradients, model.hidden_states(leaf, layers).detach()
@@ -103,7 +104,7 @@ def module(rng: random.Random) -> Call:
         hidden = [states[i - 1].expand(shape) for i in wanted]
         return out.detach(), *gradients, torch.stack(hidden) if hidden else torch.empty(0, *shape)
 
-    arguments = {"x": net.x.expand(*dims, *net.x.shape), "layers": wanted, **sizes, **settings}
+    arguments = {"x": samples, "layers": wanted, **sizes, **settings}
     return Call("module", run, arguments, expected, net.dtype, keep=("layers",))
 
 
