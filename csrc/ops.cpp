@@ -172,7 +172,9 @@ struct Span {
     check(!first || settings.start == 0, "start must be 0 with the first layer, got ", settings.start);
     check(settings.outputs >= 1, "outputs must be at least 1, got ", settings.outputs);
 
-    const int64_t layers = p.hidden_weight.size(0), width = p.hidden_weight.size(1), outputs = settings.outputs;
+    const int64_t layers = p.hidden_weight.size(0), width = p.hidden_weight.size(1);
+    // In plain form the last layer alone has outputs: without it nothing bounds them, and nothing reads them.
+    const int64_t outputs = offset || last ? settings.outputs : 1;
     check(layers > 0 || first || last, "a span must have at least one layer");
     if (dims) {
       const int64_t size = p.hidden_weight.size(4);

@@ -9,6 +9,7 @@ Under autocast a chain takes x of any lower floating dtype, cast up to that of i
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from numbers import Integral, Real
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from narrowdeep.chain import span
 from narrowdeep.chain.params import Affine
+from narrowdeep.checks import shown
 
 Form = Literal["offset", "plain"]
 
@@ -47,11 +49,14 @@ def check_snapshots(snapshots: int | None, segment: int) -> None:
         raise TypeError(f"snapshots must be an int or None, got {snapshots!r}")
     if snapshots < 1:
         raise ValueError(f"snapshots must be at least 1, got {snapshots}")
+    if snapshots >= 2**63:
+        raise ValueError(f"snapshots must be below 2**63, got {shown(snapshots)}")
     if segment < 1:
         raise ValueError(f"segment must be at least 1 where snapshots are given, got {segment}")
 
 
-def _check_tensor(name: str, value: Any) -> None:
+def check_tensor(name: str, value: Any) -> None:
+    """A dense tensor. Raises: TypeError."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.is_nested or value.layout != torch.strided:
@@ -60,11 +65,11 @@ def _check_tensor(name: str, value: Any) -> None:
 
 def check_tensors(x: Tensor, params: dict[str, Tensor]) -> None:
     """Dense tensors of one floating dtype (float32 or float64) on one device: x and every parameter."""
-    _check_tensor("x", x)
+    check_tensor("x", x)
     if x.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"x must be torch.float32 or torch.float64, got {x.dtype}")
     for name, param in params.items():
-        _check_tensor(name, param)
+        check_tensor(name, param)
         if param.dtype != x.dtype:
             raise TypeError(f"x and {name} must have the same dtype, got {x.dtype} and {param.dtype}")
         if param.device != x.device:
@@ -192,7 +197,7 @@ def mlp_chain(
         raise ValueError(f"x must have {in_features} features in its last dimension, got {got}")
     ends = Affine(first_weight, first_bias), Affine(last_weight, last_bias)
     settings = (float(scale), form == "offset", int(segment), snapshots)
-    out = span.chain("mlp", x.reshape(-1, in_features), ends[0], pairs, ends[1], *settings)
+    out = span.chain("mlp", x.reshape(math.prod(x.shape[:-1]), in_features), ends[0], pairs, ends[1], *settings)
     return out if x.dim() == 2 else out.reshape(*x.shape[:-1], out_features)
 
 
@@ -261,5 +266,5 @@ def conv_chain(
         raise ValueError(f"x must have images of at least 1x1 pixels, got {x.shape[-2]}x{x.shape[-1]}")
     ends = Affine(first_weight, first_bias), Affine(last_weight, last_bias)
     settings = (float(scale), form == "offset", int(segment), snapshots)
-    out = span.chain("cnn", x.reshape(-1, *x.shape[-3:]), ends[0], pairs, ends[1], *settings)
+    out = span.chain("cnn", x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:]), ends[0], pairs, ends[1], *settings)
     return out if x.dim() == 4 else out.reshape(*x.shape[:-3], out_channels)

@@ -16,9 +16,12 @@ settings.register_profile("narrowdeep", deadline=None, derandomize=bool(os.envir
 settings.load_profile("narrowdeep")
 
 
-# torchvision reads MNIST: without it those tests are skipped as they are without the files.
-if importlib.util.find_spec("torchvision") is None:
-    os.environ.pop("NARROWDEEP_DATA", None)
+def pytest_sessionstart() -> None:
+    """``make sanitize`` must not pass with another engine than the one it has built."""
+    if os.environ.get("NARROWDEEP_SANITIZE"):
+        engine = importlib.util.find_spec("narrowdeep._C")
+        if engine is None or engine.origin is None or b"__asan_init" not in Path(engine.origin).read_bytes():
+            pytest.exit("NARROWDEEP_SANITIZE is set, but the engine was built without sanitizers", 3)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -46,5 +49,5 @@ def mnist_folder() -> Path:
     """Folder that holds ``MNIST/raw``, from the environment variable NARROWDEEP_DATA; skips without it."""
     folder = os.environ.get("NARROWDEEP_DATA")
     if folder is None or not (Path(folder) / "MNIST" / "raw").is_dir():
-        pytest.skip("needs torchvision and MNIST: set NARROWDEEP_DATA to the folder that holds MNIST/raw")
+        pytest.skip("needs MNIST: set NARROWDEEP_DATA to the folder that holds MNIST/raw")
     return Path(folder)

@@ -175,6 +175,20 @@ def test_vmap_over_parameters(case: Case) -> None:
 
 
 @both_families
+def test_vmap_over_nothing(case: Case) -> None:
+    """Results of the shapes that eager layers give, with 0 in front."""
+    x, *params = doubles(case)
+    none, stacks = x[None][:0], [p[None][:0] for p in params]
+    outputs = chain(case, x, *params).shape
+    assert vmap(lambda b: chain(case, b, *params))(none).shape == (0, *outputs)
+    assert vmap(grad(lambda b: chain(case, b, *params).sum()))(none).shape == (0, *x.shape)
+    assert vmap(lambda b: jvp(lambda b: chain(case, b, *params), (b,), (b,))[1])(none).shape == (0, *outputs)
+    assert vmap(lambda *p: chain(case, x, *p))(*stacks).shape == (0, *outputs)
+    losses = vmap(grad(lambda *p: chain(case, x, *p).sum(), argnums=tuple(range(6))))(*stacks)
+    assert [g.shape for g in losses] == [(0, *p.shape) for p in params]
+
+
+@both_families
 def test_functional_call_and_ensembles(case: Case) -> None:
     models = [model_of(case) for _ in range(3)]
     params, buffers = stack_module_state(models)

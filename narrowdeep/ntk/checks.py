@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from narrowdeep.functional import check_tensor
+
 Array = NDArray[np.float64]
 
 
@@ -92,4 +94,5 @@ def as_samples(name: str, x: Any) -> Tensor:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__} (NumPy arrays are taken as well)")
     if x.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{name} must be torch.float32 or torch.float64, got {x.dtype}")
+    check_tensor(name, x)
     return x

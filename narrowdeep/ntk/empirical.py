@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from narrowdeep.functional import check_tensor
 from narrowdeep.modules import DeepNarrowCNN
 from narrowdeep.ntk.modes import check_alike
 from narrowdeep.ntk.network import (
@@ -238,8 +239,7 @@ def ntk_vector_product(
         check_batch(model, "x2", x2)  # here None does not stand for x1
         left, right = _pair(model, ours, x1, x2)
         assert right is not None
-        if not isinstance(v, Tensor):
-            raise TypeError(f"v must be a torch.Tensor, got {type(v).__name__}")
+        check_tensor("v", v)
         function = function_of(model, ours)
         params, out = function.params, function.outputs(right)
         if v.shape != (right.shape[0], out.shape[1]):

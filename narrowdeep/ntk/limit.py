@@ -24,6 +24,7 @@ from torch import Tensor
 
 from narrowdeep.ntk.checks import as_count, as_not_negative, as_samples
 from narrowdeep.ntk.modes import check_alike, exact
+from narrowdeep.ops.chain import loop_vmap
 
 Samples = Tensor | np.ndarray
 
@@ -61,17 +62,6 @@ def _sine_area(a: Tensor, b: Tensor, q_a: Tensor, q_b: Tensor, c: Tensor, w: flo
         perp2 = (d - along[:, None] * left).square().sum(1)
         s2[i, j] = w * (w * norm2 * perp2 + beta2 * d.square().sum(1))
     return s2.sqrt_()
-
-
-def _loop_vmap(function: type[torch.autograd.Function], info: Any, in_dims: tuple, args: tuple) -> tuple[Any, Any]:
-    """One call per vmapped index: blocks written in place cannot be vmapped themselves."""
-    results = [
-        function.apply(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)))
-        for i in range(info.batch_size)
-    ]
-    if isinstance(results[0], Tensor):
-        return torch.stack(results), 0
-    return tuple(torch.stack(r) for r in zip(*results, strict=True)), (0,) * len(results[0])
 
 
 def _exactly(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -130,7 +120,7 @@ class _ArcCosine(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
-        return _loop_vmap(_ArcCosine, info, in_dims, args)
+        return loop_vmap(_ArcCosine.apply, info, in_dims, args)
 
 
 class _ArcCosineBackward(torch.autograd.Function):
@@ -175,7 +165,7 @@ class _ArcCosineBackward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
-        return _loop_vmap(_ArcCosineBackward, info, in_dims, args)
+        return loop_vmap(_ArcCosineBackward.apply, info, in_dims, args)
 
 
 def _pair(x1: Samples, x2: Samples | None, shape: str) -> tuple[Tensor, Tensor | None]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrize
 
-from narrowdeep.functional import conv_chain, mlp_chain
+from narrowdeep.functional import check_tensor, conv_chain, mlp_chain
 from narrowdeep.modules import DeepNarrowCNN, DeepNarrowMLP
 from narrowdeep.modules.base import PARAMETER_NAMES
 from narrowdeep.ntk.modes import check_alike, exact
@@ -348,8 +348,7 @@ def check_batch(model: nn.Module, name: str, x: Tensor) -> None:
 
 def check_samples(model: Narrow, name: str, x: Tensor) -> None:
     """Shape, dtype and device of samples of a narrow model."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    check_tensor(name, x)
     if x.dim() == 0:
         raise ValueError(f"{name} must have a dimension of samples, got a scalar")
     if isinstance(model, DeepNarrowMLP) and (x.dim() != 2 or x.shape[1] != model.in_features):

@@ -145,20 +145,31 @@ def _fold(tensor: Tensor, dim: int | None, size: int, batch_dim: int) -> Tensor:
     return tensor.flatten(batch_dim, batch_dim + 1)
 
 
-def _unfold(tensor: Tensor, size: int, batch_dim: int) -> tuple[Tensor, int]:
+def _batch(tensor: Tensor, dim: int | None, batch_dim: int) -> int:
+    """The size of the batch dimension ``batch_dim``, counted as in ``_fold``."""
+    sizes = [size for d, size in enumerate(tensor.shape) if d != dim]
+    return sizes[batch_dim]
+
+
+def _unfold(tensor: Tensor, size: int, batch: int, batch_dim: int) -> tuple[Tensor, int]:
     """The way back: the tensor with its vmapped dimension, and where that is."""
     batch_dim %= tensor.dim()
-    return tensor.unflatten(batch_dim, (size, tensor.shape[batch_dim] // size)), batch_dim
+    return tensor.unflatten(batch_dim, (size, batch)), batch_dim
 
 
-def _loop(op: Callable[..., Any], info: Any, in_dims: tuple, args: tuple) -> tuple[Any, Any]:
+def loop_vmap(op: Callable[..., Any], info: Any, in_dims: tuple, args: tuple) -> tuple[Any, Any]:
     """One call per vmapped index, results stacked: for whatever cannot be folded into the batch."""
-    results = []
-    for i in range(info.batch_size):
-        results.append(op(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True))))
+    size = info.batch_size
+
+    def one(a: Any, d: int | None, i: int) -> Any:
+        if d is None or size:
+            return a if d is None else a.select(d, i)
+        return a.new_zeros(a.shape[:d] + a.shape[d + 1 :])  # over nothing: for the shapes of the results
+
+    results = [op(*(one(a, d, i) for a, d in zip(args, in_dims, strict=True))) for i in range(max(1, size))]
     if isinstance(results[0], Tensor):
-        return torch.stack(results), 0
-    return tuple(torch.stack(r) for r in zip(*results, strict=True)), (0,) * len(results[0])
+        return torch.stack(results)[:size], 0
+    return tuple(torch.stack(r)[:size] for r in zip(*results, strict=True)), (0,) * len(results[0])
 
 
 def _register_vmap(family: str, ops: ChainOps) -> None:
@@ -172,32 +183,33 @@ def _register_vmap(family: str, ops: ChainOps) -> None:
     def _(info, in_dims, input, *rest):
         size = info.batch_size
         if any(d is not None for d in in_dims[1:]):
-            return _loop(ops.forward, info, in_dims, (input, *rest))
+            return loop_vmap(ops.forward, info, in_dims, (input, *rest))
         before, after = batch_dims(rest[:6])
         out, saved = ops.forward(_fold(input, in_dims[0], size, before), *rest)
-        (out, out_dim), (saved, saved_dim) = _unfold(out, size, after), _unfold(saved, size, -1)
+        batch = _batch(input, in_dims[0], before)
+        (out, out_dim), (saved, saved_dim) = _unfold(out, size, batch, after), _unfold(saved, size, batch, -1)
         return (out, saved), (out_dim, saved_dim)
 
     @torch.library.register_vmap(f"narrowdeep::{family}_backward")
     def _(info, in_dims, grad, input, *rest):
         size, params, saved, need_input, need_params = info.batch_size, rest[:6], rest[6], rest[12], rest[13]
         if need_params or any(d is not None for d in in_dims[2:8]):
-            return _loop(ops.backward, info, in_dims, (grad, input, *rest))
+            return loop_vmap(ops.backward, info, in_dims, (grad, input, *rest))
         before, after = batch_dims(params)
         folded = (_fold(grad, in_dims[0], size, after), _fold(input, in_dims[1], size, before))
         grad_input, *empty = ops.backward(*folded, *params, _fold(saved, in_dims[8], size, -1), *rest[7:])
         grad_dim = None
         if need_input:
-            grad_input, grad_dim = _unfold(grad_input, size, before)
+            grad_input, grad_dim = _unfold(grad_input, size, _batch(input, in_dims[1], before), before)
         return (grad_input, *empty), (grad_dim, *[None] * 6)
 
     @torch.library.register_vmap(f"narrowdeep::{family}_jvp")
     def _(info, in_dims, input, *rest):
         size, input_t = info.batch_size, rest[6]
         if any(d is not None for i, d in enumerate(in_dims) if i not in (0, 7)):
-            return _loop(ops.jvp, info, in_dims, (input, *rest))
+            return loop_vmap(ops.jvp, info, in_dims, (input, *rest))
         before, after = batch_dims(rest[:6])
         if input_t is not None:
             input_t = _fold(input_t, in_dims[7], size, before)
         out = ops.jvp(_fold(input, in_dims[0], size, before), *rest[:6], input_t, *rest[7:])
-        return _unfold(out, size, after)
+        return _unfold(out, size, _batch(input, in_dims[0], before), after)

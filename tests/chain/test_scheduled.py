@@ -201,6 +201,7 @@ def test_transforms_keep_every_boundary() -> None:
     [
         ({"snapshots": 0}, ValueError, "snapshots must be at least 1, got 0"),
         ({"snapshots": 2.0}, TypeError, "snapshots must be an int or None, got 2.0"),
+        ({"snapshots": 2**63}, ValueError, "snapshots must be below 2\\*\\*63, got 9223372036854775808"),
         ({"snapshots": True}, TypeError, "snapshots must be an int or None, got True"),
         ({"snapshots": 2, "segment": 0}, ValueError, "segment must be at least 1 where snapshots are given, got 0"),
     ],

@@ -358,6 +358,9 @@ def test_op_is_registered_correctly() -> None:
         (lambda m, x: empirical_ntk(m, x, reduce=["full"]), TypeError, "reduce must be a str, got list"),  # type: ignore[arg-type]
         (lambda m, x: ntk_vector_product(m, x, None, x), TypeError, "x2 must be a torch.Tensor, got NoneType"),  # type: ignore[arg-type]
         (lambda m, x: empirical_ntk(m, x.tolist()), TypeError, "x1 must be a torch.Tensor, got list"),
+        (lambda m, x: empirical_ntk(m, x.to_sparse()), TypeError, "x1 must be a dense tensor, got torch.sparse_coo"),
+        (lambda m, x: jacobian(m, x.to_sparse()), TypeError, "x must be a dense tensor, got torch.sparse_coo"),
+        (lambda m, x: ntk_vector_product(m, x, x, x.to_sparse()), TypeError, "v must be a dense tensor"),
         (lambda m, x: empirical_ntk(m, x, reduce="mean"), ValueError, "reduce must be .*got 'mean'"),  # type: ignore[arg-type]
         (lambda m, x: jacobian(m, x[:, :1]), ValueError, r"x must have shape \(N, 2\)"),
         (lambda m, x: ntk_vector_product(m, x, x, x[:, :1]), ValueError, r"v must have shape \(5, 3\).*got \(5, 1\)"),

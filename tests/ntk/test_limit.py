@@ -141,6 +141,7 @@ def test_torch_func_transforms() -> None:
         row = torch.func.jacrev(limit_ntk_mlp)(x[i : i + 1], y)[0, :, 0]
         torch.testing.assert_close(jacobian[i, :, i], row)
     stacked = torch.func.vmap(lambda a: limit_ntk_mlp(a[None], y)[0])(x)
+    assert torch.func.vmap(lambda a: limit_ntk_mlp(a[None], y)[0])(x[:0]).shape == (0, len(y))
     torch.testing.assert_close(stacked, limit_ntk_mlp(x, y))
     twice = x.clone().requires_grad_()
     (first,) = torch.autograd.grad(limit_ntk_mlp(twice, y).sum(), twice, create_graph=True)
@@ -210,6 +211,7 @@ def test_negative_entries_act_as_zero_and_empty_sets_are_empty() -> None:
         (lambda: limit_ntk_mlp(torch.ones(2, 3), torch.ones(2, 3).double()), TypeError, "same dtype"),
         (lambda: limit_ntk_mlp(torch.ones(2, 3, dtype=torch.int64)), TypeError, "x1 must be torch.float32"),
         (lambda: limit_ntk_mlp([[1.0]]), TypeError, "x1 must be a torch.Tensor, got list"),  # type: ignore[arg-type]
+        (lambda: limit_ntk_mlp(torch.ones(2, 3).to_sparse()), TypeError, "x1 must be a dense tensor, got torch.sparse"),
         (lambda: limit_ntk_mlp(torch.ones(2, 0)), ValueError, "at least one feature"),
         (lambda: limit_ntk_mlp(torch.ones(2, 3), rho=-1.0), ValueError, "rho must be finite and not negative, got -1"),
         (lambda: limit_ntk_mlp(torch.ones(2, 3), beta=math.nan), ValueError, "beta must be finite"),

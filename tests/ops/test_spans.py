@@ -451,6 +451,24 @@ BAD = [
 
 
 @pytest.mark.parametrize("case", [Case(1, 1, 4, 5), Case(1, 1, 4, 5, 3, (3, 2))], ids=["mlp", "cnn"])
+@pytest.mark.parametrize("outputs", [9, 2**62, 2**63 - 1])
+def test_outputs_are_the_last_layers_in_plain_form(case: Case, outputs: int) -> None:
+    """No memory is laid out for outputs that a span without the last layer does not have."""
+    w1, b1, wh, bh = _arguments(case, torch.float64, False)[1:5]
+    forward, backward, jvp = (_op(case, name) for name in ("forward", "backward", "jvp"))
+    x = torch.rand(case.batch, case.inputs, *case.image, dtype=torch.float64)
+    params = (w1, b1, wh, bh, None, None)
+    found = []
+    for number in (1, outputs):
+        settings = (SCALE, False, number, 0)
+        state, saved = forward(x, *params, *settings, 2)
+        grads = backward(state, x, *params, saved, *settings, 2, True, True)
+        found.append((state, saved, *grads, jvp(x, *params, x, *params, *settings)))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("case", [Case(1, 1, 4, 5), Case(1, 1, 4, 5, 3, (3, 2))], ids=["mlp", "cnn"])
 def test_bad_arguments_are_refused(case: Case) -> None:
     args = _arguments(case, torch.float32, True)
     forward, backward, jvp = (_op(case, name) for name in ("forward", "backward", "jvp"))
