@@ -56,7 +56,8 @@ class _Walk:
         if part.first is None:
             saved = state.new_empty(0, words, *state.shape[1:])
         else:
-            saved = self.ops.forward(state, *part.part(0, 0, last=False).flat(), *self.settings, 0)[0][-words:].unsqueeze(0)
+            first = part.part(0, 0, last=False).flat()
+            saved = self.ops.forward(state, *first, *self.settings, 0)[0][-words:].unsqueeze(0)
         settings = self.settings._replace(start=self.settings.start + begin)
         args = (*part.flat(), saved, *settings, max(2, end - begin), self.need_input or begin > 0, bool(self.grads))
         self.grad, *found = self.ops.backward(self.grad, state, *args)
