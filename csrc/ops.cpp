@@ -177,7 +177,7 @@ struct Span {
     const int64_t outputs = offset || last ? settings.outputs : 1;
     check(layers > 0 || first || last, "a span must have at least one layer");
     if (dims) {
-      const int64_t size = p.hidden_weight.size(4);
+      const int64_t size = first ? p.first_weight->size(3) : p.hidden_weight.size(4);
       check(size % 2 == 1, "filters must have an odd size, got ", size);
       tap = {size, size};
       image = {input.size(2), input.size(3)};

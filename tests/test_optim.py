@@ -176,7 +176,7 @@ def test_optimizer_and_parameters_are_freed() -> None:
         ({"lr": float("nan")}, ValueError, "lr must be finite and not negative, got nan"),
         ({"lr": "fast"}, TypeError, "lr must be a number, got 'fast'"),
         ({"lr": 0.1, "momentum": -0.5}, ValueError, "momentum must be finite and not negative, got -0.5"),
-        ({"lr": 10**400}, ValueError, r"lr must be finite and not negative, got 10000.*\(401 characters\)"),
+        ({"lr": 10**400}, ValueError, r"lr must be finite and not negative, got an int of 1329 bits"),
         ({"lr": 0.1, "momentum": True}, TypeError, "momentum must be a number, got True"),
     ],
 )
