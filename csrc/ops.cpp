@@ -82,12 +82,16 @@ void check_shape(const char* name, const Tensor& tensor, const Sizes& shape) {
           tensor.size(int64_t(d)));
 }
 void check_like(const char* name, const Tensor& tensor, const char* of, const Tensor& input) {
-  check(tensor.is_cpu(), name, " must be on the CPU");
   check(tensor.scalar_type() == input.scalar_type(), name, " must have the dtype of ", of);
 }
 
-// Contiguous, and its data where elements of its type may lie: a storage may begin anywhere.
+// Contiguous, and its data where elements of its type may lie: a storage may begin anywhere. What has no such data is
+// refused before torch is asked for it, which would print a stack.
 Tensor ready(const Tensor& any) {
+  check(any.is_cpu(), "every tensor must be on the CPU, as the others are");
+  int32_t layout = 0;
+  aoti_torch_get_layout(any.get(), &layout);
+  check(layout == aoti_torch_layout_strided(), "tensors must be dense, none sparse or nested");
   const Tensor tensor = torch::stable::contiguous(any);
   const bool aligned = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % tensor.element_size() == 0;
   return aligned ? tensor : torch::stable::clone(tensor);
@@ -160,7 +164,6 @@ struct Span {
     check(p.first_bias.has_value() == first, "first_weight and first_bias must be given together");
     check(p.last_bias.has_value() == last, "last_weight and last_bias must be given together");
     const char* const name = input_name();
-    check(input.is_cpu(), name, " must be on the CPU");
     check(input.scalar_type() == ScalarType::Float || input.scalar_type() == ScalarType::Double, name,
           " must be float32 or float64");
     check_dims(name, input, 2 + dims + (first ? 0 : 1));
