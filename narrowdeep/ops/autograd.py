@@ -9,6 +9,7 @@ have: the inputs go through ``Once``, a node that raises when a derivative reach
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -61,6 +62,21 @@ def once(inputs: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
         return inputs
     tied = iter(Once.apply(*(t for t in inputs if t is not None)))
     return tuple(None if t is None else next(tied) for t in inputs)
+
+
+def _alone() -> bool:
+    """Whether nothing but numbers is wanted: no graph, no tangent, no transform."""
+    return not (
+        torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    )
+
+
+def _call(op: Callable[..., Any], *args: Any) -> Any:
+    """The op from inside its own node: not by way of the Autograd key again, which costs a third of a small call."""
+    if torch._C._are_functorch_transforms_active():
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
 
 
 def differentiated_once(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., Any]:
@@ -159,7 +175,7 @@ def register_chain(library: torch.library.Library, family: str, title: str, ops:
 
         @staticmethod
         def forward(*args: Any) -> tuple[Tensor, Tensor]:
-            return ops.forward(*args)
+            return _call(ops.forward, *args)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -175,7 +191,11 @@ def register_chain(library: torch.library.Library, family: str, title: str, ops:
             if grad_out is None:
                 return (None,) * (_INPUTS + _SETTINGS)
             *inputs, saved = ctx.saved_tensors
-            grads = Backward.apply(grad_out, *once(tuple(inputs)), saved, *ctx.settings, needed[0], any(needed[1:]))
+            rest = saved, *ctx.settings, needed[0], any(needed[1:])
+            if _alone():
+                grads = _call(ops.backward, grad_out, *inputs, *rest)
+            else:
+                grads = Backward.apply(grad_out, *once(tuple(inputs)), *rest)
             return (*(g if n else None for g, n in zip(grads, needed, strict=True)), *[None] * _SETTINGS)
 
         @staticmethod
@@ -189,7 +209,7 @@ def register_chain(library: torch.library.Library, family: str, title: str, ops:
 
         @staticmethod
         def forward(*args: Any) -> tuple[Tensor, ...]:
-            return ops.backward(*args)
+            return _call(ops.backward, *args)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
@@ -224,7 +244,7 @@ def register_chain(library: torch.library.Library, family: str, title: str, ops:
 
         @staticmethod
         def forward(*args: Any) -> Tensor:
-            return ops.jvp(*args)
+            return _call(ops.jvp, *args)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -257,6 +277,7 @@ def register_chain(library: torch.library.Library, family: str, title: str, ops:
         ("backward", Backward, f"{title}Gradient"),
         ("jvp", Jvp, f"{title}Tangent"),
     ):
+        setattr(node.forward, "__signature__", inspect.signature(node.forward))  # noqa: B010 (torch asks at every call)
         node.__name__ = name  # in profilers; the name of the grad_fn is that of a class that torch has made of it
         node._backward_cls.__name__ = f"{name}Backward"
         register(library, f"{family}_{op}", node)
