@@ -9,20 +9,18 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from narrowdeep.chain.params import LayerSpan
 from narrowdeep.checks import LARGEST, check_count, check_number, is_integer, shown
 from narrowdeep.functional import Form, check_tensors
-from narrowdeep.memory.planning import AUTO_SEGMENT, parse_bytes, plan
+from narrowdeep.memory.planning import Optimizer, check_optimizer, plan
+from narrowdeep.memory.sizes import parse_bytes
+from narrowdeep.memory.step import auto_segment
 from narrowdeep.modules import hidden, state
 
 Init = Literal["ntk", "kaiming"]
 Checkpoint = int | Literal["auto", "none"] | tuple[int, int]
-
-WIDE = 128
-"""Width from which ``checkpoint="auto"`` may save every state. A state costs about 12 bytes of memory traffic a unit,
-to run it again `width` multiply-adds: on two cores with AVX-512 the two were equal at width 75 (L = 4000, B = 128:
-190 ms and 173 ms forward and backward), and the work grows with the width."""
 
 PARAMETER_NAMES = ("first_weight", "first_bias", "hidden_weight", "hidden_bias", "last_weight", "last_bias")
 
@@ -49,6 +47,7 @@ class DeepNarrowBase(nn.Module):
     last_weight: nn.Parameter
     last_bias: nn.Parameter
     _budget: int | None = None
+    _optimizer: Optimizer = "sgd"
     _checkpoint: Checkpoint = "auto"
     _plan: tuple[Any, Any] | None = None
 
@@ -67,6 +66,7 @@ class DeepNarrowBase(nn.Module):
         checkpoint: Checkpoint,
         chunks: int,
         budget: int | str | None,
+        optimizer: str,
         device: Any,
         dtype: torch.dtype | None,
     ) -> None:
@@ -96,7 +96,7 @@ class DeepNarrowBase(nn.Module):
         self.checkpoint = checkpoint
         if budget is not None and checkpoint != "auto":
             raise ValueError(f"budget needs checkpoint='auto', got checkpoint={checkpoint!r}")
-        self.budget = budget
+        self.budget, self.optimizer = budget, optimizer
         self.chunks = check_count("chunks", chunks, 1)
         if self.chunks > max(1, self.depth - 2):
             raise ValueError(f"chunks must be at most the number of hidden layers, {self.depth - 2}, got {chunks}")
@@ -168,6 +168,15 @@ class DeepNarrowBase(nn.Module):
         self._budget = parsed
 
     @property
+    def optimizer(self) -> Optimizer:
+        """What updates the parameters, for ``budget``, which counts what it keeps: as ``narrowdeep.memory.plan``."""
+        return self._optimizer
+
+    @optimizer.setter
+    def optimizer(self, value: str) -> None:
+        self._optimizer = check_optimizer(value)
+
+    @property
     def ntk_lr(self) -> float:
         """1 / (L C_L^2), the rate of the thesis's gradient flow (section 3.2)."""
         return 1.0 / self.depth / self.scale / self.scale
@@ -175,9 +184,10 @@ class DeepNarrowBase(nn.Module):
     def segment(self, positions: int) -> int:
         """Layers between saved states for a call on ``positions`` (batch size, times H W for images); 0 saves none.
 
-        Under ``torch.no_grad()`` nothing is saved. ``checkpoint="auto"`` saves one state in ``AUTO_SEGMENT``, or
-        every state of a network so wide that running its layers again costs more than keeping their states, while all
-        of them take no more memory than the parameters and their gradients.
+        Under ``torch.no_grad()`` nothing is saved. ``checkpoint="auto"`` is the plan without a budget
+        (``narrowdeep.memory``): every state of a network so wide that running its layers again costs more than keeping
+        their states, while all of them take no more memory than the parameters and their gradients; otherwise one in
+        64 layers, or in the square root of the depth.
         """
         if not torch.is_grad_enabled():
             return 0
@@ -210,17 +220,17 @@ class DeepNarrowBase(nn.Module):
         batch = x.numel() // math.prod(shape)
         frozen = not any(p.requires_grad for p in self._own())
         weight = self.first_weight
-        key = (batch, shape, self._budget, frozen, weight.dtype, weight.device, torch.get_num_threads())
+        schedules = not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
+        settings = self._budget, self._optimizer, schedules
+        key = (batch, shape, settings, frozen, weight.dtype, weight.device, torch.get_num_threads())
         if self._plan is None or self._plan[0] != key:  # one shape after another is rare, and a plan takes milliseconds
-            self._plan = key, plan(self, batch_size=batch, input_shape=shape).checkpoint
+            self._plan = key, plan(self, batch_size=batch, input_shape=shape, schedules=schedules).checkpoint
         return self._plan[1]
 
     def _auto_segment(self, positions: int) -> int:
         # No rule on the batch size while compiling: it would be a guard, and forbid a dynamic batch.
-        if self.width < WIDE or torch.compiler.is_compiling():
-            return AUTO_SEGMENT
-        states = (self.depth - 1) * self.width * positions
-        return 1 if states <= 2 * sum(p.numel() for p in self._own()) else AUTO_SEGMENT
+        batch = None if torch.compiler.is_compiling() else positions
+        return auto_segment(self.depth, self._inputs, self._outputs, math.prod(self._tap), batch)
 
     def in_chunks(self, name: str) -> list[Tensor]:
         """A parameter of ``PARAMETER_NAMES`` as the chunks that it is stored in; most are one."""
@@ -518,4 +528,5 @@ class DeepNarrowBase(nn.Module):
             f"checkpoint={self.checkpoint!r}"
             + (f", chunks={self.chunks}" if self.chunks > 1 else "")
             + (f", budget={self.budget}" if self.budget is not None else "")
+            + (f", optimizer={self.optimizer!r}" if self.optimizer != "sgd" else "")
         )
