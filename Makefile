@@ -22,7 +22,7 @@ help:
 	@echo 'make clean   remove what was built'
 
 demo: $(READY)
-	$(BIN)/python -m narrowdeep.demo
+	$(BIN)/python -m narrowdeep.commands.demo
 
 test: $(READY)
 	$(BIN)/python -m pytest
