@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from narrowdeep.chain.family import FAMILIES
 from narrowdeep.chain.params import Affine, ChainParams, ChainSettings
 from narrowdeep.chain.schedule import Binomial, Schedule
-from narrowdeep.ops.autograd import NODES, differentiated_once
+from narrowdeep.ops.autograd import NODES, alone, nothing_saved
 from narrowdeep.ops.chain import PARAMS
 
 
@@ -112,16 +112,21 @@ class _ScheduledSpan(torch.autograd.Function):
         return _Walk(family, tensors[0], ChainParams.of(tensors[1:]), settings, schedule)
 
     @staticmethod
-    @differentiated_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
-        walk = _ScheduledSpan._walk(ctx, tensors)
-        if ctx.kept is None:  # a second time (retain_graph=True): the first has dropped them
-            walk.to_output()
-        else:
-            walk.kept, ctx.kept = {0: tensors[0], **ctx.kept}, None
         needed = ctx.needs_input_grad[2:9]
-        grads = walk.back(grad, needed[0], any(needed[1:]))
+        # Several grads at once (is_grads_batched=True), or a graph of what is linear in grad: the op knows of both.
+        if torch._C._functorch.is_legacy_batchedtensor(grad) or not alone():
+            family, settings, _ = ctx.settings
+            rest = nothing_saved(tensors[0], tensors[1], tensors[3]), *settings, 0, needed[0], any(needed[1:])
+            grads = FAMILIES[family].ops.backward(grad, *tensors, *rest)
+        else:
+            walk = _ScheduledSpan._walk(ctx, tensors)
+            if ctx.kept is None:  # a second time (retain_graph=True): the first has dropped them
+                walk.to_output()
+            else:
+                walk.kept, ctx.kept = {0: tensors[0], **ctx.kept}, None
+            grads = walk.back(grad, needed[0], any(needed[1:]))
         return (None, None, *(g if n else None for g, n in zip(grads, needed, strict=True)), *(None,) * 4)
 
 

@@ -195,6 +195,35 @@ def test_transforms_keep_every_boundary() -> None:
         torch.testing.assert_close(grads[name], p.grad, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", ["offset", "plain"])
+def test_a_backward_is_linear_in_its_gradient_and_takes_several_at_once(kind: str, form: Any) -> None:
+    torch.manual_seed(2)
+    model, x = _model(kind, depth=12, form=form, checkpoint=(2, 2)), _x(kind)
+    direction = torch.randn_like(x)
+
+    def results(network: Any) -> list[Tensor]:
+        out = network(x)
+        grad_out = torch.linspace(0.5, 1.5, out.numel(), dtype=out.dtype).view_as(out).requires_grad_()
+        linear = torch.autograd.grad(out, x, grad_out, create_graph=True)[0]
+        several = torch.stack([grad_out.detach(), torch.ones_like(out)])
+        batched = torch.autograd.grad(out, x, several, retain_graph=True, is_grads_batched=True)[0]
+        tangent = direction.clone().requires_grad_()
+        jvp = torch.autograd.functional.jvp(network, x.detach(), tangent, create_graph=True)[1]
+        return [
+            linear.detach(),
+            *torch.autograd.grad((linear * direction).sum(), grad_out),
+            batched,
+            jvp.detach(),
+            *torch.autograd.grad(jvp.square().sum(), tangent),
+            torch.autograd.functional.jacobian(network, x.detach(), vectorize=True),
+        ]
+
+    for value, truth in zip(results(model), results(model.to_sequential()), strict=True):
+        assert truth.abs().max() > 0
+        torch.testing.assert_close(value, truth, rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize("chain", [mlp_chain, conv_chain])
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
