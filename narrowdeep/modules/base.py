@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from narrowdeep.chain.params import LayerSpan
 from narrowdeep.checks import LARGEST, check_count, check_number, is_integer, shown
-from narrowdeep.functional import Form, check_tensors
+from narrowdeep.functional import Form, cast_up, check_tensors
 from narrowdeep.memory.planning import AUTO_SEGMENT, parse_bytes, plan
 from narrowdeep.modules import hidden, state
 
@@ -442,6 +442,7 @@ class DeepNarrowBase(nn.Module):
         """
         wanted = hidden.check_layers(layers, self.depth)
         params = self.arguments()
+        x = cast_up(x, self.first_weight)
         check_tensors(x, {name: getattr(self, name) for name in ("first_weight", "last_weight")})
         dims = 1 + len(self._tap)
         if x.dim() < dims or x.shape[-dims] != self._inputs or 0 in x.shape[x.dim() - dims :]:
