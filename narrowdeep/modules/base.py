@@ -509,8 +509,10 @@ class DeepNarrowBase(nn.Module):
     def _leave_empty_gradients_out(self) -> None:
         """No ``.grad`` for the hidden parameters of 2 layers, which are empty: an infinity norm of nothing raises."""
         for param in (self.hidden_weight, self.hidden_bias) if self.depth == 2 else ():
-            if param.requires_grad and not param._post_accumulate_grad_hooks:
-                param.register_post_accumulate_grad_hook(_drop_gradient)
+            if param.is_leaf and not param._post_accumulate_grad_hooks:
+                trained = param.requires_grad  # a frozen one takes no hook, and may be trained later
+                param.requires_grad_().register_post_accumulate_grad_hook(_drop_gradient)
+                param.requires_grad_(trained)
 
     def extra_repr(self) -> str:
         return (
