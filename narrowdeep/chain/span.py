@@ -130,6 +130,12 @@ class _ScheduledSpan(torch.autograd.Function):
         return (None, None, *(g if n else None for g, n in zip(grads, needed, strict=True)), *(None,) * 4)
 
 
+_SCHEDULED: dict[str, Any] = {
+    # A graph shows the family, as it does where no schedule is.
+    family: type(f"{node.__name__}Scheduled", (_ScheduledSpan,), {}) for family, node in NODES.items()
+}
+
+
 def span(
     family: str, input: Tensor, params: ChainParams, settings: ChainSettings, segment: int, snapshots: int | None = None
 ) -> Tensor:
@@ -143,7 +149,7 @@ def span(
         if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
             segment = 0
         elif snapshots is not None and snapshots * segment < params.layers:
-                return _ScheduledSpan.apply(Binomial(segment, snapshots), family, *tensors, *settings)
+                return _SCHEDULED[family].apply(Binomial(segment, snapshots), family, *tensors, *settings)
     function = NODES[family].apply if transformed and not compiling else FAMILIES[family].ops.forward
     return function(*tensors, *settings, segment)[0]
 

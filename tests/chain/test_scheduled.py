@@ -131,6 +131,20 @@ def test_as_few_layers_run_again_as_possible(
     assert len(counting.alive) == 0
 
 
+@pytest.mark.parametrize(("kind", "title"), [("mlp", "DeepNarrowMLP"), ("cnn", "DeepNarrowCNN")])
+def test_the_graph_says_whose_node_it_is(kind: str, title: str) -> None:
+    model, x = _model(kind), _x(kind)
+    names = {}
+    for checkpoint in ("auto", (4, 3)):
+        model.checkpoint = checkpoint
+        out = model(x)
+        names[checkpoint] = out.grad_fn.name()
+        with torch.profiler.profile() as profiler:
+            out.sum().backward()
+        assert any(event.key == names[checkpoint] for event in profiler.key_averages())
+    assert names == {"auto": f"{title}Backward", (4, 3): f"{title}ScheduledBackward"}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_graph_that_is_kept_gives_the_same_again(kind: str) -> None:
     model, x = _model(kind, checkpoint=(4, 3)), _x(kind)
