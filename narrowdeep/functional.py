@@ -31,15 +31,15 @@ def check_settings(*, scale: float, form: str, segment: int) -> None:
     if isinstance(scale, bool) or not isinstance(scale, (int, float, Real)):
         raise TypeError(f"scale must be a number, got {scale!r}")
     if not 0 < scale <= sys.float_info.max:  # no call to math: torch.compile takes scale for a symbol
-        raise ValueError(f"scale must be finite and positive, got {scale}")
+        raise ValueError(f"scale must be finite and positive, got {shown(scale)}")
     if form not in ("offset", "plain"):
         raise ValueError(f"form must be 'offset' or 'plain', got {form!r}")
     if isinstance(segment, bool) or not isinstance(segment, (int, Integral)):
         raise TypeError(f"segment must be an int, got {segment!r}")
     if segment < 0:
-        raise ValueError(f"segment must be at least 0, got {segment}")
+        raise ValueError(f"segment must be at least 0, got {shown(segment)}")
     if segment >= 2**63:
-        raise ValueError(f"segment must be below 2**63, got {segment}")
+        raise ValueError(f"segment must be below 2**63, got {shown(segment)}")
 
 
 def check_snapshots(snapshots: int | None, segment: int) -> None:
@@ -49,7 +49,7 @@ def check_snapshots(snapshots: int | None, segment: int) -> None:
     if isinstance(snapshots, bool) or not isinstance(snapshots, (int, Integral)):
         raise TypeError(f"snapshots must be an int or None, got {snapshots!r}")
     if snapshots < 1:
-        raise ValueError(f"snapshots must be at least 1, got {snapshots}")
+        raise ValueError(f"snapshots must be at least 1, got {shown(snapshots)}")
     if snapshots >= 2**63:
         raise ValueError(f"snapshots must be below 2**63, got {shown(snapshots)}")
     if segment < 1:
@@ -77,7 +77,7 @@ def check_tensors(x: Tensor, params: dict[str, Tensor]) -> None:
             raise ValueError(f"x and {name} must be on the same device, got {x.device} and {param.device}")
 
 
-def _cast_up(x: Any, weight: Any) -> Any:
+def cast_up(x: Any, weight: Any) -> Any:
     """Under autocast, x of a lower floating dtype in that of the parameters, as torch's own float32 ops take it."""
     if not (isinstance(x, Tensor) and isinstance(weight, Tensor) and torch.amp.is_autocast_available(x.device.type)):
         return x
@@ -157,7 +157,7 @@ def _chain(
     check_settings(scale=scale, form=form, segment=segment)
     check_snapshots(snapshots, segment)
     first, last = (Affine(params[f"{end}_weight"], params[f"{end}_bias"]) for end in ("first", "last"))
-    x = _cast_up(x, first.weight)
+    x = cast_up(x, first.weight)
     chunks = [params | {"hidden_weight": weight, "hidden_bias": bias} for weight, bias in pairs]
     for chunk in chunks:
         check_tensors(x, chunk)

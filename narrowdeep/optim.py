@@ -41,13 +41,14 @@ def _refuse_clipping(name: str) -> None:
         parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
         if any(id(p) in _STEPPED for p in parameters):
             raise RuntimeError(
-                f"{name} cannot clip parameters that FusedSGD steps inside backward: their gradients are gone before "
-                "all of them are known (take torch.optim.SGD to clip)"
+                f"{name.removeprefix('_')} cannot clip parameters that FusedSGD steps inside backward: their gradients "
+                "are gone before all of them are known (take torch.optim.SGD to clip)"
             )
         return clip(parameters, *args, **kwargs)
 
     for module in (nn.utils.clip_grad, nn.utils):
-        setattr(module, name, refusing)
+        if hasattr(module, name):
+            setattr(module, name, refusing)
 
 
 def _refuse_scaling() -> None:
@@ -81,8 +82,10 @@ def _reaches_stepped(outputs: Any) -> bool:
 @functools.cache
 def _refuse_what_comes_after() -> None:
     """Once a process, when it makes its first FusedSGD."""
-    for name in ("clip_grad_norm_", "clip_grad_value_"):
-        _refuse_clipping(name)
+    # clip_grad_norm_ itself looks up the last one, whoever has imported it before by its name.
+    for name in ("clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_", "_clip_grads_with_norm_"):
+        if hasattr(nn.utils.clip_grad, name):
+            _refuse_clipping(name)
     _refuse_scaling()
 
 

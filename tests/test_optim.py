@@ -6,6 +6,8 @@ import copy
 import gc
 import io
 import pickle
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -267,6 +269,30 @@ def test_clipping_is_refused_by_name(module: Any, clip: str) -> None:
         torch.testing.assert_close(model[0].weight.grad, torch.full((5, 5), 0.2))
     else:
         assert torch.equal(model[0].weight.grad, torch.ones(5, 5))
+
+
+IMPORTED_BEFORE = """
+import torch
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_
+from torch.nn.utils.clip_grad import clip_grad_norm
+from narrowdeep.optim import FusedSGD
+
+model = torch.nn.Linear(2, 1)
+optimizer = FusedSGD(model, 0.1)
+for clip in (clip_grad_norm_, clip_grad_norm, clip_grad_value_):
+    model(torch.ones(3, 2)).sum().backward()
+    try:
+        clip(model.parameters(), 0.5)
+    except RuntimeError as error:
+        print(error)
+"""
+
+
+def test_clipping_is_refused_where_it_was_imported_before() -> None:
+    done = subprocess.run([sys.executable, "-c", IMPORTED_BEFORE], capture_output=True, text=True, timeout=120)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3, done.stderr  # torch itself refuses to clip no values, in other words
+    assert all("cannot clip parameters that FusedSGD steps inside backward" in line for line in lines[:2])
 
 
 @pytest.mark.parametrize("family", ["eager", "chain", "itself", "several"])

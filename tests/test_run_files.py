@@ -464,6 +464,30 @@ def stretched() -> nn.Module:
     return model
 
 
+def tied() -> nn.Module:
+    model = DeepNarrowMLP(3, 2, 9, chunks=2)
+    model.first_bias = model.hidden_bias[0]
+    return model
+
+
+def tied_chunks() -> nn.Module:
+    model = DeepNarrowMLP(3, 2, 8, chunks=3)
+    model.hidden_weight[1] = model.hidden_weight[0]
+    return model
+
+
+def buffered() -> nn.Module:
+    model = DeepNarrowCNN(3, 2, 9)
+    model.register_buffer("mean", torch.ones(3))
+    return model
+
+
+def replaced() -> nn.Module:
+    model = DeepNarrowCNN(3, 2, 9)
+    model.forward = lambda x: -x  # type: ignore[method-assign]
+    return model
+
+
 class Derived(DeepNarrowMLP):
     def forward(self, x: Tensor) -> Tensor:
         return -super().forward(x)
@@ -476,6 +500,11 @@ class Derived(DeepNarrowMLP):
         (normed, ValueError, "model must not be pruned or parametrized.*remove_parametrizations"),
         (normed_chunk, ValueError, "model must not be pruned or parametrized.*remove_parametrizations"),
         (extended, ValueError, "the tensor model.more is not known"),
+        (tied_chunks, ValueError, "a parameter of its own in each place, got one as hidden_weight.0 and hi"),
+        (tied, ValueError, "a parameter of its own in each place, got one as first_bias and hidden_bias.0"),
+        (buffered, ValueError, "the tensor model.mean is not known"),
+        (replaced, ValueError, "model must have the forward of its class, got a replaced one"),
+        (lambda: nn.DataParallel(replaced()), ValueError, "model must have the forward of its class"),
         (stretched, ValueError, r"model.last_bias must have the shape \(2,\), got \(3,\)"),
         (lambda: DeepNarrowMLP(3, 2, 9).bfloat16(), ValueError, "must have the dtype torch.float32, got torch.bf"),
         (lambda: DeepNarrowMLP(3, 2, 9, device="meta"), TypeError, "plain tensors in memory, got one without data"),

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from narrowdeep.chain.family import FAMILIES
 from narrowdeep.chain.params import Affine, ChainParams, ChainSettings
 from narrowdeep.chain.schedule import Binomial, Schedule
-from narrowdeep.ops.autograd import NODES, differentiated_once
+from narrowdeep.ops.autograd import NODES, alone, nothing_saved
 from narrowdeep.ops.chain import PARAMS
 
 
@@ -112,17 +112,28 @@ class _ScheduledSpan(torch.autograd.Function):
         return _Walk(family, tensors[0], ChainParams.of(tensors[1:]), settings, schedule)
 
     @staticmethod
-    @differentiated_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
-        walk = _ScheduledSpan._walk(ctx, tensors)
-        if ctx.kept is None:  # a second time (retain_graph=True): the first has dropped them
-            walk.to_output()
-        else:
-            walk.kept, ctx.kept = {0: tensors[0], **ctx.kept}, None
         needed = ctx.needs_input_grad[2:9]
-        grads = walk.back(grad, needed[0], any(needed[1:]))
+        # Several grads at once (is_grads_batched=True), or a graph of what is linear in grad: the op knows of both.
+        if torch._C._functorch.is_legacy_batchedtensor(grad) or not alone():
+            family, settings, _ = ctx.settings
+            rest = nothing_saved(tensors[0], tensors[1], tensors[3]), *settings, 0, needed[0], any(needed[1:])
+            grads = FAMILIES[family].ops.backward(grad, *tensors, *rest)
+        else:
+            walk = _ScheduledSpan._walk(ctx, tensors)
+            if ctx.kept is None:  # a second time (retain_graph=True): the first has dropped them
+                walk.to_output()
+            else:
+                walk.kept, ctx.kept = {0: tensors[0], **ctx.kept}, None
+            grads = walk.back(grad, needed[0], any(needed[1:]))
         return (None, None, *(g if n else None for g, n in zip(grads, needed, strict=True)), *(None,) * 4)
+
+
+_SCHEDULED: dict[str, Any] = {
+    # A graph shows the family, as it does where no schedule is.
+    family: type(f"{node.__name__}Scheduled", (_ScheduledSpan,), {}) for family, node in NODES.items()
+}
 
 
 def span(
@@ -138,7 +149,7 @@ def span(
         if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
             segment = 0
         elif snapshots is not None and snapshots * segment < params.layers:
-                return _ScheduledSpan.apply(Binomial(segment, snapshots), family, *tensors, *settings)
+                return _SCHEDULED[family].apply(Binomial(segment, snapshots), family, *tensors, *settings)
     function = NODES[family].apply if transformed and not compiling else FAMILIES[family].ops.forward
     return function(*tensors, *settings, segment)[0]
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from narrowdeep import files
+from narrowdeep.functional import check_tensor
 from narrowdeep.memory.planning import MemoryPlan, format_bytes, plan
 
 if TYPE_CHECKING:
@@ -66,6 +67,8 @@ def profile(model: DeepNarrowMLP | DeepNarrowCNN, x: Tensor, *, eager: bool = Tr
     """
     if not hasattr(model, "identity_part"):
         raise TypeError(f"model must be a DeepNarrowMLP or a DeepNarrowCNN, got {type(model).__name__}")
+    if isinstance(x, Tensor):
+        check_tensor("x", x)
     if not isinstance(x, Tensor) or x.dim() < 2:
         raise ValueError(f"x must be a tensor with its batch in dimension 0, got {_describe(x)}")
     sample = f"{model.first_weight.shape[1]}{', H, W' if model.first_weight.dim() == 4 else ''}"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from narrowdeep.chain.params import LayerSpan
 from narrowdeep.checks import LARGEST, check_count, check_number
-from narrowdeep.functional import Form, check_tensors
+from narrowdeep.functional import Form, cast_up, check_tensors
 from narrowdeep.modules import convert, hidden, state
 from narrowdeep.modules.checkpointing import Checkpoint, Checkpointing
 
@@ -329,6 +329,7 @@ class DeepNarrowBase(Checkpointing):
         """
         wanted = hidden.check_layers(layers, self.depth)
         params = self.arguments()
+        x = cast_up(x, self.first_weight)
         check_tensors(x, {name: getattr(self, name) for name in ("first_weight", "last_weight")})
         dims = 1 + len(self._tap)
         if x.dim() < dims or x.shape[-dims] != self._inputs or 0 in x.shape[x.dim() - dims :]:
@@ -382,8 +383,10 @@ class DeepNarrowBase(Checkpointing):
     def _leave_empty_gradients_out(self) -> None:
         """No ``.grad`` for the hidden parameters of 2 layers, which are empty: an infinity norm of nothing raises."""
         for param in (self.hidden_weight, self.hidden_bias) if self.depth == 2 else ():
-            if param.requires_grad and not param._post_accumulate_grad_hooks:
-                param.register_post_accumulate_grad_hook(_drop_gradient)
+            if param.is_leaf and not param._post_accumulate_grad_hooks:
+                trained = param.requires_grad  # a frozen one takes no hook, and may be trained later
+                param.requires_grad_().register_post_accumulate_grad_hook(_drop_gradient)
+                param.requires_grad_(trained)
 
     def extra_repr(self) -> str:
         return (

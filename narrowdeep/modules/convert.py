@@ -27,6 +27,9 @@ def require_exactly(module: Any, kind: type[nn.Module], where: str) -> None:
         raise ValueError(f"{where} must be {name} with its own forward, got a replaced one: {module}")
     if any(getattr(module, hooks) for hooks in _HOOKS):
         raise ValueError(f"{where} must be {name} without hooks, got {module} with some")
+    for own, param in module.named_parameters(recurse=False):
+        if param._backward_hooks:  # of Tensor.register_hook: they change the gradient
+            raise ValueError(f"{where} must be {name} without hooks, got {module} with some on its {own}")
 
 
 def require_untied(modules: Sequence[nn.Module]) -> None:

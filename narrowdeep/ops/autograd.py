@@ -64,7 +64,7 @@ def once(inputs: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     return tuple(None if t is None else next(tied) for t in inputs)
 
 
-def _alone() -> bool:
+def alone() -> bool:
     """Whether nothing but numbers is wanted: no graph, no tangent, no transform."""
     return not (
         torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
@@ -77,6 +77,12 @@ def _call(op: Callable[..., Any], *args: Any) -> Any:
         return op(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
+
+
+def nothing_saved(input: Tensor, first_weight: Tensor | None, hidden_weight: Tensor) -> Tensor:
+    """What a backward takes in place of ``saved`` with segment 0: it runs the forward again."""
+    places = input.shape[2:] if first_weight is None else (*input.shape[2:], input.shape[0])
+    return input.new_empty(0, 1, hidden_weight.shape[1], *places)
 
 
 def differentiated_once(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., Any]:
@@ -193,7 +199,7 @@ def register_chain(library: torch.library.Library, family: str, title: str, ops:
                 return (None,) * (_INPUTS + _SETTINGS)
             *inputs, saved = ctx.saved_tensors
             rest = saved, *ctx.settings, needed[0], any(needed[1:])
-            if _alone():
+            if alone():
                 grads = _call(ops.backward, grad_out, *inputs, *rest)
             else:
                 grads = apply_backward(grad_out, *inputs, *rest)
@@ -259,8 +265,7 @@ def register_chain(library: torch.library.Library, family: str, title: str, ops:
             grads: Any = [None] * _INPUTS
             if grad_out is not None and any(needed):
                 input, first_weight, _, hidden_weight = ctx.saved_tensors[:4]
-                places = input.shape[2:] if first_weight is None else (*input.shape[2:], input.shape[0])
-                saved = input.new_empty(0, 1, hidden_weight.shape[1], *places)  # the forward runs again
+                saved = nothing_saved(input, first_weight, hidden_weight)
                 settings = (*ctx.settings, 0, needed[0], any(needed[1:]))
                 grads = apply_backward(grad_out, *ctx.saved_tensors, saved, *settings)
                 grads = [g if n else None for g, n in zip(grads, needed, strict=True)]

@@ -156,8 +156,9 @@ def save_model(model: nn.Module, path: str | Path) -> None:
 
     A compiled model, and one in DistributedDataParallel, DataParallel or AveragedModel, is written as what it wraps.
 
-    Raises: TypeError or ValueError, before anything is written, for what would not come back as it is: another class,
-        a pruned or parametrized model, parameters of other names, shapes or dtypes. OSError naming ``path``.
+    Raises: TypeError or ValueError, before anything is written, for what would not come back as it is: another class or
+        ``forward``, a pruned or parametrized model, layers that share a parameter, buffers, parameters of other names,
+        shapes or dtypes. OSError naming ``path``.
     """
     found = _unwrapped(model)
     inputs, outputs = (
@@ -186,7 +187,15 @@ def save_model(model: nn.Module, path: str | Path) -> None:
         if type(tensor) is not Tensor or tensor.is_meta:
             kind = "one without data" if type(tensor) is Tensor else type(tensor).__name__
             raise TypeError(f"the parameters of the model must be plain tensors in memory, got {kind} for {name}")
-    found_shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    names: dict[int, str] = {}
+    for name, parameter in found.named_parameters(remove_duplicate=False):
+        if (other := names.setdefault(id(parameter), name)) != name:
+            raise ValueError(
+                f"model must have a parameter of its own in each place, got one as {other} and {name}: what is loaded "
+                "would be trained apart"
+            )
+    tensors_and_buffers = {**tensors, **{f"model.{name}": buffer for name, buffer in found.named_buffers()}}
+    found_shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors_and_buffers.items()}
     try:
         _check_tensors(found_shapes, _shapes(_ModelHeader(settings)))
     except ValueError as error:
@@ -271,6 +280,11 @@ def _unwrapped(model: Any) -> DeepNarrowMLP | DeepNarrowCNN:
         raise TypeError(
             f"model must be a DeepNarrowMLP or DeepNarrowCNN, not a subclass, got {type(model).__name__}: the file "
             "holds no code (for other modules, save model.state_dict())"
+        )
+    if "forward" in vars(model):
+        raise ValueError(
+            "model must have the forward of its class, got a replaced one: the file holds no code (save "
+            "model.state_dict())"
         )
     return model
 

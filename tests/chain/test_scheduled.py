@@ -131,6 +131,20 @@ def test_as_few_layers_run_again_as_possible(
     assert len(counting.alive) == 0
 
 
+@pytest.mark.parametrize(("kind", "title"), [("mlp", "DeepNarrowMLP"), ("cnn", "DeepNarrowCNN")])
+def test_the_graph_says_whose_node_it_is(kind: str, title: str) -> None:
+    model, x = _model(kind), _x(kind)
+    names = {}
+    for checkpoint in ("auto", (4, 3)):
+        model.checkpoint = checkpoint
+        out = model(x)
+        names[checkpoint] = out.grad_fn.name()
+        with torch.profiler.profile() as profiler:
+            out.sum().backward()
+        assert any(event.key == names[checkpoint] for event in profiler.key_averages())
+    assert names == {"auto": f"{title}Backward", (4, 3): f"{title}ScheduledBackward"}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_graph_that_is_kept_gives_the_same_again(kind: str) -> None:
     model, x = _model(kind, checkpoint=(4, 3)), _x(kind)
@@ -193,6 +207,35 @@ def test_transforms_keep_every_boundary() -> None:
     model(x).sum().backward()
     for name, p in model.named_parameters():
         torch.testing.assert_close(grads[name], p.grad, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", ["offset", "plain"])
+def test_a_backward_is_linear_in_its_gradient_and_takes_several_at_once(kind: str, form: Any) -> None:
+    torch.manual_seed(2)
+    model, x = _model(kind, depth=12, form=form, checkpoint=(2, 2)), _x(kind)
+    direction = torch.randn_like(x)
+
+    def results(network: Any) -> list[Tensor]:
+        out = network(x)
+        grad_out = torch.linspace(0.5, 1.5, out.numel(), dtype=out.dtype).view_as(out).requires_grad_()
+        linear = torch.autograd.grad(out, x, grad_out, create_graph=True)[0]
+        several = torch.stack([grad_out.detach(), torch.ones_like(out)])
+        batched = torch.autograd.grad(out, x, several, retain_graph=True, is_grads_batched=True)[0]
+        tangent = direction.clone().requires_grad_()
+        jvp = torch.autograd.functional.jvp(network, x.detach(), tangent, create_graph=True)[1]
+        return [
+            linear.detach(),
+            *torch.autograd.grad((linear * direction).sum(), grad_out),
+            batched,
+            jvp.detach(),
+            *torch.autograd.grad(jvp.square().sum(), tangent),
+            torch.autograd.functional.jacobian(network, x.detach(), vectorize=True),
+        ]
+
+    for value, truth in zip(results(model), results(model.to_sequential()), strict=True):
+        assert truth.abs().max() > 0
+        torch.testing.assert_close(value, truth, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("chain", [mlp_chain, conv_chain])

@@ -170,6 +170,10 @@ def test_bad_inputs() -> None:
     model = DeepNarrowMLP(2, 1, 5)
     with pytest.raises(ValueError, match=r"x must be a tensor with its batch in dimension 0, got shape \(2,\)"):
         profile(model, torch.zeros(2))
+    with pytest.raises(TypeError, match="x must be a dense tensor, got torch.sparse_coo"):
+        profile(model, torch.ones(2, 2).to_sparse())
+    with pytest.raises(TypeError, match="x must be a dense tensor, got a nested one"):
+        profile(model, torch.nested.nested_tensor([torch.ones(2), torch.ones(2)], layout=torch.jagged))
     with pytest.raises(ValueError, match="got list"):
         profile(model, [[1.0, 2.0]])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"x must have shape \(B, 2\), B at least 1, got \(4, 3\)"):

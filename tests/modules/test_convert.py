@@ -102,6 +102,11 @@ def _hooked(seq: nn.Sequential) -> nn.Sequential:
     return seq
 
 
+def _hooked_weight(seq: nn.Sequential) -> nn.Sequential:
+    seq.get_parameter("4.weight").register_hook(torch.zeros_like)
+    return seq
+
+
 def _parametrized(seq: nn.Sequential) -> nn.Sequential:
     parametrizations.weight_norm(seq[0])
     return seq
@@ -127,6 +132,7 @@ class _Reversed(nn.Sequential):
     [
         (lambda s: _replaced(s, 2, _Doubled(4, 4)), r"seq\[2\] must be nn.Linear itself, got its subclass _Doubled"),
         (_hooked, r"seq\[2\] must be nn.Linear without hooks"),
+        (_hooked_weight, r"seq\[4\] must be nn.Linear without hooks, got Linear.* with some on its weight"),
         (_parametrized, r"seq\[0\] must be nn.Linear itself, got its subclass ParametrizedLinear"),
         (_narrowed, r"seq\[2\] must have a weight of shape \(4, 4\), got shape \(1, 4\)"),
         (_own_forward, r"seq\[2\] must be nn.Linear with its own forward"),

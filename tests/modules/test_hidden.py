@@ -77,6 +77,19 @@ def test_float32_is_right_in_offset_form(kind: str) -> None:
     torch.testing.assert_close(got.double(), wanted, rtol=3e-7, atol=3e-5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_changes_no_bit_and_casts_up(kind: str, dtype: torch.dtype) -> None:
+    model = _model(kind).float()
+    x = _x(kind).to(dtype)
+    wanted = model.hidden_states(x.float(), [1, 40])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(model.hidden_states(x.float(), [1, 40]), wanted)
+        assert torch.equal(model.hidden_states(x, [1, 40]), wanted)
+        with pytest.raises(TypeError, match="x must be torch.float32 or torch.float64, got torch.int64"):
+            model.hidden_states(torch.ones_like(x, dtype=torch.int64), [1])
+
+
 def test_shapes() -> None:
     mlp, cnn = _model("mlp"), _model("conv")
     x = _x("mlp", 6).reshape(2, 3, 3)

@@ -226,7 +226,11 @@ def test_the_infinity_norm_of_two_layers(kind: str) -> None:
     assigned = _model(kind, depth=2)
     assigned.load_state_dict(model.state_dict(), assign=True)
     moved = copy.deepcopy(model).to("meta").to_empty(device="cpu")
-    for network in (model, copy.deepcopy(model), torch.load(buffer, weights_only=False), assigned, moved):
+    frozen = copy.deepcopy(model).requires_grad_(False)
+    once_frozen = [copy.deepcopy(frozen), copy.deepcopy(frozen).float().double()]
+    assert not any(p.requires_grad for network in once_frozen for p in network.parameters())
+    once_frozen = [network.requires_grad_() for network in once_frozen]
+    for network in (model, copy.deepcopy(model), torch.load(buffer, weights_only=False), assigned, moved, *once_frozen):
         network.load_state_dict(model.state_dict())
         network(_x(kind)).square().sum().backward()
         largest = max(p.grad.abs().max() for p in network.parameters() if p.numel())
