@@ -10,11 +10,13 @@ import math
 import signal
 from typing import Annotated, Any
 
-import typer
-from typer.core import TyperCommand, TyperGroup
-
 import narrowdeep
 from narrowdeep.__main__ import main, shorten, stop_at_once
+from narrowdeep.extras import optional
+
+with optional():
+    import typer
+    from typer.core import TyperCommand, TyperGroup
 
 COMMANDS = {
     "train": "Train a network with SGD on 1/(2N) sum ||f - y||^2.",
@@ -56,7 +58,8 @@ class Commands(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in COMMANDS:
             return None
-        module = importlib.import_module(f"narrowdeep.commands.{cmd_name}")
+        with optional():
+            module = importlib.import_module(f"narrowdeep.commands.{cmd_name}")
         only = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
         only.command(cmd_name, cls=Command)(getattr(module, cmd_name))
         return typer.main.get_command(only)

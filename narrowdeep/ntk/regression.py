@@ -9,18 +9,21 @@ from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
-import scipy.linalg  # type: ignore[import-untyped]
 import torch
 from numpy.typing import ArrayLike
-from sklearn.base import BaseEstimator, RegressorMixin
-from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
+from narrowdeep.extras import optional
 from narrowdeep.ntk.checks import Array, as_array, as_count, as_not_negative, as_positive, as_real
 from narrowdeep.ntk.empirical import empirical_ntk
 from narrowdeep.ntk.limit import CLIPPED
 from narrowdeep.ntk.network import CAST_SAMPLES, reading
 from narrowdeep.ntk.spectrum import check_semidefinite, check_symmetric, descent_filter, flow_filter, kernel_matrix
+
+with optional():
+    import scipy.linalg  # type: ignore[import-untyped]
+    from sklearn.base import BaseEstimator, RegressorMixin
+    from sklearn.utils.validation import check_is_fitted, validate_data
 
 _BLOCK = 1 << 25
 """Entries of the kernel that a prediction holds at a time (256 MB)."""

@@ -13,12 +13,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import scipy.linalg  # type: ignore[import-untyped]
-import scipy.sparse.linalg  # type: ignore[import-untyped]
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from narrowdeep.extras import optional
 from narrowdeep.ntk.checks import Array, as_array, as_count, as_positive, as_real
+
+with optional():
+    import scipy.linalg  # type: ignore[import-untyped]
+    import scipy.sparse.linalg  # type: ignore[import-untyped]
 
 _DENSE = 1000
 """Rows from which the largest eigenvalue alone is found by Lanczos iterations."""

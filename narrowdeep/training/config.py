@@ -7,15 +7,18 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import AfterValidator, Field
 
 from narrowdeep.data import Task
+from narrowdeep.extras import optional
 from narrowdeep.functional import Form
 from narrowdeep.modules import DeepNarrowCNN, DeepNarrowMLP
 from narrowdeep.modules.base import Checkpoint, Init
 from narrowdeep.schema import Count, Finite, Integer, NotNegative, Pair, Positive, Rule, Share, check_fields
 from narrowdeep.schema import below_2_63 as _below
 from narrowdeep.step_size import Decay
+
+with optional():
+    from pydantic import AfterValidator, Field
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 

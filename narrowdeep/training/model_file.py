@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Protocol, TypeVar, get_type_hints
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.optim.swa_utils import AveragedModel
 
 from narrowdeep import files
 from narrowdeep.checks import shown
+from narrowdeep.extras import optional
 from narrowdeep.modules import DeepNarrowCNN, DeepNarrowMLP
 from narrowdeep.schema import Count, Index, Integer, NotNegative, Positive, Rule, check_fields, from_json
 from narrowdeep.training.config import (
@@ -35,6 +35,9 @@ from narrowdeep.training.config import (
     TrainConfig,
     untouched,
 )
+
+with optional():
+    from safetensors import SafetensorError, safe_open
 
 FORMAT = "narrowdeep 1"
 
