@@ -435,7 +435,7 @@ class DeepNarrowBase(nn.Module):
         Differentiable once, by ``backward`` and ``torch.autograd.grad``.
 
         Arguments:
-            x: as for a call, (*, in) or (*, C, H, W).
+            x: as for a call, ``(*, in)`` or ``(*, C, H, W)``.
             layers: a list or range of layer numbers from 1 (after the first affine layer) to depth - 1 (before the
                 last), in any order.
 

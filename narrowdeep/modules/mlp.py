@@ -46,13 +46,22 @@ class DeepNarrowMLP(DeepNarrowBase):
 
     Attributes: ``width`` n, ``depth`` L, ``scale`` C_L, ``ntk_lr`` = 1 / (L C_L^2).
 
-    Call: x (*, in) -> (*, out).
+    Call: x ``(*, in)`` -> ``(*, out)``.
 
     A ``state_dict`` belongs to one form and one scale, carries both (``_extra_state``) and is refused by a model with
     others. It loads into any number of chunks. torch.nn.utils.prune and the parametrizations weight_norm, spectral_norm
     and orthogonal act on what is stored: refused, at the first call, where that is not a layer's weight.
 
     Raises: TypeError or ValueError naming the argument, the rule and the value.
+
+    Examples:
+        >>> import torch
+        >>> from narrowdeep import DeepNarrowMLP
+        >>> model = DeepNarrowMLP(in_features=2, out_features=1, depth=1000)
+        >>> model(torch.rand(5, 2)).shape
+        torch.Size([5, 1])
+        >>> model.width, model.scale, model.hidden_weight.shape
+        (4, 1000.0, torch.Size([998, 4, 4]))
     """
 
     _family = "mlp"

@@ -144,6 +144,15 @@ class NTKRegressor(RegressorMixin, BaseEstimator):
     Passes scikit-learn's ``check_estimator`` where ridge is positive. Without one, ``predict`` raises LinAlgError for a
     kernel matrix that is singular, as it should, and so do the checks that predict from one: with ``limit_ntk_mlp``
     ``check_fit_idempotent`` alone, with "precomputed" all 13 that fit a linear kernel of more samples than features.
+
+    Examples:
+        >>> import numpy as np
+        >>> from narrowdeep.ntk import NTKRegressor, limit_ntk_mlp
+        >>> X = np.random.default_rng(0).random((50, 2))
+        >>> regressor = NTKRegressor(limit_ntk_mlp, ridge=1e-6).fit(X, X[:, 0] * X[:, 1])
+        >>> mean, deviation = regressor.predict(np.array([[0.5, 0.5]]), return_std=True)
+        >>> round(float(mean[0]), 2), bool(deviation[0] < 0.1)
+        (0.25, True)
     """
 
     def __init__(
