@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -52,4 +53,6 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "empirical_ntk" in (tmp_path / "site" / "api" / "ntk.html").read_text(encoding="utf-8")
+    reference = (tmp_path / "site" / "api" / "memory.html").read_text(encoding="utf-8")
+    assert "<strong>Returns:</strong> a MemoryPlan" in reference
+    assert not re.search(r"<(script|link|img)[^>]+(src|href)=\"?https?:", reference)  # nothing comes from elsewhere
