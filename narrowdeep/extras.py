@@ -15,6 +15,7 @@ EXTRAS = {
     "scipy": "ntk",
     "sklearn": "ntk",
     "typer": "cli",
+    "tomli": "cli",
     "rich": "cli",
     "jinja2": "cli",
     "matplotlib": "plots",

@@ -36,6 +36,7 @@ SHORT = {
     "profile": ["--depth", "5", "--no-eager"],
     "reproduce": [],
     "record": ["--depth", "30"],
+    "report": [],
     "info": [],
 }
 """Options that come last, and so count, where a command would take minutes."""

@@ -34,7 +34,7 @@ def extras_of_pyproject() -> dict[str, list[str]]:
 
 def test_the_table_is_that_of_pyproject() -> None:
     names = {"sklearn": "scikit-learn", "pydantic_core": "pydantic"}
-    found = {name: [re.split(r"[>=<]", p)[0] for p in packages] for name, packages in extras_of_pyproject().items()}
+    found = {name: [re.split(r"[>=<;]", p)[0] for p in packages] for name, packages in extras_of_pyproject().items()}
     for module, extra in EXTRAS.items():
         assert names.get(module, module) in found[extra], module
 

@@ -17,15 +17,19 @@ SLOW = ("torch", "torch._dynamo", "sympy", "scipy", "sklearn", "pydantic", "rich
 """Each takes a good part of a second to load."""
 
 
+def output(code: str) -> str:
+    """What a process prints that runs ``code``."""
+    folder = str(Path(narrowdeep.__file__).parent.parent)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")])}
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    ).stdout
+
+
 def loaded(code: str) -> set[str]:
     """Those of ``SLOW`` that a process has loaded after ``code``."""
     report = f"import json, sys\nprint(json.dumps([name for name in {SLOW!r} if name in sys.modules]))"
-    folder = str(Path(narrowdeep.__file__).parent.parent)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(
-        [sys.executable, "-c", f"{code}\n{report}"], capture_output=True, text=True, check=True, env=environment
-    )
-    return set(json.loads(done.stdout.splitlines()[-1]))
+    return set(json.loads(output(f"{code}\n{report}").splitlines()[-1]))
 
 
 def command(*arguments: str) -> str:
@@ -62,3 +66,20 @@ def test_help_loads_nothing(arguments: list[str]) -> None:
 
 def test_no_command_loads_at_its_start_what_it_may_not_need() -> None:
     assert loaded("\n".join(command(name, "--help") for name in COMMANDS)) == {"torch", "pydantic", "rich", "jinja2"}
+
+
+def test_names_of_commands_are_completed_at_once() -> None:
+    code = """
+import os
+os.environ.update(_NARROWDEEP_COMPLETE="complete_bash", COMP_WORDS="narrowdeep re", COMP_CWORD="1")
+""" + command()
+    assert loaded(code) <= {"pydantic"}
+    assert output(code).split()[:3] == ["reproduce", "record", "report"]
+
+
+def test_options_of_a_command_are_completed() -> None:
+    code = """
+import os
+os.environ.update(_NARROWDEEP_COMPLETE="complete_bash", COMP_WORDS="narrowdeep train --ep", COMP_CWORD="2")
+""" + command()
+    assert output(code).split()[0] == "--epochs"

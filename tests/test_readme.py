@@ -82,8 +82,9 @@ def test_commands_of_every_page_parse(page: Path, tmp_path: Path) -> None:
                 make = ["make", "-n", f"VENV={tmp_path}", *words[1:]]
                 done = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=False)
                 assert done.returncode == 0, (line, done.stderr)
-        elif words[0] == "narrowdeep" and words[1] not in ("-h", "--help", "--version"):
-            command = group.get_command(None, words[1])  # type: ignore[attr-defined]
+        elif words[0] == "narrowdeep":
+            own = words[1].startswith("-")
+            command = group if own else group.get_command(None, words[1])  # type: ignore[attr-defined]
             assert command is not None, line
             known = {name for param in command.params for name in (*param.opts, *param.secondary_opts)}
             assert {word for word in words if word.startswith("--")} <= {*known, "--help"}, line
