@@ -9,24 +9,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from jinja2 import Environment
 
-from narrowdeep import files, training
+from narrowdeep import files, html, training
 from narrowdeep.commands.options import JsonOption, has_matplotlib, one_line_errors, print_json
-from narrowdeep.experiments.page import STYLE
 from narrowdeep.training import EpochMetrics, TrainConfig
 
-_TEMPLATE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>narrowdeep: {{ runs|length }} runs</title>
-<style>{{ style }}
-td.number { text-align: right; font-variant-numeric: tabular-nums; } .wide { overflow-x: auto; }</style>
-</head>
-<body>
-<h1>{{ runs|length }} runs</h1>
+_BODY = """<h1>{{ runs|length }} runs</h1>
 {% if picture %}<img src="data:image/png;base64,{{ picture }}" alt="Losses and accuracies by epoch">
 {% else %}<p class="small">No picture: it needs matplotlib, and a finished epoch.</p>{% endif %}
 <div class="wide"><table>
@@ -37,8 +25,6 @@ td.number { text-align: right; font-variant-numeric: tabular-nums; } .wide { ove
 {% endfor %}</table></div>
 <h2>Settings that all have</h2>
 <p>{% for name, value in common.items() %}{{ name }} = {{ value }}{{ '' if loop.last else '; ' }}{% endfor %}</p>
-</body>
-</html>
 """
 
 
@@ -102,12 +88,14 @@ def _page(runs: list[Run], picture: str | None) -> str:
     differing = [name for name, value in configs[0].items() if any(c[name] != value for c in configs)]
     common = {name: value for name, value in configs[0].items() if name not in differing}
     rows = [{"name": r.name, "config": c, "results": r.results} for r, c in zip(runs, configs, strict=True)]
-    return (
-        Environment(autoescape=True)
-        .from_string(_TEMPLATE)
-        .render(
-            runs=rows, picture=picture, style=STYLE, differing=differing, common=common, results=list(runs[0].results)
-        )
+    return html.render(
+        f"narrowdeep: {len(runs)} runs",
+        _BODY,
+        runs=rows,
+        picture=picture,
+        differing=differing,
+        common=common,
+        results=list(runs[0].results),
     )
 
 

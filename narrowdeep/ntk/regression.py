@@ -287,6 +287,17 @@ class NTKRegressor(RegressorMixin, BaseEstimator):
         Raises: numpy.linalg.LinAlgError when the kernel is numerically singular and neither t nor n_steps is given;
         ValueError for t < 0, n_steps < 0, tau <= 0, a bad combination, steps so long that descent overflows, or
         (with t or n_steps) an eigenvalue clearly below 0; TypeError for a t, n_steps or tau that is not a number.
+
+        Examples:
+            >>> import numpy as np
+            >>> from narrowdeep.ntk import NTKRegressor, limit_ntk_mlp
+            >>> X = np.random.default_rng(0).random((20, 2))
+            >>> regressor = NTKRegressor(limit_ntk_mlp, ridge=1e-3).fit(X, X.prod(1))
+            >>> regressor.predict(X, t=100.0).shape, regressor.predict(X, n_steps=10, tau=0.1).shape
+            ((20,), (20,))
+            >>> mean, covariance = regressor.predict(X[:3], return_cov=True)
+            >>> covariance.shape
+            (3, 3)
         """
         check_is_fitted(self)
         if return_std and return_cov:
