@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from matplotlib import pyplot
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
@@ -50,13 +51,15 @@ def test_the_network_does_what_its_kernel_says(
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.ipynb")), ids=lambda path: path.name)
-def test_a_notebook_runs_from_top_to_bottom(path: Path) -> None:
+def test_a_notebook_runs_from_top_to_bottom(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cells = [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
     assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells)
+    monkeypatch.setenv("MPLBACKEND", "agg")
     names: dict[str, object] = {}
     for cell in cells:
         exec("".join(cell["source"]), names)
     figure, error = names["figure"], names["error"]
     assert isinstance(figure, Figure)
+    pyplot.close(figure)
     assert isinstance(error, dict)
     assert error[3000] < error[30]
