@@ -88,6 +88,7 @@ void check_like(const char* name, const Tensor& tensor, const char* of, const Te
 // Contiguous, and its data where elements of its type may lie: a storage may begin anywhere. What has no such data is
 // refused before torch is asked for it, which would print a stack.
 Tensor ready(const Tensor& any) {
+  check(any.defined(), "every tensor must be given");
   check(any.is_cpu(), "every tensor must be on the CPU, as the others are");
   int32_t layout = 0;
   aoti_torch_get_layout(any.get(), &layout);

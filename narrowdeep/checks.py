@@ -40,7 +40,8 @@ def check_count(name: str, value: Any, least: int, most: int = LARGEST) -> int:
     if count < least:
         raise ValueError(f"{name} must be at least {least}, got {shown(count)}")
     if count > most:
-        raise ValueError(f"{name} must be at most {most}, got {shown(count)}")
+        rule = "below 2**63" if most == LARGEST else f"at most {most}"
+        raise ValueError(f"{name} must be {rule}, got {shown(count)}")
     return count
 
 

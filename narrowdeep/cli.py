@@ -110,7 +110,7 @@ def _root(
 def _check_number(name: str, value: object) -> None:
     rule = None
     if isinstance(value, int) and abs(value) > _LARGEST:
-        rule = "must be below 2^63 in size"
+        rule = "must be below 2**63 in size"
     elif isinstance(value, float) and math.isnan(value):
         rule = "must be a number"
     if rule is not None:

@@ -15,14 +15,13 @@ batches of B:
 
 from __future__ import annotations
 
-import numbers
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
 from narrowdeep import ntk  # its spectra are loaded where a step is predicted, not where a run takes a number
-from narrowdeep.checks import shown
+from narrowdeep.checks import check_count, shown
 from narrowdeep.data import Task
 from narrowdeep.modules import DeepNarrowCNN, DeepNarrowMLP
 
@@ -84,10 +83,7 @@ def predict_step_size(
     """
     counts: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "samples": samples}
     for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-            raise TypeError(f"{name} must be an int, got {shown(value)}")
-        if not 1 <= int(value) < 2**63:
-            raise ValueError(f"{name} must be at least 1 and below 2**63, got {shown(value)}")
+        check_count(name, value, 1)
     if momentum is not None and not 0 <= momentum < 1:
         raise ValueError(f"momentum must be at least 0 and below 1, got {shown(momentum)}")
     if model.init != "ntk":

@@ -143,18 +143,18 @@ def test_a_copy_of_the_state_is_read(digits, state, tmp_path):
 BAD_HEADERS = [
     ("config.depth", 10**9, r"the tensor model.hidden_weight must have the shape \(999999998, 15, 15\), got \(3, 15"),
     ("config.depth", 3 * 10**7, "the tensor model.hidden_weight must have the shape"),
-    ("config.depth", 10**400, r"config.depth must be below 2\*\*63, got 10000.*\(401 characters\)"),
+    ("config.depth", 10**400, r"config.depth must be below 2\*\*63, got an int of 1329 bits"),
     ("config.depth", 2.5, "config.depth must be an int, got 2.5"),
     ("config.depth", 5.0, "config.depth must be an int, got 5.0"),
     ("config.depth", "12", "config.depth must be an int, got '12'"),
     ("config.depth", 1, "config.depth must be at least 2, got 1"),
     ("config.depth", True, "config.depth must be an int, got True"),
     ("config.depth", ..., "config.depth is missing"),
-    ("config.scale", 10**400, "config.scale must be finite and positive, got 10000.*"),
+    ("config.scale", 10**400, "config.scale must be finite and positive, got an int of 1329 bits"),
     ("config.scale", 1e300, "scale must have scale"),
     ("config.scale", 0, "config.scale must be finite and positive, got 0"),
     ("config.scale", None, "config.scale must be finite and positive, got None"),
-    ("config.lr", 10**400, "config.lr must be finite and positive, got 10000.*"),
+    ("config.lr", 10**400, "config.lr must be finite and positive, got an int of 1329 bits"),
     ("config.lr", "1e-3", "config.lr must be finite and positive, got '1e-3'"),
     ("config.rho", -1, "config.rho must be finite and not negative, got -1"),
     ("config.beta", [], r"config.beta must be finite and not negative, got \[\]"),
@@ -174,7 +174,7 @@ BAD_HEADERS = [
     ("config.decay", "cosine", "config.decay must be none or linear, got 'cosine'"),
     ("config.epochs", 0, "config.epochs must be an int of at least 1, got 0"),
     ("config.batch_size", 10**400, r"config.batch_size must be below 2\*\*63"),
-    ("config.seed", 2**63, "config.seed must be at least 0 and below 2.63, got 9223372036854775808"),
+    ("config.seed", 2**63, "config.seed must be at least 0 and below 2..63, got 9223372036854775808"),
     ("config.pool", "4", "config.pool must be an int of at least 1, got '4'"),
     ("config.predicted_loss", "low", "config.predicted_loss must be finite and not negative, got 'low'"),
     ("config.more", 1, "config.more is not known, got 1"),
@@ -323,7 +323,7 @@ def test_a_random_state_of_nonsense_is_refused(digits, state, tmp_path):
         ("model.kernel_size", 3, r"the tensor model.first_weight must have the shape \(4, 1, 3, 3\), got \(4, 1, 5"),
         ("model.kernel_size", 2.5, "model.kernel_size must be an int of at least 1, got 2.5"),
         ("model.arch", "mlp", r"the tensor model.first_weight must have the shape \(4, 1\), got \(4, 1, 5, 5\)"),
-        ("model.scale", 10**400, "model.scale must be finite and positive, got 10000"),
+        ("model.scale", 10**400, "model.scale must be finite and positive, got an int of 1329 bits"),
         ("model.checkpoint", 2**63, r"model.checkpoint must be below 2\*\*63, got 9223372036854775808"),
         ("model.budget", "2GiB", "model.budget must be an int of at least 0, got '2GiB'"),
         ("model.more", 1, "model.more is not known, got 1"),
@@ -393,13 +393,6 @@ def assert_same_model(found: nn.Module, expected: nn.Module) -> None:
 @pytest.mark.parametrize("make", MODELS)
 def test_every_setting_survives(tmp_path, make):
     expected = make()
-    training.save_model(expected, tmp_path / "model")
-    assert_same_model(training.load_model(tmp_path / "model"), expected)
-
-
-def test_a_budget_that_is_not_in_force_survives(tmp_path):
-    expected = DeepNarrowMLP(3, 2, 9, budget="3MiB")
-    expected.checkpoint = 4  # set later: the budget waits for "auto"
     training.save_model(expected, tmp_path / "model")
     assert_same_model(training.load_model(tmp_path / "model"), expected)
 
@@ -551,7 +544,7 @@ def line(**values: Any) -> bytes:
         (b"{}\n", "line 2: epoch is missing"),
         (line(train_loss=math.nan), "line 2: train_loss must be finite and not negative, got nan"),
         (line(test_loss=math.inf), "line 2: test_loss must be finite and not negative, got inf"),
-        (line(test_loss=10**400), "line 2: test_loss must be finite and not negative, got 1000"),
+        (line(test_loss=10**400), "line 2: test_loss must be finite and not negative, got an int of 1329 bits"),
         (line(train_loss=None), "line 2: train_loss must be finite and not negative, got None"),
         (line(train_loss="0.5"), "line 2: train_loss must be finite and not negative, got '0.5'"),
         (line(train_accuracy=2), "line 2: train_accuracy must be between 0 and 1, got 2"),
@@ -586,7 +579,7 @@ def test_metrics_that_are_no_file(digits, tmp_path):
 
 def test_numbers_beyond_every_float():
     for name in ("scale", "lr", "rho", "epochs", "seed", "momentum", "depth", "checkpoint"):
-        with pytest.raises(ValueError, match=rf"^{name} must .*, got 10000.*\(401 characters\)$"):
+        with pytest.raises(ValueError, match=rf"^{name} must .*, got an int of 1329 bits$"):
             dataclasses.replace(CONFIG, **{name: 10**400})
     with pytest.raises(ValueError, match=r"checkpoint must be below 2\*\*63, got 9223372036854775808"):
         dataclasses.replace(CONFIG, checkpoint=2**63)

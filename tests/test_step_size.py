@@ -119,8 +119,8 @@ def test_needs_the_thesis_initialisation(digits):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"steps": 0}, ValueError, r"steps must be at least 1 and below 2\*\*63, got 0"),
-        ({"steps": 10**400}, ValueError, r"steps must be at least 1 and below 2\*\*63, got 1000.*401 characters"),
+        ({"steps": 0}, ValueError, r"steps must be at least 1, got 0"),
+        ({"steps": 10**400}, ValueError, r"steps must be below 2\*\*63, got an int of 1329 bits"),
         ({"batch_size": 2.5}, TypeError, "batch_size must be an int, got 2.5"),
         ({"samples": "12"}, TypeError, "samples must be an int, got '12'"),
         ({"momentum": 1.0}, ValueError, "momentum must be at least 0 and below 1, got 1.0"),

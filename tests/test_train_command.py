@@ -156,8 +156,8 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     [
         (["--lr", "1e400"], "lr must be finite and positive, got inf"),
         (["--scale", "1e400"], "scale must "),
-        (["--checkpoint", str(2**63)], "checkpoint must be below 2**63, got 9223372036854775808"),
-        (["--checkpoint", "9" * 400], "checkpoint must be below 2**63, got 99999"),
+        (["--checkpoint", str(2**63)], "checkpoint must be below 2**63 in size, got 9223372036854775808"),
+        (["--checkpoint", "9" * 400], "checkpoint must be below 2**63 in size, got 99999"),
         (["--rho", "inf"], "rho must be finite and not negative, got inf"),
         (["--seed", str(2**63)], "seed must be "),
         (["--depth", "9" * 400], "depth must be below 2"),

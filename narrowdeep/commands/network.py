@@ -45,7 +45,7 @@ def parse_checkpoint(text: str) -> int | str:
     if re.fullmatch(r"-?\d+", text) is None:
         return text
     if len(text) > 20 or abs(int(text)) >= 2**63:
-        fail(f"checkpoint must be below 2^63 in size, got {shorten(text)}")
+        fail(f"checkpoint must be below 2**63 in size, got {shorten(text)}")
     return int(text)
 
 

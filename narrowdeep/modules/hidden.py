@@ -5,42 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from narrowdeep.chain.params import Affine, ChainParams, ChainSettings
 from narrowdeep.chain.span import span
 from narrowdeep.checks import check_count
-from narrowdeep.ops.autograd import differentiated_once
-
-
-class _Value(torch.autograd.Function):
-    """forward(state) -> its value h = (base + hi) + lo, (n, *positions, B).
-
-    A state's gradient is that of its pre-activation (``narrowdeep.ops.reference``), so h's passes the ReLU here.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(state: Tensor) -> Tensor:
-        return state.sum(0) if state.shape[0] == 1 else (state[0] + state[1]) + state[2]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(output)
-        ctx.rows = inputs[0].shape[0]
-
-    @staticmethod
-    @differentiated_once
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor]:
-        (h,) = ctx.saved_tensors
-        g = grad.masked_fill(h <= 0, 0)
-        return (torch.stack((*[torch.zeros_like(g)] * (ctx.rows - 1), g)),)
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
-        return tangent.sum(0)
+from narrowdeep.ops.value import state_value
 
 
 def check_layers(layers: Iterable[int], depth: int) -> list[int]:
@@ -87,5 +57,5 @@ def hidden_states(
         state = span(family, state, part, ChainSettings(scale, offset, last_weight.shape[0], start), segment)
         start = end
         if end in wanted:
-            found[end] = _Value.apply(state).movedim(-1, 0)
+            found[end] = state_value(state).movedim(-1, 0)
     return [found[layer - 1] for layer in layers]

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from narrowdeep.checks import check_count, shown
 from narrowdeep.functional import check_tensor
 
 Array = NDArray[np.float64]
@@ -32,34 +33,20 @@ def as_real(name: str, value: Any) -> float:
 def as_not_negative(name: str, value: Any) -> float:
     number = as_real(name, value)
     if not (math.isfinite(number) and number >= 0):
-        raise ValueError(f"{name} must be finite and not negative, got {_short(value)}")
+        raise ValueError(f"{name} must be finite and not negative, got {shown(value)}")
     return number
 
 
 def as_positive(name: str, value: Any) -> float:
     number = as_real(name, value)
     if not (math.isfinite(number) and number > 0):
-        raise ValueError(f"{name} must be finite and positive, got {_short(value)}")
+        raise ValueError(f"{name} must be finite and positive, got {shown(value)}")
     return number
 
 
 def as_count(name: str, value: Any, least: int = 1) -> int:
     """An integer of any type, from ``least``."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    number = int(value)
-    if number < least:
-        raise ValueError(f"{name} must be at least {least}, got {_short(value)}")
-    if number >= 2**63:
-        raise ValueError(f"{name} must be below 2**63, got {_short(value)}")
-    return number
-
-
-def _short(value: Any) -> str:
-    """The value as text; of thousands of digits, how many."""
-    if isinstance(value, numbers.Integral) and abs(int(value)) >= 10**20:
-        return f"an integer of {int(value).bit_length()} bits"
-    return str(value)
+    return check_count(name, value, least)
 
 
 def as_array(name: str, value: Any) -> Array:

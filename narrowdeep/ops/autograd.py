@@ -9,6 +9,7 @@ have: the inputs go through ``Once``, a node that raises when a derivative reach
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -63,6 +64,21 @@ def once(inputs: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     return tuple(None if t is None else next(tied) for t in inputs)
 
 
+def _alone() -> bool:
+    """Whether nothing but numbers is wanted: no graph, no tangent, no transform."""
+    return not (
+        torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    )
+
+
+def _call(op: Callable[..., Any], *args: Any) -> Any:
+    """The op from inside its own node: not by way of the Autograd key again, which costs a third of a small call."""
+    if torch._C._are_functorch_transforms_active():
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
 def differentiated_once(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., Any]:
     """For the backward of a node: what it returns raises when it is differentiated, with respect to anything.
 
@@ -77,7 +93,8 @@ def differentiated_once(backward: Callable[..., tuple[Tensor | None, ...]]) -> C
         if not torch.is_grad_enabled():
             return found
         tensors = [t for t in found if t is not None]
-        tied = iter(Once.apply(*tensors, *grads, *ctx.saved_tensors)[: len(tensors)])
+        saved = [t for t in ctx.saved_tensors if t is not None]
+        tied = iter(Once.apply(*tensors, *grads, *saved)[: len(tensors)])
         return tuple(None if t is None else next(tied) for t in found)
 
     return run
@@ -102,8 +119,8 @@ def _inside_transform() -> Any:
     return torch._C._ForceDispatchKeyGuard(included, excluded)
 
 
-def register(library: torch.library.Library, name: str, node: type[Function]) -> None:
-    """``node.apply``, whose forward calls the op again, for calls of op ``name`` that autograd has to know of."""
+def register(library: torch.library.Library, name: str, apply: Callable[..., Any]) -> None:
+    """``apply`` of a node, whose forward calls the op again, for calls of op ``name`` that autograd has to know of."""
     op = getattr(torch.ops.narrowdeep, name).default
 
     def kernel(keys: torch._C.DispatchKeySet, *args: Any) -> Any:
@@ -114,10 +131,10 @@ def register(library: torch.library.Library, name: str, node: type[Function]) ->
                     f"narrowdeep::{name} has no torch.func.jvp, nor has a graph that was traced from it: take that of "
                     "a model or of narrowdeep.functional's chains"
                 )
-            return node.apply(*args)
+            return apply(*args)
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
             with _inside_transform() if transformed else nullcontext():
-                return node.apply(*args)
+                return apply(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keys & torch._C._after_autograd_keyset, *args)
 
@@ -148,7 +165,7 @@ def register_without_derivative(library: torch.library.Library, name: str) -> No
         def jvp(ctx: Any, *tangents: Any) -> Any:
             raise NotImplementedError(message)
 
-    register(library, name, WithoutDerivative)
+    register(library, name, WithoutDerivative.apply)
 
 
 def register_chain(library: torch.library.Library, family: str, title: str, ops: Any) -> None:
@@ -159,7 +176,7 @@ def register_chain(library: torch.library.Library, family: str, title: str, ops:
 
         @staticmethod
         def forward(*args: Any) -> tuple[Tensor, Tensor]:
-            return ops.forward(*args)
+            return _call(ops.forward, *args)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -175,12 +192,16 @@ def register_chain(library: torch.library.Library, family: str, title: str, ops:
             if grad_out is None:
                 return (None,) * (_INPUTS + _SETTINGS)
             *inputs, saved = ctx.saved_tensors
-            grads = Backward.apply(grad_out, *once(tuple(inputs)), saved, *ctx.settings, needed[0], any(needed[1:]))
+            rest = saved, *ctx.settings, needed[0], any(needed[1:])
+            if _alone():
+                grads = _call(ops.backward, grad_out, *inputs, *rest)
+            else:
+                grads = apply_backward(grad_out, *inputs, *rest)
             return (*(g if n else None for g, n in zip(grads, needed, strict=True)), *[None] * _SETTINGS)
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, None]:
-            return Jvp.apply(*once(ctx.saved_tensors[:_INPUTS]), *tangents[:_INPUTS], *ctx.settings[:-1]), None
+            return apply_jvp(*ctx.saved_tensors[:_INPUTS], *tangents[:_INPUTS], *ctx.settings[:-1]), None
 
     class Backward(Function):
         """Linear in ``grad_out``; there its transpose is the jvp."""
@@ -189,7 +210,7 @@ def register_chain(library: torch.library.Library, family: str, title: str, ops:
 
         @staticmethod
         def forward(*args: Any) -> tuple[Tensor, ...]:
-            return ops.backward(*args)
+            return _call(ops.backward, *args)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
@@ -207,15 +228,14 @@ def register_chain(library: torch.library.Library, family: str, title: str, ops:
             tangents = [g if p else None for g, p in zip(grads, present, strict=True)]
             found = None
             if ctx.needs_input_grad[0] and any(t is not None for t in tangents):
-                found = Jvp.apply(*once(inputs), *tangents, *settings)
+                found = apply_jvp(*inputs, *tangents, *settings)
             return (found, *[None] * (_INPUTS + 1 + _SETTINGS + 2))
 
         @staticmethod
         def jvp(ctx: Any, grad_out_t: Tensor | None, *tangents: Any) -> tuple[Tensor, ...]:
             if any(t is not None for t in tangents[:_INPUTS]):
                 raise NotImplementedError(SECOND_ORDER)
-            *inputs, saved = ctx.saved_tensors
-            return Backward.apply(grad_out_t, *once(tuple(inputs)), saved, *ctx.settings)
+            return apply_backward(grad_out_t, *ctx.saved_tensors, *ctx.settings)
 
     class Jvp(Function):
         """Linear in the tangents; there its transpose is the backward."""
@@ -224,7 +244,7 @@ def register_chain(library: torch.library.Library, family: str, title: str, ops:
 
         @staticmethod
         def forward(*args: Any) -> Tensor:
-            return ops.jvp(*args)
+            return _call(ops.jvp, *args)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -242,7 +262,7 @@ def register_chain(library: torch.library.Library, family: str, title: str, ops:
                 places = input.shape[2:] if first_weight is None else (*input.shape[2:], input.shape[0])
                 saved = input.new_empty(0, 1, hidden_weight.shape[1], *places)  # the forward runs again
                 settings = (*ctx.settings, 0, needed[0], any(needed[1:]))
-                grads = Backward.apply(grad_out, *once(ctx.saved_tensors), saved, *settings)
+                grads = apply_backward(grad_out, *ctx.saved_tensors, saved, *settings)
                 grads = [g if n else None for g, n in zip(grads, needed, strict=True)]
             return (*[None] * _INPUTS, *grads, *[None] * (_SETTINGS - 1))
 
@@ -250,14 +270,22 @@ def register_chain(library: torch.library.Library, family: str, title: str, ops:
         def jvp(ctx: Any, *tangents: Any) -> Tensor:
             if any(t is not None for t in tangents[:_INPUTS]):
                 raise NotImplementedError(SECOND_ORDER)
-            return Jvp.apply(*once(ctx.saved_tensors), *tangents[_INPUTS : 2 * _INPUTS], *ctx.settings)
+            return apply_jvp(*ctx.saved_tensors, *tangents[_INPUTS : 2 * _INPUTS], *ctx.settings)
 
-    for op, node, name in (
-        ("forward", Chain, title),
-        ("backward", Backward, f"{title}Gradient"),
-        ("jvp", Jvp, f"{title}Tangent"),
-    ):
+    def apply_backward(grad_out: Tensor | None, *args: Any) -> Any:
+        return Backward.apply(grad_out, *once(args[:_INPUTS]), *args[_INPUTS:])
+
+    def apply_jvp(*args: Any) -> Any:
+        return Jvp.apply(*once(args[:_INPUTS]), *args[_INPUTS:])
+
+    nodes: tuple[tuple[str, type[Function], Callable[..., Any], str], ...] = (
+        ("forward", Chain, Chain.apply, title),
+        ("backward", Backward, apply_backward, f"{title}Gradient"),
+        ("jvp", Jvp, apply_jvp, f"{title}Tangent"),
+    )
+    for op, node, apply, name in nodes:
+        setattr(node.forward, "__signature__", inspect.signature(node.forward))  # noqa: B010 (torch asks at every call)
         node.__name__ = name  # in profilers; the name of the grad_fn is that of a class that torch has made of it
         node._backward_cls.__name__ = f"{name}Backward"
-        register(library, f"{family}_{op}", node)
+        register(library, f"{family}_{op}", apply)
     NODES[family] = Chain

@@ -48,7 +48,7 @@ AnyCheckpoint = Annotated[
     Integer | Literal["auto", "none"] | Pair, Rule("must be 'auto', 'none' or an int"), AfterValidator(_checkpoint)
 ]
 _Momentum = Annotated[Finite, Field(ge=0, lt=1), Rule("must be at least 0 and below 1")]
-_Seed = Annotated[Integer, Field(ge=0, lt=2**63), Rule("must be at least 0 and below 2^63")]
+_Seed = Annotated[Integer, Field(ge=0, lt=2**63), Rule("must be at least 0 and below 2**63")]
 _Dtype = Annotated[Literal["float32", "float64"], Rule("must be one of float32, float64")]
 _Decay = Annotated[Decay, Rule("must be none or linear")]
 

@@ -206,7 +206,9 @@ class Trainer:
         self.require_finite()
         tensors = model_tensors(self.model)
         momentum = [self.optimizer.state[p].get("momentum_buffer") for p in self.model.parameters()]
-        tensors |= {f"momentum.{i}": buffer for i, buffer in enumerate(momentum) if buffer is not None}
+        if any(buffer is not None for buffer in momentum):  # those of no layers have no gradient, and so none
+            for i, (buffer, parameter) in enumerate(zip(momentum, self.model.parameters(), strict=True)):
+                tensors[f"momentum.{i}"] = parameter.detach() if buffer is None else buffer
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
             raise self._diverged("parameters are")
         tensors["random_state"] = self._epoch_random_state

@@ -240,7 +240,7 @@ def test_arrays_of_any_byte_order_and_numbers_of_any_kind() -> None:
     assert torch.equal(limit_ntk_mlp(fixed[::-1]), limit_ntk_mlp(torch.tensor(x[::-1].copy())))
     with pytest.raises(TypeError, match="x1 must be torch.float32 or torch.float64, got uint8"):
         limit_ntk_mlp(x.astype(np.uint8))
-    with pytest.raises(ValueError, match="rho must be finite and not negative, got an integer of 1329 bits"):
+    with pytest.raises(ValueError, match="rho must be finite and not negative, got an int of 1329 bits"):
         limit_ntk_mlp(x, rho=10**400)
 
 

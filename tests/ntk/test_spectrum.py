@@ -171,5 +171,5 @@ def test_numbers_and_arrays_of_any_kind() -> None:
         loss_curve(kernel, ["1", "2"], 2, tau=1.0)
     with pytest.raises(ValueError, match="y must be finite, got NaN or infinity"):
         loss_curve(kernel, [1.0, np.nan], 2, tau=1.0)
-    with pytest.raises(ValueError, match="tau must be finite and positive, got an integer of 1329 bits"):
+    with pytest.raises(ValueError, match="tau must be finite and positive, got an int of 1329 bits"):
         loss_curve(kernel, [1.0, 1.0], 2, tau=10**400)
