@@ -7,8 +7,6 @@ import signal
 import sys
 from types import FrameType
 
-from narrowdeep.extras import MissingExtraError, install, optional
-
 
 def main() -> None:
     """Entry point of the console script."""
@@ -16,6 +14,8 @@ def main() -> None:
     # a shell's "nohup" or "&" has set stays.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, stop_at_once)
+    from narrowdeep.extras import MissingExtraError, install, optional
+
     try:
         with optional():  # typer, too, loads some of what it needs late
             from narrowdeep.cli import app
