@@ -9,7 +9,7 @@ FUZZ_SEED ?= 0
 FUZZ_SECONDS ?= 60
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' 2>/dev/null)
 
-.PHONY: help demo test bench lint sanitize fuzz clean
+.PHONY: help demo test bench lint sanitize fuzz docs clean
 .DELETE_ON_ERROR:
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo 'make lint    ruff, mypy and clang-format'
 	@echo 'make sanitize  the tests of the engine under ASan and UBSan (gcc)'
 	@echo 'make fuzz    random calls of the public API, good and bad (FUZZ_SECONDS=60 FUZZ_SEED=0)'
+	@echo 'make docs    build the docs site in build/site'
 	@echo 'make clean   remove what was built'
 
 demo: $(READY)
@@ -57,8 +58,15 @@ sanitize: $(READY)
 fuzz: $(READY)
 	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED)
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+$(VENV)/.docs: $(READY)
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e '.[docs]'
+	touch $@
+
 clean:
-	rm -rf build dist narrowdeep.egg-info narrowdeep/*.so $(READY)
+	rm -rf build dist narrowdeep.egg-info narrowdeep/*.so $(READY) $(VENV)/.docs
 
 # The environment's own torch is built against: hence no build isolation.
 $(READY): pyproject.toml setup.py $(SOURCES)

@@ -6,7 +6,6 @@ Every public name is there after ``import narrowdeep`` and is loaded, torch incl
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ def __getattr__(name: str) -> Any:
     elif name in __all__:
         return importlib.import_module(f"narrowdeep.{name}")
     elif name == "__version__":
-        value = importlib.metadata.version("narrowdeep")
+        value = importlib.import_module("importlib.metadata").version("narrowdeep")
     else:
         raise AttributeError(f"module 'narrowdeep' has no attribute {name!r}")
     globals()[name] = value

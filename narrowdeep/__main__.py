@@ -14,9 +14,15 @@ def main() -> None:
     # a shell's "nohup" or "&" has set stays.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, stop_at_once)
-    from narrowdeep.cli import app
+    from narrowdeep.extras import MissingExtraError, install, optional
 
-    app(prog_name="narrowdeep")
+    try:
+        with optional():  # typer, too, loads some of what it needs late
+            from narrowdeep.cli import app
+
+            app(prog_name="narrowdeep")
+    except MissingExtraError as error:  # whatever a command needs, the extra cli brings
+        sys.exit(f"error: the command line needs {error.name}, which is not installed: {install('cli')}")
 
 
 def stop_at_once(number: int, frame: FrameType | None) -> None:

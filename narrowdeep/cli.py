@@ -10,11 +10,13 @@ import math
 import signal
 from typing import Annotated, Any
 
-import typer
-from typer.core import TyperCommand, TyperGroup
-
 import narrowdeep
 from narrowdeep.__main__ import main, shorten, stop_at_once
+from narrowdeep.extras import optional
+
+with optional():
+    import typer
+    from typer.core import TyperCommand, TyperGroup
 
 COMMANDS = {
     "train": "Train a network with SGD on 1/(2N) sum ||f - y||^2.",
@@ -23,6 +25,7 @@ COMMANDS = {
     "profile": "Peak memory of a forward and backward: planned, measured, and of the same layers run eagerly.",
     "reproduce": "Reproduce a figure, table or theorem of the thesis.",
     "record": "Run a record of depth and print one line of JSON with what it took and whether it passed.",
+    "report": "Write one HTML page that compares runs.",
     "info": "Versions, backends, instruction sets and threads.",
 }
 """What ``narrowdeep --help`` says of each."""
@@ -53,13 +56,26 @@ class Commands(TyperGroup):
     def list_commands(self, ctx: Any) -> list[str]:
         return list(COMMANDS)
 
+    _names_only = False
+
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in COMMANDS:
             return None
-        module = importlib.import_module(f"narrowdeep.commands.{cmd_name}")
+        if self._names_only:
+            return TyperCommand(cmd_name, help=COMMANDS[cmd_name])
+        with optional():
+            module = importlib.import_module(f"narrowdeep.commands.{cmd_name}")
         only = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
         only.command(cmd_name, cls=Command)(getattr(module, cmd_name))
         return typer.main.get_command(only)
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> Any:
+        """Without the commands' modules: a key is answered at once."""
+        self._names_only = True
+        try:
+            return super().shell_complete(ctx, incomplete)
+        finally:
+            self._names_only = False
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         with formatter.section("Commands"):
@@ -70,7 +86,6 @@ app = typer.Typer(
     name="narrowdeep",
     cls=Commands,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},

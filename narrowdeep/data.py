@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (the name torch's own documentation uses)
 
+from narrowdeep.extras import install, optional
+
 TaskName = Literal["toy", "digits", "digits01", "mnist", "mnist01"]
 AccuracyKind = Literal["argmax", "threshold"]
 
@@ -130,8 +132,9 @@ def _toy(samples: int, dtype: torch.dtype) -> Task:
 
 
 def _digits(name: Literal["digits", "digits01"], pool: int, dtype: torch.dtype) -> Task:
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
+    with optional():
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
 
     images, labels = load_digits(return_X_y=True)
     train, test, train_labels, test_labels = train_test_split(
@@ -225,7 +228,7 @@ def _download_mnist(raw: Path) -> None:
         from torchvision.datasets import MNIST
         from torchvision.datasets.utils import download_url
     except ImportError as error:
-        raise ValueError(f"download needs torchvision (pip install torchvision): {error}") from error
+        raise ValueError(f"download needs torchvision ({install('download')}): {error}") from error
     for packed, checksum in MNIST.resources:
         if _find_idx(raw, packed.removesuffix(".gz")) is not None:
             continue

@@ -133,6 +133,16 @@ class FusedSGD(torch.optim.Optimizer):
 
     Raises: TypeError or ValueError naming the argument, the rule and the value; ValueError when a parameter
         does not require gradients, or already steps inside backward under another FusedSGD (``remove`` that one first).
+
+    Examples:
+        >>> import torch
+        >>> from narrowdeep import DeepNarrowMLP
+        >>> from narrowdeep.optim import FusedSGD
+        >>> model = DeepNarrowMLP(2, 1, depth=1000, chunks=10)
+        >>> optimizer = FusedSGD(model, lr=0.1 * model.ntk_lr, momentum=0.9)
+        >>> (model(torch.rand(8, 2)) - 1).square().mean().backward()  # which is a step
+        >>> model.first_weight.grad is None
+        True
     """
 
     def __init__(

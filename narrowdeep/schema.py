@@ -13,10 +13,12 @@ import math
 import numbers
 from typing import Annotated, Any, TypeVar, get_type_hints
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
-from pydantic_core import core_schema
-
 from narrowdeep.checks import shown
+from narrowdeep.extras import optional
+
+with optional():
+    from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
+    from pydantic_core import core_schema
 
 T = TypeVar("T")
 

@@ -20,10 +20,10 @@ from typing import Any, Literal
 
 import torch
 
+from narrowdeep import ntk  # its spectra are loaded where a step is predicted, not where a run takes a number
 from narrowdeep.checks import check_count, shown
 from narrowdeep.data import Task
 from narrowdeep.modules import DeepNarrowCNN, DeepNarrowMLP
-from narrowdeep.ntk import empirical_ntk, heavy_ball, loss_curve, max_learning_rate
 
 Decay = Literal["none", "linear"]
 """Whether the step size stays what it is, or falls to 0 over the run, which averages the noise of batches out."""
@@ -93,18 +93,18 @@ def predict_step_size(
     count = task.x_train.shape[0]
     chosen = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:samples].to(task.x_train.device)
     x, y = task.x_train[chosen], task.y_train[chosen]
-    kernel = empirical_ntk(model, x, reduce="trace").cpu() / y.shape[1]
-    tau = 0.5 * max_learning_rate(kernel)  # N / lambda_max
+    kernel = ntk.empirical_ntk(model, x, reduce="trace").cpu() / y.shape[1]
+    tau = 0.5 * ntk.max_learning_rate(kernel)  # N / lambda_max
     largest = 1.0 / tau
     if momentum is None:
         reach = min(1.0, (4.0 / steps) ** 2)
-        _, momentum = heavy_ball(kernel, smallest=reach * largest * len(chosen))
+        _, momentum = ntk.heavy_ball(kernel, smallest=reach * largest * len(chosen))
     batch = min(batch_size, count)
     if batch < count:
         noise = (count - batch) / (count - 1)  # of a batch drawn without replacement
         tau = min(tau, (1.0 - momentum) * batch / (noise * kernel.diagonal().mean().item()))
     taus = [tau * decay_factor(decay, step, steps) for step in range(steps)]
-    losses = loss_curve(kernel, y, steps, tau=taus, momentum=momentum)
+    losses = ntk.loss_curve(kernel, y, steps, tau=taus, momentum=momentum)
     return StepSize(
         tau=tau,
         lr=tau * model.ntk_lr,

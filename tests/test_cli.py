@@ -75,7 +75,8 @@ def test_train_leaves_a_run(tmp_path):
     out = tmp_path / "new" / "run"
     result = train(*FAST[:-1], "--seed", 5, "--dtype", "float64", "--scale", 10, "--tau", 0.01, "--out", out)
     assert result["finished"]
-    assert sorted(p.name for p in out.iterdir()) == ["checkpoint.safetensors", "curves.png", "metrics.jsonl"]
+    names = ["checkpoint.safetensors", "curves.png", "metrics.jsonl", "settings.toml"]
+    assert sorted(p.name for p in out.iterdir()) == names
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2]
     assert lines[1] == result["metrics"]

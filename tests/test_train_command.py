@@ -75,7 +75,7 @@ def test_two_runs_in_one_folder(tmp_path):
     # A killed run locks nobody out.
     result = train("--out", folder, "--resume", "--epochs", epochs[-1] + 1, "--no-plot")
     assert result["epoch"] == epochs[-1] + 1
-    assert sorted(p.name for p in folder.iterdir()) == ["checkpoint.safetensors", "metrics.jsonl"]
+    assert sorted(p.name for p in folder.iterdir()) == ["checkpoint.safetensors", "metrics.jsonl", "settings.toml"]
 
 
 def test_a_run_that_began_in_the_meantime_is_kept(tmp_path, monkeypatch):
@@ -137,7 +137,7 @@ def test_without_matplotlib_the_plot_is_left_out(tmp_path, monkeypatch):
     result = run(*FAST[:-1], "--out", tmp_path)
     assert result.exit_code == 0
     assert "the plot is left out: it needs matplotlib" in result.stderr
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.safetensors", "metrics.jsonl"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.safetensors", "metrics.jsonl", "settings.toml"]
 
 
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
@@ -148,7 +148,7 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "write", full)
     text = refused(*FAST, "--out", tmp_path, "--json", status=1)
     assert text == f"error: {tmp_path / 'metrics.jsonl'} cannot be written: No space left on device"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.safetensors", "metrics.jsonl"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.safetensors", "metrics.jsonl", "settings.toml"]
 
 
 @pytest.mark.parametrize(

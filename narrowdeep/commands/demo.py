@@ -15,6 +15,7 @@ from torch import nn
 
 from narrowdeep import training
 from narrowdeep.commands.network import Arch
+from narrowdeep.commands.settings import SETTINGS
 from narrowdeep.commands.train import TaskChoice, train
 from narrowdeep.data import load_task
 from narrowdeep.training import Trainer
@@ -72,7 +73,7 @@ def training_step(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Callabl
 def forget(folder: Path) -> None:
     """Delete the files of the run in ``folder``, if there is one, and nothing else."""
     if training.holds_run(folder):
-        for name in (training.CHECKPOINT, training.METRICS, training.CURVES):
+        for name in (training.CHECKPOINT, training.METRICS, training.CURVES, SETTINGS):
             (folder / name).unlink(missing_ok=True)
 
 

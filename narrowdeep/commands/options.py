@@ -14,6 +14,7 @@ import torch
 import typer
 
 from narrowdeep.__main__ import shorten
+from narrowdeep.extras import install
 from narrowdeep.memory.planning import OPTIMIZER_TENSORS
 
 
@@ -121,7 +122,7 @@ def has_matplotlib(what: str) -> bool:
     """Whether ``what`` ("the plot") can be drawn; a line on standard error says how where it cannot."""
     if importlib.util.find_spec("matplotlib") is not None:
         return True
-    typer.echo(f"{what} is left out: it needs matplotlib (pip install matplotlib)", err=True)
+    typer.echo(f"{what} is left out: it needs matplotlib ({install('plots')})", err=True)
     return False
 
 

@@ -25,6 +25,7 @@ from narrowdeep.commands.options import (
     resolve_device,
 )
 from narrowdeep.commands.progress import progress
+from narrowdeep.extras import install
 from narrowdeep.memory.profiling import plot, table
 
 
@@ -88,7 +89,7 @@ def profile(
 def _check_figure(path: Path) -> None:
     """Raises: ValueError, OSError where no picture can be written; the measurement takes longer than to find out."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("the plot needs matplotlib: pip install matplotlib, or leave --plot out")
+        raise ValueError(f"the plot needs matplotlib: {install('plots')}, or leave --plot out")
     from matplotlib.backend_bases import FigureCanvasBase
 
     known = FigureCanvasBase.get_supported_filetypes()

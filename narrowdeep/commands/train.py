@@ -30,6 +30,7 @@ from narrowdeep.commands.options import (
     print_json,
     resolve_device,
 )
+from narrowdeep.commands.settings import ConfigOption, write_settings
 from narrowdeep.data import TASKS, Task, load_task
 from narrowdeep.memory.sizes import parse_bytes
 from narrowdeep.step_size import StepSize, predict_step_size
@@ -120,14 +121,15 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, with its settings.")] = False,
     save_every: Annotated[float, typer.Option(min=0, help="Seconds between two saves of the run.")] = 30.0,
     plot: Annotated[bool, typer.Option(help="Draw curves.png at the end; needs matplotlib.")] = True,
+    config: ConfigOption = None,
     json: JsonOption = False,
 ) -> None:
     """Train a network with SGD on 1/(2N) sum ||f - y||^2.
 
-    The run's folder holds checkpoint.safetensors (its whole state), metrics.jsonl and curves.png, and takes one run at
-    a time. Ctrl-C finishes the step in progress and keeps every step done; --resume then goes on with the same numbers,
-    bit for bit at a given number of threads and instruction set, as a run never stopped. Of the settings, only --epochs
-    can change on the way.
+    The run's folder holds checkpoint.safetensors (its whole state), metrics.jsonl, settings.toml (for --config) and
+    curves.png, and takes one run at a time. Ctrl-C finishes the step in progress and keeps every step done; --resume
+    then goes on with the same numbers, bit for bit at a given number of threads and instruction set, as a run never
+    stopped. Of the settings, only --epochs can change on the way.
     """
     given: dict[str, Any] = {
         "task": task and task.value,
@@ -171,6 +173,7 @@ def train(
             stack.enter_context(files.folder_lock(folder))
             if not resume:
                 _require_no_run(folder)  # which may have begun in the meantime
+            write_settings(folder, trainer.config)
         finished = _fit(trainer, folder, save_every=save_every, plot=plot, quiet=json)
         _report(trainer, folder, finished=finished, plot=plot, json=json)
     if not finished:

@@ -8,26 +8,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment
 from pydantic import BaseModel, ValidationError
 
-from narrowdeep import files
+from narrowdeep import files, html
 
-_TEMPLATE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>narrowdeep: the thesis, reproduced</title>
-<style>
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-img { max-width: 100%; border: 1px solid #ddd; }
-table { border-collapse: collapse; } td, th { padding: .25rem .8rem .25rem 0; text-align: left; vertical-align: top; }
-.yes { color: #16662a; } .no { color: #a01515; } .small { color: #666; font-size: .85rem; overflow-wrap: anywhere; }
-</style>
-</head>
-<body>
-<h1>The thesis, reproduced</h1>
+_BODY = """<h1>The thesis, reproduced</h1>
 <p>Lee, <cite>Neural Tangent Kernel Analysis of Deep Narrow Neural Networks</cite> (2023). Each verdict is computed from
 the numbers of its run.</p>
 <table>
@@ -50,8 +35,6 @@ the numbers of its run.</p>
 torch {{ r.versions.torch }})<br>
 {% for name, value in r.settings.items() %}{{ name }} = {{ value }}{{ '' if loop.last else '; ' }}{% endfor %}</p>
 {% endfor %}
-</body>
-</html>
 """
 
 
@@ -70,7 +53,7 @@ def write_page(out: Path, names: Sequence[str]) -> Path:
             encoded = base64.b64encode(picture.read_bytes()).decode() if picture.is_file() else None
             records.append(record | {"picture": encoded})
     page = out / "index.html"
-    files.write(page, Environment(autoescape=True).from_string(_TEMPLATE).render(records=records))
+    files.write(page, html.render("narrowdeep: the thesis, reproduced", _BODY, records=records))
     return page
 
 

@@ -13,10 +13,10 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from narrowdeep import memory
+from narrowdeep import memory, ntk
 from narrowdeep.data import load_task
 from narrowdeep.modules import DeepNarrowCNN, DeepNarrowMLP
-from narrowdeep.ntk import empirical_ntk, limit_ntk_mlp, max_learning_rate
+from narrowdeep.ntk import empirical_ntk, limit_ntk_mlp
 from narrowdeep.optim import FusedSGD
 from narrowdeep.step_size import predict_step_size
 from narrowdeep.training import peak_memory, thesis_loss
@@ -148,7 +148,7 @@ def _mlp_wide(settings: MlpWideSettings, progress: Progress) -> Outcome:
     y = x[:, : settings.outputs].contiguous()
     # Its own kernel would take a second copy of the parameters.
     kernel = limit_ntk_mlp(x.double(), out_features=settings.outputs)
-    tau = 0.5 * max_learning_rate(kernel)
+    tau = 0.5 * ntk.max_learning_rate(kernel)
     sizes = (settings.inputs, settings.outputs, settings.depth)
     model = DeepNarrowMLP(*sizes, chunks=settings.chunks, checkpoint=settings.checkpoint)
     optimizer = FusedSGD(model, lr=tau * model.ntk_lr)
@@ -257,7 +257,7 @@ def _cnn_million(settings: CnnMillionSettings, progress: Progress) -> Outcome:
         waiting = progress.add_task(f"its kernel, L = {settings.depth:,}", total=None)
         kernel = empirical_ntk(model, x, reduce="trace").double()
         progress.remove_task(waiting)
-        tau = 0.5 * max_learning_rate(kernel)
+        tau = 0.5 * ntk.max_learning_rate(kernel)
         optimizer = torch.optim.SGD(model.parameters(), lr=tau * model.ntk_lr, fused=True)
         before = thesis_loss(torch.zeros_like(y), y).item()  # outputs are exactly 0 at initialisation
         seconds = _descend(model, x, y, optimizer, 1, progress)

@@ -9,17 +9,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from narrowdeep import ntk
 from narrowdeep.data import load_task
 from narrowdeep.experiments.base import Context, Experiment, Verdict, number, rms, slope
 from narrowdeep.experiments.toy import descend
 from narrowdeep.modules import DeepNarrowCNN, DeepNarrowMLP
 from narrowdeep.ntk import (
-    NTKRegressor,
     empirical_ntk,
     kernel_drift,
     limit_ntk_cnn,
     limit_ntk_mlp,
-    max_learning_rate,
     zero_crossings,
 )
 
@@ -73,14 +72,16 @@ def _trial(kind: str, depth: int, trial: int, settings: TheoremSettings, context
     x, y, x_test = _data(kind, settings, context)
     kernel = limit_ntk_mlp if kind == "mlp" else limit_ntk_cnn
     limit, limit_test = kernel(x), kernel(x_test, x)
-    tau = 0.5 * max_learning_rate(limit)
+    tau = 0.5 * ntk.max_learning_rate(limit)
 
     def descent(k: Tensor, k_test: Tensor) -> Tensor:
-        fitted = NTKRegressor("precomputed").fit(k.cpu().numpy(), y.numpy())
+        fitted = ntk.NTKRegressor("precomputed").fit(k.cpu().numpy(), y.numpy())
         return torch.as_tensor(fitted.predict(k_test.cpu().numpy(), n_steps=settings.steps, tau=tau))
 
-    model = DeepNarrowMLP(2, 1, depth, dtype=context.dtype) if kind == "mlp" else DeepNarrowCNN(
-        1, 1, depth, dtype=context.dtype
+    model = (
+        DeepNarrowMLP(2, 1, depth, dtype=context.dtype)
+        if kind == "mlp"
+        else DeepNarrowCNN(1, 1, depth, dtype=context.dtype)
     )
     model.reset_parameters(context.generator(1, depth, trial, len(kind), ord(kind[0])))
     model = model.to(context.device)

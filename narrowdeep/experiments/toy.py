@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from narrowdeep import ntk
 from narrowdeep.data import load_task
 from narrowdeep.experiments.base import Context, Experiment, Verdict, number
 from narrowdeep.modules import DeepNarrowCNN, DeepNarrowMLP
-from narrowdeep.ntk import NTKRegressor, empirical_ntk, kernel_drift, limit_ntk_mlp
+from narrowdeep.ntk import empirical_ntk, kernel_drift, limit_ntk_mlp
 from narrowdeep.training import thesis_loss
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def _trial(settings: ToySettings, depth: int, scale: float, trial: int, context:
 def _run(settings: ToySettings, context: Context) -> dict[str, Any]:
     angle, x = _arc(settings.angles, torch.float64)
     task = load_task("toy", samples=settings.samples, dtype=torch.float64)
-    flow = NTKRegressor(limit_ntk_mlp).fit(task.x_train.numpy(), task.y_train[:, 0].numpy())
+    flow = ntk.NTKRegressor(limit_ntk_mlp).fit(task.x_train.numpy(), task.y_train[:, 0].numpy())
     x0 = torch.full((1, 2), math.sqrt(0.5), dtype=torch.float64)
     result: dict[str, Any] = {
         "angle": angle.tolist(),

@@ -25,7 +25,17 @@ OPTIMIZER_TENSORS: dict[Optimizer, int] = {"sgd": 0, "momentum": 1, "adam": 2, "
 gradients of one chunk of layers exist at a time."""
 
 class BudgetError(ValueError):
-    """No checkpointing fits the budget. ``smallest`` is the least number of bytes that one does."""
+    """No checkpointing fits the budget. ``smallest`` is the least number of bytes that one does.
+
+    Examples:
+        >>> from narrowdeep import DeepNarrowMLP
+        >>> from narrowdeep.memory import BudgetError, plan
+        >>> try:
+        ...     plan(DeepNarrowMLP(2, 1, depth=1000), batch_size=128, budget="100kB")
+        ... except BudgetError as error:
+        ...     print(error.smallest > 100_000)
+        True
+    """
 
     def __init__(self, budget: int, smallest: int) -> None:
         super().__init__(
@@ -40,6 +50,15 @@ class MemoryPlan:
     """The memory of one training step (forward, backward, update) at its peak, in bytes by part. ``str()`` is a table.
 
     ``checkpoint`` is the value to give to ``model.checkpoint``.
+
+    Examples:
+        >>> from narrowdeep import DeepNarrowMLP
+        >>> from narrowdeep.memory import plan
+        >>> planned = plan(DeepNarrowMLP(2, 1, depth=1000), batch_size=128, optimizer="adam")
+        >>> planned.parts["optimizer state"] == 2 * planned.parts["parameters"]
+        True
+        >>> planned.total == sum(planned.parts.values())
+        True
     """
 
     segment: int
@@ -145,6 +164,13 @@ def plan(
 
     Raises: TypeError or ValueError naming the argument, the rule and the value; BudgetError (a ValueError), with the
         smallest budget that can be met, when this one cannot.
+
+    Examples:
+        >>> from narrowdeep import DeepNarrowMLP
+        >>> from narrowdeep.memory import plan
+        >>> model = DeepNarrowMLP(784, 10, depth=12)
+        >>> plan(model, batch_size=4096, budget="300MB").total <= 300_000_000
+        True
     """
     shape = _shape(model, batch_size, input_shape)
     step = Step(shape)

@@ -175,6 +175,13 @@ class DeepNarrowBase(Checkpointing):
         Returns: two groups, of the parameters that require gradients now; one where the others are all frozen.
 
         Raises: TypeError or ValueError naming the argument, the rule and the value.
+
+        Examples:
+            >>> import torch
+            >>> from narrowdeep import DeepNarrowMLP
+            >>> model = DeepNarrowMLP(2, 1, depth=100)
+            >>> [group["weight_decay"] for group in model.param_groups(weight_decay=0.01)]
+            [0.01, 0.0]
         """
         decay = {"weight": check_number("weight_decay", weight_decay), "bias": 0.0}
         groups = []
@@ -218,6 +225,12 @@ class DeepNarrowBase(Checkpointing):
         init="kaiming": He et al. 2015, uniform in +-sqrt(6 / fan_in), biases 0.
 
         Raises: RuntimeError where a parameter is parametrized or pruned.
+
+        Examples:
+            >>> import torch
+            >>> from narrowdeep import DeepNarrowMLP
+            >>> model = DeepNarrowMLP(2, 1, depth=10)
+            >>> model.reset_parameters(torch.Generator().manual_seed(3))
         """
         self._require_parameters("reset_parameters")
         if self.init == "kaiming":
@@ -258,6 +271,13 @@ class DeepNarrowBase(Checkpointing):
         Arguments:
             dtype: of what is returned, default the model's. In float32, W = E + Delta has lost whatever of Delta is
                 below half an ulp of E; torch.float64 keeps all of a float32 model.
+
+        Examples:
+            >>> import torch
+            >>> from narrowdeep import DeepNarrowMLP
+            >>> weight, bias = DeepNarrowMLP(2, 1, depth=100).layers()[1]
+            >>> weight[0], weight[3]  # a left and a right unit: the identity
+            (tensor([1., 0., 0., 0.]), tensor([0., 0., 0., 1.]))
         """
         wanted = self.first_weight.dtype if dtype is None else dtype
         values = {}
@@ -291,6 +311,14 @@ class DeepNarrowBase(Checkpointing):
 
         Raises: TypeError or ValueError, before anything is written, naming the layer, its shape and the rule;
             RuntimeError where a parameter is parametrized or pruned.
+
+        Examples:
+            >>> import torch
+            >>> from narrowdeep import DeepNarrowMLP
+            >>> model, other = DeepNarrowMLP(2, 1, depth=10), DeepNarrowMLP(2, 1, depth=10)
+            >>> other.load_layers(model.layers(dtype=torch.float64))
+            >>> torch.equal(other.hidden_weight, model.hidden_weight)
+            True
         """
         self._require_parameters("load_layers")
         given = list(layers)
@@ -318,7 +346,7 @@ class DeepNarrowBase(Checkpointing):
         Differentiable once, by ``backward`` and ``torch.autograd.grad``.
 
         Arguments:
-            x: as for a call, (*, in) or (*, C, H, W).
+            x: as for a call, ``(*, in)`` or ``(*, C, H, W)``.
             layers: a list or range of layer numbers from 1 (after the first affine layer) to depth - 1 (before the
                 last), in any order.
 
@@ -326,6 +354,13 @@ class DeepNarrowBase(Checkpointing):
             [in left, 1 middle, out right].
 
         Raises: TypeError or ValueError naming the argument, the rule and the value.
+
+        Examples:
+            >>> import torch
+            >>> from narrowdeep import DeepNarrowMLP
+            >>> model = DeepNarrowMLP(2, 1, depth=1000)
+            >>> model.hidden_states(torch.rand(5, 2), layers=[1, 500, 999]).shape
+            torch.Size([3, 5, 4])
         """
         wanted = hidden.check_layers(layers, self.depth)
         params = self.arguments()

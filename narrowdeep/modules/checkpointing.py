@@ -114,12 +114,16 @@ class Checkpointing(nn.Module):
             return self.segment(positions), None
         chosen = self._checkpoint
         if self._budget is not None and x.shape[-sample_dims] == self._inputs:
-            chosen = self._planned(x, sample_dims)
+            planned = self._planned
+            if torch.compiler.is_compiling():  # not a decorator: it would load the compiler with this module
+                planned = torch.compiler.disable(
+                    planned, reason="a budget is planned for the batch at hand: compile with the plan's checkpoint"
+                )
+            chosen = planned(x, sample_dims)
         if isinstance(chosen, tuple):
             return min(chosen[0], self.depth), chosen[1]
         return (1 if chosen == "none" else self.segment(positions) if chosen == "auto" else chosen), None
 
-    @torch.compiler.disable(reason="a budget is planned for the batch at hand: compile with the plan's checkpoint")
     def _planned(self, x: Tensor, sample_dims: int) -> Any:
         shape = tuple(x.shape[x.dim() - sample_dims :])
         batch = x.numel() // math.prod(shape)

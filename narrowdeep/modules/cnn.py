@@ -50,13 +50,20 @@ class DeepNarrowCNN(DeepNarrowBase):
 
     Attributes: ``width`` n (channels), ``depth`` L, ``scale`` C_L, ``ntk_lr`` = 1 / (L C_L^2).
 
-    Call: x (*, c, H, W), any H and W from 1 -> (*, k).
+    Call: x ``(*, c, H, W)``, any H and W from 1 -> ``(*, k)``.
 
     A ``state_dict`` belongs to one form and one scale, carries both (``_extra_state``) and is refused by a model with
     others. It loads into any number of chunks. torch.nn.utils.prune and the parametrizations weight_norm, spectral_norm
     and orthogonal act on what is stored: refused, at the first call, where that is not a layer's weight.
 
     Raises: TypeError or ValueError naming the argument, the rule and the value.
+
+    Examples:
+        >>> import torch
+        >>> from narrowdeep import DeepNarrowCNN
+        >>> model = DeepNarrowCNN(in_channels=1, out_channels=2, depth=100)
+        >>> model(torch.rand(5, 1, 8, 8)).shape  # the mean over the image of each channel
+        torch.Size([5, 2])
     """
 
     _family = "cnn"

@@ -48,13 +48,22 @@ class DeepNarrowMLP(DeepNarrowBase):
 
     Attributes: ``width`` n, ``depth`` L, ``scale`` C_L, ``ntk_lr`` = 1 / (L C_L^2).
 
-    Call: x (*, in) -> (*, out).
+    Call: x ``(*, in)`` -> ``(*, out)``.
 
     A ``state_dict`` belongs to one form and one scale, carries both (``_extra_state``) and is refused by a model with
     others. It loads into any number of chunks. torch.nn.utils.prune and the parametrizations weight_norm, spectral_norm
     and orthogonal act on what is stored: refused, at the first call, where that is not a layer's weight.
 
     Raises: TypeError or ValueError naming the argument, the rule and the value.
+
+    Examples:
+        >>> import torch
+        >>> from narrowdeep import DeepNarrowMLP
+        >>> model = DeepNarrowMLP(in_features=2, out_features=1, depth=1000)
+        >>> model(torch.rand(5, 2)).shape
+        torch.Size([5, 1])
+        >>> model.width, model.scale, model.hidden_weight.shape
+        (4, 1000.0, torch.Size([998, 4, 4]))
     """
 
     _family = "mlp"
@@ -107,6 +116,12 @@ class DeepNarrowMLP(DeepNarrowBase):
         Arguments:
             dtype: of the layers, default the model's. The weights are copies. In float32 they have lost whatever of
                 Delta is below half an ulp of 1: take torch.float64 to compare outputs.
+
+        Examples:
+            >>> import torch
+            >>> from narrowdeep import DeepNarrowMLP
+            >>> len(DeepNarrowMLP(2, 1, depth=100).to_sequential())  # 100 nn.Linear, 99 nn.ReLU
+            199
         """
         modules: list[nn.Module] = []
         for weight, bias in self.layers(dtype=dtype):
@@ -138,6 +153,15 @@ class DeepNarrowMLP(DeepNarrowBase):
                 that a float64 ``seq`` keeps its digits in a float32 model.
 
         Raises: ValueError when ``seq`` has another structure, or is not what its parameters say.
+
+        Examples:
+            >>> import torch
+            >>> from narrowdeep import DeepNarrowMLP
+            >>> from torch import nn
+            >>> seq = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 1))
+            >>> model, x = DeepNarrowMLP.from_sequential(seq), torch.rand(5, 2)
+            >>> torch.allclose(model(x), seq(x), atol=1e-5)
+            True
         """
         convert.require_exactly(seq, nn.Sequential, "seq")
         modules, relus = list(seq)[0::2], list(seq)[1::2]
@@ -187,6 +211,14 @@ class DeepNarrowMLP(DeepNarrowBase):
             dtype: of the new model, default that of the tensors; the identity part is subtracted in float64.
 
         Raises: TypeError or ValueError naming the key that is missing, does not belong or has another shape.
+
+        Examples:
+            >>> import torch
+            >>> from narrowdeep import DeepNarrowMLP
+            >>> theirs = DeepNarrowMLP(2, 1, depth=100, scale=50.0).to_authors()
+            >>> model = DeepNarrowMLP.from_authors(theirs)
+            >>> model.depth, model.scale
+            (100, 50.0)
         """
         layers = convert.read_authors(state_dict)
         inputs, outputs = convert.check_authors_shapes(layers, (), "DeepNarrowCNN.from_authors")
@@ -197,5 +229,11 @@ class DeepNarrowMLP(DeepNarrowBase):
         """The way back: a state dict for ``DeepNN(in_features, out_features, L=depth - 1, C_L=scale)``, copies.
 
         Their code needs an L of at least 2, and float64 (``dtype=torch.float64``) where W = E + Delta needs it.
+
+        Examples:
+            >>> import torch
+            >>> from narrowdeep import DeepNarrowMLP
+            >>> list(DeepNarrowMLP(2, 1, depth=3).to_authors())
+            ['head.weight', 'head.bias', 'body.0.weight', 'body.0.bias', 'tail.weight', 'tail.bias']
         """
         return convert.write_authors(self.layers(dtype=dtype))

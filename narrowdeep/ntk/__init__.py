@@ -1,10 +1,19 @@
-"""Neural tangent kernels: empirical, in the limit of infinite depth, and what they predict."""
+"""Neural tangent kernels: empirical, in the limit of infinite depth, and what they predict.
+
+``NTKRegressor`` and what reads a spectrum need scipy and scikit-learn (the extra ``ntk``) and are loaded when
+they are first touched.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from narrowdeep.ntk.diagnostics import kernel_drift, layer_contributions, layer_deviation, zero_crossings
 from narrowdeep.ntk.empirical import empirical_ntk, jacobian, ntk_vector_product
 from narrowdeep.ntk.limit import limit_ntk_cnn, limit_ntk_mlp
-from narrowdeep.ntk.regression import NTKRegressor
-from narrowdeep.ntk.spectrum import heavy_ball, loss_curve, max_learning_rate
+
+if TYPE_CHECKING:
+    from narrowdeep.ntk.regression import NTKRegressor
+    from narrowdeep.ntk.spectrum import heavy_ball, loss_curve, max_learning_rate
 
 __all__ = [
     "NTKRegressor",
@@ -21,3 +30,21 @@ __all__ = [
     "ntk_vector_product",
     "zero_crossings",
 ]
+
+_LATER = {
+    "NTKRegressor": "regression",
+    "heavy_ball": "spectrum",
+    "loss_curve": "spectrum",
+    "max_learning_rate": "spectrum",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module 'narrowdeep.ntk' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f"narrowdeep.ntk.{_LATER[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -52,6 +52,15 @@ def layer_contributions(
     Returns: (L, N1, N2) float64, layer 1 first; its sum over layers is ``empirical_ntk(..., reduce="trace")``.
 
     Raises: as ``empirical_ntk``; TypeError for other modules; ValueError for layers that share a parameter.
+
+    Examples:
+        >>> import torch
+        >>> from narrowdeep import DeepNarrowMLP
+        >>> from narrowdeep.ntk import empirical_ntk, layer_contributions
+        >>> model, x = DeepNarrowMLP(2, 1, depth=100), torch.rand(5, 2)
+        >>> parts = layer_contributions(model, x)
+        >>> parts.shape, torch.allclose(parts.sum(0), empirical_ntk(model, x, reduce="trace"))
+        (torch.Size([100, 5, 5]), True)
     """
     ours, family = _narrow("model", model)
     factor = _factor(model, ours, scaled)
@@ -81,6 +90,20 @@ def kernel_drift(initial: nn.Module, model: nn.Module, x: Tensor) -> float:
 
     Raises: as ``empirical_ntk``; ValueError when x is empty, the kernel of initial is 0 on x, or the two differ in
     their parameters' names or shapes.
+
+    Examples:
+        >>> import copy, torch
+        >>> from narrowdeep import DeepNarrowMLP
+        >>> from narrowdeep.ntk import kernel_drift
+        >>> model, x = DeepNarrowMLP(2, 1, depth=100), torch.rand(5, 2)
+        >>> initial = copy.deepcopy(model)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.5 * model.ntk_lr)
+        >>> for _ in range(10):
+        ...     optimizer.zero_grad()
+        ...     (0.5 * (model(x) - x.prod(1, keepdim=True)).square().mean()).backward()
+        ...     optimizer.step()
+        >>> 0 < kernel_drift(initial, model, x) < 0.05
+        True
     """
     check_module("initial", initial)
     check_module("model", model)
@@ -143,6 +166,14 @@ def zero_crossings(initial: DeepNarrowMLP | DeepNarrowCNN, model: DeepNarrowMLP 
     Returns: (L-1,) int64: crossings in each hidden layer, summed over samples, units and positions.
 
     Raises: TypeError or ValueError where the two models differ in kind, depth, width, scale or form.
+
+    Examples:
+        >>> import copy, torch
+        >>> from narrowdeep import DeepNarrowMLP
+        >>> from narrowdeep.ntk import zero_crossings
+        >>> model, x = DeepNarrowMLP(2, 1, depth=100), torch.rand(5, 2)
+        >>> zero_crossings(copy.deepcopy(model), model, x).sum()
+        tensor(0)
     """
     with reading(initial, model):
         counts = [
@@ -166,6 +197,14 @@ def layer_deviation(
         power: j, from 1; the thesis uses 1 to 8.
 
     Raises: as ``zero_crossings``; ValueError when x is empty or power is below 1.
+
+    Examples:
+        >>> import copy, torch
+        >>> from narrowdeep import DeepNarrowMLP
+        >>> from narrowdeep.ntk import layer_deviation
+        >>> model, x = DeepNarrowMLP(2, 1, depth=100), torch.rand(5, 2)
+        >>> layer_deviation(model, copy.deepcopy(model), x) > 0
+        True
     """
     _, after, _ = _check_states(initial, model)
     scale, depth = after.model.scale, after.model.depth

@@ -117,6 +117,16 @@ def empirical_ntk(
 
     Raises: TypeError or ValueError naming the argument, the rule and the value; ValueError for a narrow model that has
     hooks, and for a module that draws random numbers or takes statistics over the batch (call ``model.eval()``).
+
+    Examples:
+        >>> import torch
+        >>> from narrowdeep import DeepNarrowMLP
+        >>> from narrowdeep.ntk import empirical_ntk
+        >>> model, x = DeepNarrowMLP(2, 3, depth=100), torch.rand(5, 2)
+        >>> empirical_ntk(model, x).shape
+        torch.Size([5, 5, 3, 3])
+        >>> empirical_ntk(model, x, torch.rand(4, 2), reduce="trace").shape
+        torch.Size([5, 4])
     """
     if not isinstance(reduce, str):
         raise TypeError(f"reduce must be a str, got {type(reduce).__name__}")
@@ -185,6 +195,13 @@ def jacobian(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     parameters: ``ntk_vector_product`` and ``empirical_ntk`` need far less.
 
     Raises: as ``empirical_ntk``.
+
+    Examples:
+        >>> import torch
+        >>> from narrowdeep import DeepNarrowMLP
+        >>> from narrowdeep.ntk import jacobian
+        >>> jacobian(DeepNarrowMLP(2, 1, depth=10), torch.rand(5, 2))["hidden_weight"].shape
+        torch.Size([5, 1, 8, 4, 4])
     """
     check_module("model", model)
     ours = find(model)
@@ -231,6 +248,17 @@ def ntk_vector_product(
     Returns: (N1, out): ``sum_jb Theta(x1_i, x2_j)_ab v_jb``, in the model's dtype.
 
     Raises: as ``empirical_ntk``; ValueError when v has another shape than the outputs at x2.
+
+    Examples:
+        >>> import torch
+        >>> from narrowdeep import DeepNarrowMLP
+        >>> from narrowdeep.ntk import empirical_ntk, ntk_vector_product
+        >>> model, x = DeepNarrowMLP(2, 1, depth=100), torch.rand(5, 2)
+        >>> v = torch.rand(5, 1)
+        >>> product = ntk_vector_product(model, x, x, v)
+        >>> formed = torch.einsum("ijkl,jl->ik", empirical_ntk(model, x), v.double())
+        >>> torch.allclose(product.double(), formed, rtol=1e-4)
+        True
     """
     check_module("model", model)
     ours = find(model)

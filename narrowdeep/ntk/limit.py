@@ -210,6 +210,13 @@ def limit_ntk_mlp(
     gradients at coinciding inputs too. Beside the result, memory does not grow with N1 N2.
 
     Raises: TypeError or ValueError naming the argument, the rule and the value.
+
+    Examples:
+        >>> import torch
+        >>> from narrowdeep.ntk import limit_ntk_mlp
+        >>> limit_ntk_mlp(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+        tensor([[2.7500, 1.5441],
+                [1.5441, 2.7500]])
     """
     left, right = _pair(x1, x2, "(N, in)")
     rho, beta = as_not_negative("rho", rho), as_not_negative("beta", beta)
@@ -258,6 +265,12 @@ def limit_ntk_cnn(
     Returns: a tensor (N1, N2), dtype and device of x1; differentiable once. Time grows as N1 N2 (H W)^2.
 
     Raises: TypeError or ValueError naming the argument, the rule and the value.
+
+    Examples:
+        >>> import torch
+        >>> from narrowdeep.ntk import limit_ntk_cnn
+        >>> limit_ntk_cnn(torch.rand(3, 1, 8, 8), torch.rand(2, 1, 8, 8)).shape
+        torch.Size([3, 2])
     """
     left, right = _pair(x1, x2, "(N, C, H, W)")
     rho, beta = as_not_negative("rho", rho), as_not_negative("beta", beta)

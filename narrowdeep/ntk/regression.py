@@ -9,18 +9,21 @@ from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
-import scipy.linalg  # type: ignore[import-untyped]
 import torch
 from numpy.typing import ArrayLike
-from sklearn.base import BaseEstimator, RegressorMixin
-from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
+from narrowdeep.extras import optional
 from narrowdeep.ntk.checks import Array, as_array, as_count, as_not_negative, as_positive, as_real
 from narrowdeep.ntk.empirical import empirical_ntk
 from narrowdeep.ntk.limit import CLIPPED
 from narrowdeep.ntk.network import CAST_SAMPLES, reading
 from narrowdeep.ntk.spectrum import check_semidefinite, check_symmetric, descent_filter, flow_filter, kernel_matrix
+
+with optional():
+    import scipy.linalg  # type: ignore[import-untyped]
+    from sklearn.base import BaseEstimator, RegressorMixin
+    from sklearn.utils.validation import check_is_fitted, validate_data
 
 _BLOCK = 1 << 25
 """Entries of the kernel that a prediction holds at a time (256 MB)."""
@@ -141,6 +144,15 @@ class NTKRegressor(RegressorMixin, BaseEstimator):
     Passes scikit-learn's ``check_estimator`` where ridge is positive. Without one, ``predict`` raises LinAlgError for a
     kernel matrix that is singular, as it should, and so do the checks that predict from one: with ``limit_ntk_mlp``
     ``check_fit_idempotent`` alone, with "precomputed" all 13 that fit a linear kernel of more samples than features.
+
+    Examples:
+        >>> import numpy as np
+        >>> from narrowdeep.ntk import NTKRegressor, limit_ntk_mlp
+        >>> X = np.random.default_rng(0).random((50, 2))
+        >>> regressor = NTKRegressor(limit_ntk_mlp, ridge=1e-6).fit(X, X[:, 0] * X[:, 1])
+        >>> mean, deviation = regressor.predict(np.array([[0.5, 0.5]]), return_std=True)
+        >>> round(float(mean[0]), 2), bool(deviation[0] < 0.1)
+        (0.25, True)
     """
 
     def __init__(
@@ -275,6 +287,17 @@ class NTKRegressor(RegressorMixin, BaseEstimator):
         Raises: numpy.linalg.LinAlgError when the kernel is numerically singular and neither t nor n_steps is given;
         ValueError for t < 0, n_steps < 0, tau <= 0, a bad combination, steps so long that descent overflows, or
         (with t or n_steps) an eigenvalue clearly below 0; TypeError for a t, n_steps or tau that is not a number.
+
+        Examples:
+            >>> import numpy as np
+            >>> from narrowdeep.ntk import NTKRegressor, limit_ntk_mlp
+            >>> X = np.random.default_rng(0).random((20, 2))
+            >>> regressor = NTKRegressor(limit_ntk_mlp, ridge=1e-3).fit(X, X.prod(1))
+            >>> regressor.predict(X, t=100.0).shape, regressor.predict(X, n_steps=10, tau=0.1).shape
+            ((20,), (20,))
+            >>> mean, covariance = regressor.predict(X[:3], return_cov=True)
+            >>> covariance.shape
+            (3, 3)
         """
         check_is_fitted(self)
         if return_std and return_cov:

@@ -13,12 +13,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import scipy.linalg  # type: ignore[import-untyped]
-import scipy.sparse.linalg  # type: ignore[import-untyped]
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from narrowdeep.extras import optional
 from narrowdeep.ntk.checks import Array, as_array, as_count, as_positive, as_real
+
+with optional():
+    import scipy.linalg  # type: ignore[import-untyped]
+    import scipy.sparse.linalg  # type: ignore[import-untyped]
 
 _DENSE = 1000
 """Rows from which the largest eigenvalue alone is found by Lanczos iterations."""
@@ -98,6 +101,12 @@ def max_learning_rate(kernel: Tensor | ArrayLike, *, momentum: float = 0.0) -> f
         ``torch.nn.MSELoss``, the mean over N and outputs of the squares, multiply eta by out / 2.
 
     Raises: ValueError when the kernel is empty, not square, not finite or zero, or momentum is outside [0, 1).
+
+    Examples:
+        >>> import numpy as np
+        >>> from narrowdeep.ntk import max_learning_rate
+        >>> max_learning_rate(np.diag([4.0, 1.0]))  # 2 N / lambda_max
+        1.0
     """
     momentum = as_momentum(momentum)
     matrix, n = _square(kernel)
@@ -120,6 +129,13 @@ def heavy_ball(kernel: Tensor | ArrayLike, *, smallest: float | None = None) -> 
             ``lambda_max (4/n)^2``, and a larger value here is the more robust choice.
 
     Returns: (tau, momentum), tau a kernel time as in ``max_learning_rate``.
+
+    Examples:
+        >>> import numpy as np
+        >>> from narrowdeep.ntk import heavy_ball
+        >>> tau, momentum = heavy_ball(np.diag([4.0, 1.0]))
+        >>> round(tau, 3), round(momentum, 3)
+        (0.889, 0.111)
     """
     matrix, n = _square(kernel)
     if smallest is None:
@@ -162,6 +178,12 @@ def loss_curve(
         initial: outputs before the first step, in the shape of y; default 0, what narrow networks start from.
 
     Returns: (n_steps + 1,) float64: ``1/(2N) sum |f - y|^2`` before the first step and after each.
+
+    Examples:
+        >>> import numpy as np
+        >>> from narrowdeep.ntk import loss_curve
+        >>> loss_curve(np.eye(2), np.array([1.0, 1.0]), 2, tau=1.0)  # each step of tau / N = 1/2 halves the residual
+        array([0.5    , 0.125  , 0.03125])
     """
     momentum, n_steps = as_momentum(momentum), as_count("n_steps", n_steps, 0)
     if isinstance(tau, Tensor) or (isinstance(tau, np.ndarray) and tau.ndim):

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import AfterValidator, Field
 
 from narrowdeep.data import Task
+from narrowdeep.extras import optional
 from narrowdeep.functional import Form
 from narrowdeep.memory.planning import Optimizer
 from narrowdeep.modules import DeepNarrowCNN, DeepNarrowMLP
@@ -17,6 +17,9 @@ from narrowdeep.modules.base import Checkpoint, Init
 from narrowdeep.schema import Count, Finite, Integer, NotNegative, Pair, Positive, Rule, Share, check_fields
 from narrowdeep.schema import below_2_63 as _below
 from narrowdeep.step_size import Decay
+
+with optional():
+    from pydantic import AfterValidator, Field
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -63,6 +66,15 @@ class TrainConfig:
     bytes (``narrowdeep.memory.plan``). The other fields are the arguments of ``narrowdeep train`` of the same name.
 
     Raises: ValueError naming the field, the rule and the value.
+
+    Examples:
+        >>> from narrowdeep.training import TrainConfig
+        >>> config = TrainConfig(
+        ...     task="toy", arch="mlp", depth=50, scale=50.0, rho=1.0, beta=1.0, init="ntk", form="offset",
+        ...     checkpoint="auto", pool=1, epochs=2, batch_size=200, lr=4e-6, momentum=0.0, seed=0, dtype="float32",
+        ... )
+        >>> config.for_epochs(10).epochs
+        10
     """
 
     task: Annotated[str, Rule("must be the name of a task")]
@@ -117,6 +129,15 @@ class EpochMetrics:
     task. ``seconds`` is the time of the training steps alone.
 
     Raises: ValueError naming the field, the rule and the value.
+
+    Examples:
+        >>> from narrowdeep.training import EpochMetrics
+        >>> EpochMetrics(
+        ...     epoch=1, step=10, train_loss=0.5, train_accuracy=None, test_loss=-1.0, test_accuracy=None, seconds=1.0,
+        ...     samples_per_second=2000.0,
+        ... )
+        Traceback (most recent call last):
+        ValueError: test_loss must be finite and not negative, got -1.0
     """
 
     epoch: Count
@@ -135,7 +156,18 @@ class EpochMetrics:
 def build_model(
     config: TrainConfig, task: Task, *, device: torch.device | str = "cpu"
 ) -> DeepNarrowMLP | DeepNarrowCNN:
-    """The network of ``config`` for ``task``, drawn from ``config.seed``: the same numbers on every device."""
+    """The network of ``config`` for ``task``, drawn from ``config.seed``: the same numbers on every device.
+
+    Examples:
+        >>> from narrowdeep.data import load_task
+        >>> from narrowdeep.training import TrainConfig, build_model
+        >>> config = TrainConfig(
+        ...     task="toy", arch="mlp", depth=50, scale=50.0, rho=1.0, beta=1.0, init="ntk", form="offset",
+        ...     checkpoint="auto", pool=1, epochs=2, batch_size=200, lr=4e-6, momentum=0.0, seed=0, dtype="float32",
+        ... )
+        >>> build_model(config, load_task("toy")).depth
+        50
+    """
     task = inputs_for(config.arch, task)
     return drawn(config, task, device, torch.Generator().manual_seed(config.seed))
 
@@ -170,12 +202,30 @@ def untouched(arch: str, inputs: int, outputs: int, **settings: Any) -> DeepNarr
 
 
 def steps_per_epoch(config: TrainConfig, task: Task) -> int:
-    """Steps of one pass over the training samples, the last one on what is left."""
+    """Steps of one pass over the training samples, the last one on what is left.
+
+    Examples:
+        >>> from narrowdeep.data import load_task
+        >>> from narrowdeep.training import TrainConfig, steps_per_epoch
+        >>> config = TrainConfig(
+        ...     task="toy", arch="mlp", depth=50, scale=50.0, rho=1.0, beta=1.0, init="ntk", form="offset",
+        ...     checkpoint="auto", pool=1, epochs=2, batch_size=200, lr=4e-6, momentum=0.0, seed=0, dtype="float32",
+        ... )
+        >>> steps_per_epoch(config, load_task("toy"))  # 200 samples in batches of 200
+        1
+    """
     return -(-task.x_train.shape[0] // config.batch_size)
 
 
 def inputs_for(arch: str, task: Task) -> Task:
-    """The task with samples as the network takes them: (N, C, H, W) for a CNN, so that ``in_features`` is C."""
+    """The task with samples as the network takes them: (N, C, H, W) for a CNN, so that ``in_features`` is C.
+
+    Examples:
+        >>> from narrowdeep.data import load_task
+        >>> from narrowdeep.training import inputs_for
+        >>> inputs_for("cnn", load_task("digits01")).x_test.shape[1:]
+        torch.Size([1, 8, 8])
+    """
     if arch != "cnn":
         return task
     if task.image_shape is None:

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Protocol, TypeVar, get_type_hints
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.optim.swa_utils import AveragedModel
 
 from narrowdeep import files
 from narrowdeep.checks import shown
+from narrowdeep.extras import optional
 from narrowdeep.memory.planning import OPTIMIZER_TENSORS, Optimizer
 from narrowdeep.modules import DeepNarrowCNN, DeepNarrowMLP
 from narrowdeep.schema import Count, Index, Integer, NotNegative, Positive, Rule, check_fields, from_json
@@ -37,6 +37,9 @@ from narrowdeep.training.config import (
     untouched,
 )
 
+with optional():
+    from safetensors import SafetensorError, safe_open
+
 FORMAT = "narrowdeep 1"
 
 T = TypeVar("T")
@@ -49,7 +52,21 @@ Shapes = Mapping[str, tuple[tuple[int, ...], Sequence[torch.dtype]]]
 
 
 class DamagedFileError(ValueError):
-    """A file that cannot be trusted; the message starts with its path."""
+    """A file that cannot be trusted; the message starts with its path.
+
+    Examples:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from narrowdeep.training import DamagedFileError, load_model
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "model.safetensors"
+        ...     _ = path.write_bytes(b"not a model")
+        ...     try:
+        ...         load_model(path)
+        ...     except DamagedFileError as error:
+        ...         print(str(error).startswith(f"{path} is damaged"))
+        True
+    """
 
 
 @dataclass(frozen=True)
@@ -159,6 +176,17 @@ def save_model(model: nn.Module, path: str | Path) -> None:
     Raises: TypeError or ValueError, before anything is written, for what would not come back as it is: another class or
         ``forward``, a pruned or parametrized model, layers that share a parameter, buffers, parameters of other names,
         shapes or dtypes. OSError naming ``path``.
+
+    Examples:
+        >>> import tempfile, torch
+        >>> from narrowdeep import DeepNarrowMLP
+        >>> from narrowdeep.training import load_model, save_model
+        >>> model, x = DeepNarrowMLP(2, 1, depth=100), torch.rand(5, 2)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_model(model, f"{folder}/model.safetensors")
+        ...     again = load_model(f"{folder}/model.safetensors")
+        >>> torch.equal(again(x), model(x))
+        True
     """
     found = _unwrapped(model)
     inputs, outputs = (
@@ -207,6 +235,16 @@ def load_model(path: str | Path, *, device: torch.device | str = "cpu") -> DeepN
     """The model in a file of ``save_model`` or in a run's state, dtype as saved. The random state is left as it is.
 
     Raises: FileNotFoundError, DamagedFileError.
+
+    Examples:
+        >>> import tempfile
+        >>> from narrowdeep import DeepNarrowCNN
+        >>> from narrowdeep.training import load_model, save_model
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_model(DeepNarrowCNN(1, 2, depth=50, scale=20.0), f"{folder}/model.safetensors")
+        ...     model = load_model(f"{folder}/model.safetensors")
+        >>> type(model).__name__, model.depth, model.scale
+        ('DeepNarrowCNN', 50, 20.0)
     """
 
     schemas: tuple[type[_Header], ...] = (_ModelHeader, RunPosition)

@@ -15,6 +15,16 @@ def plot_metrics(
     """Loss and (for a task with classes) accuracy against epochs, as a PNG; needs matplotlib.
 
     ``predicted`` is a training loss to mark: the one that the kernel predicts for the end.
+
+    Examples:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from narrowdeep.training import EpochMetrics, plot_metrics
+        >>> lines = [EpochMetrics(n, 10 * n, 1 / n, None, 2 / n, None, 1.0, 2000.0) for n in (1, 2, 3)]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     plot_metrics(lines, f"{folder}/curves.png", title="a run")
+        ...     print(Path(f"{folder}/curves.png").stat().st_size > 0)
+        True
     """
     from matplotlib.figure import Figure  # no pyplot: no global state, no display
     from matplotlib.ticker import MaxNLocator, PercentFormatter

@@ -54,6 +54,19 @@ def fit(
         files cannot be read, FolderInUseError if another run works there, OSError if ``out`` cannot be written: all
         before anything is changed. DivergedError; the state is then the last one whose loss, parameters and momentum
         were finite, some steps back. OSError naming the file when the disk is full.
+
+    Examples:
+        >>> from narrowdeep.data import load_task
+        >>> from narrowdeep.training import TrainConfig, Trainer, fit, read_metrics
+        >>> config = TrainConfig(
+        ...     task="toy", arch="mlp", depth=50, scale=50.0, rho=1.0, beta=1.0, init="ntk", form="offset",
+        ...     checkpoint="auto", pool=1, epochs=2, batch_size=200, lr=4e-6, momentum=0.0, seed=0, dtype="float32",
+        ... )
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     finished = fit(Trainer(config, load_task("toy")), folder, plot=False)
+        ...     print(finished, [metrics.epoch for metrics in read_metrics(folder)])
+        True [1, 2]
     """
     folder = Path(out)
     require_writable(folder)
@@ -103,7 +116,13 @@ def _without_prediction(config: TrainConfig) -> TrainConfig:
 
 
 def holds_run(folder: str | Path) -> bool:
-    """Whether ``folder`` holds (part of) a run."""
+    """Whether ``folder`` holds (part of) a run.
+
+    Examples:
+        >>> from narrowdeep.training import holds_run
+        >>> holds_run("a folder that does not exist")
+        False
+    """
     return any((Path(folder) / name).exists() for name in (CHECKPOINT, METRICS))
 
 
@@ -111,6 +130,15 @@ def require_writable(folder: str | Path) -> None:
     """Make ``folder`` where it is missing.
 
     Raises: OSError naming it if it, or a file in it, cannot be made.
+
+    Examples:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from narrowdeep.training import require_writable
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     require_writable(f"{folder}/runs/first")
+        ...     print(Path(f"{folder}/runs/first").is_dir())
+        True
     """
     with files.errors_named(folder):
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -122,6 +150,11 @@ def read_metrics(folder: str | Path) -> list[EpochMetrics]:
     """The lines of a run's ``metrics.jsonl``, without a last line that a crash cut short; none where there is no file.
 
     Raises: DamagedFileError for a line that is not an epoch's metrics.
+
+    Examples:
+        >>> from narrowdeep.training import read_metrics
+        >>> read_metrics("a folder without a run")
+        []
     """
     path = Path(folder) / METRICS
     if not path.exists():
@@ -144,12 +177,23 @@ def read_config(path: str | Path) -> TrainConfig:
     """The configuration of the run whose state is at ``path``.
 
     Raises: FileNotFoundError, DamagedFileError.
+
+    Examples:
+        >>> from narrowdeep.training import CHECKPOINT, read_config
+        >>> read_config(f"runs/digits/{CHECKPOINT}").depth  # doctest: +SKIP
+        4000
     """
     return read_tensors(path, (RunPosition,), None)[0].config
 
 
 def peak_memory(device: torch.device | str = "cpu") -> int:
-    """Most bytes in use at once so far: allocated by torch on a GPU, resident in the whole process on the CPU."""
+    """Most bytes in use at once so far: allocated by torch on a GPU, resident in the whole process on the CPU.
+
+    Examples:
+        >>> from narrowdeep.training import peak_memory
+        >>> peak_memory() > 2**20
+        True
+    """
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource

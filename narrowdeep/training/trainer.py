@@ -28,11 +28,35 @@ _EVALUATION_BATCH = 1024
 
 
 class DivergedError(RuntimeError):
-    """The loss, a parameter or its momentum is no longer finite."""
+    """The loss, a parameter or its momentum is no longer finite.
+
+    Examples:
+        >>> from narrowdeep.data import load_task
+        >>> from narrowdeep.training import DivergedError, TrainConfig, Trainer
+        >>> config = TrainConfig(
+        ...     task="toy", arch="mlp", depth=50, scale=50.0, rho=1.0, beta=1.0, init="ntk", form="offset",
+        ...     checkpoint="auto", pool=1, epochs=2, batch_size=200, lr=4e-6, momentum=0.0, seed=0, dtype="float32",
+        ... )
+        >>> import dataclasses
+        >>> trainer = Trainer(dataclasses.replace(config, lr=1e3), load_task("toy"))
+        >>> try:
+        ...     while trainer.step():
+        ...         pass
+        ... except DivergedError:
+        ...     print("the step is too large")
+        the step is too large
+    """
 
 
 def thesis_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """``1/(2N) sum_n ||f(x_n) - y_n||^2`` (thesis section 3.2) of two (N, out) tensors: a scalar."""
+    """``1/(2N) sum_n ||f(x_n) - y_n||^2`` (thesis section 3.2) of two (N, out) tensors: a scalar.
+
+    Examples:
+        >>> import torch
+        >>> from narrowdeep.training import thesis_loss
+        >>> thesis_loss(torch.tensor([[1.0], [3.0]]), torch.zeros(2, 1))  # (1 + 9) / (2 * 2)
+        tensor(2.5000)
+    """
     return (prediction - target).square().sum() / (2 * prediction.shape[0])
 
 
@@ -47,6 +71,19 @@ class Trainer:
     ``position`` is (epochs finished, steps done in the current epoch). The order of an epoch's samples follows from
     the random state at its start, so a run can stop after any step and go on with the same numbers. ``saved_threads``
     is the number of threads of the process that saved a loaded run, None for a new one.
+
+    Examples:
+        >>> from narrowdeep.data import load_task
+        >>> from narrowdeep.training import TrainConfig, Trainer
+        >>> config = TrainConfig(
+        ...     task="toy", arch="mlp", depth=50, scale=50.0, rho=1.0, beta=1.0, init="ntk", form="offset",
+        ...     checkpoint="auto", pool=1, epochs=2, batch_size=200, lr=4e-6, momentum=0.0, seed=0, dtype="float32",
+        ... )
+        >>> trainer = Trainer(config, load_task("toy"))
+        >>> while not trainer.finished:
+        ...     metrics = trainer.step()
+        >>> metrics.epoch, metrics.step
+        (2, 2)
     """
 
     def __init__(self, config: TrainConfig, task: Task, *, device: torch.device | str = "cpu") -> None:

@@ -215,7 +215,7 @@ def test_without_matplotlib_there_is_no_picture(tmp_path: Path, monkeypatch: pyt
     done = CliRunner().invoke(app, ["reproduce", "fake", "--out", str(tmp_path), "--json"])
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["fake"]["reproduced"] is True
-    assert done.stderr == "the picture is left out: it needs matplotlib (pip install matplotlib)\n"
+    assert done.stderr == "the picture is left out: it needs matplotlib (pip install 'narrowdeep[plots]')\n"
     assert not (tmp_path / "fake.png").exists()  # an older run's would not belong to these numbers
     assert "<img" not in (tmp_path / "index.html").read_text()
 

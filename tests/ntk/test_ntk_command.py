@@ -254,5 +254,5 @@ def test_without_matplotlib_there_is_no_picture(tmp_path: Path, monkeypatch: pyt
     result = run("--depth", 3, "--draws", 1, "--json", "--out", tmp_path / "k.npz")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["plot"] is None
-    assert result.stderr == "the plot is left out: it needs matplotlib (pip install matplotlib)\n"
+    assert result.stderr == "the plot is left out: it needs matplotlib (pip install 'narrowdeep[plots]')\n"
     assert [p.name for p in tmp_path.iterdir()] == ["k.npz"]

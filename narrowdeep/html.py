@@ -1,0 +1,36 @@
+"""HTML pages that open offline: no script, nothing fetched, pictures inside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from narrowdeep.extras import optional
+
+with optional():
+    from jinja2 import Environment
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+img { max-width: 100%; border: 1px solid #ddd; }
+table { border-collapse: collapse; } td, th { padding: .25rem .8rem .25rem 0; text-align: left; vertical-align: top; }
+.yes { color: #16662a; } .no { color: #a01515; } .small { color: #666; font-size: .85rem; overflow-wrap: anywhere; }
+.wide { overflow-x: auto; white-space: nowrap; } td.number { text-align: right; font-variant-numeric: tabular-nums; }
+"""
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }}</title>
+<style>{{ style }}</style>
+</head>
+<body>
+"""
+
+
+def render(title: str, body: str, **values: Any) -> str:
+    """A page whose ``body`` is a jinja2 template of ``values``, which are escaped."""
+    return Environment(autoescape=True).from_string(f"{_PAGE}{body}</body>\n</html>\n").render(
+        title=title, style=_STYLE, **values
+    )
