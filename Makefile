@@ -16,13 +16,13 @@ help:
 	@echo 'make demo    train two very deep networks on digits (about a minute each)'
 	@echo 'make test    run the tests'
 	@echo 'make bench   time the library and its peers (about 5 minutes)'
-	@echo 'make lint    ruff and mypy'
+	@echo 'make lint    ruff, mypy and clang-format'
 	@echo 'make sanitize  the tests of the engine under ASan and UBSan (gcc)'
 	@echo 'make fuzz    random calls of the public API, good and bad (FUZZ_SECONDS=60 FUZZ_SEED=0)'
 	@echo 'make clean   remove what was built'
 
 demo: $(READY)
-	$(BIN)/python -m narrowdeep.demo
+	$(BIN)/python -m narrowdeep.commands.demo
 
 test: $(READY)
 	$(BIN)/python -m pytest
@@ -34,6 +34,7 @@ bench: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
 
 # A copy of the package with its own engine comes first on the path. Leaks of the interpreter are not ours; opcheck
 # compiles and the references of test_chain.py are Python: minutes here, and test_spans.py runs the same kernels. The

@@ -1,5 +1,6 @@
 // The ops of the CPU engine, and the only file that knows torch (its stable ABI): argument checks, memory, dispatch on
 // dtype and instruction set. The schemas are in narrowdeep/ops/chain.py, the meaning in narrowdeep/ops/*/reference.py.
+// More than 400 lines, because it is the only one.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -136,8 +137,8 @@ struct Params {
   template <class T>
   ChainParams<const T> pointers() const {
     const auto data = [](const std::optional<Tensor>& t) { return t.has_value() ? t->const_data_ptr<T>() : nullptr; };
-    return {data(first_weight),  data(first_bias), hidden_weight.const_data_ptr<T>(), hidden_bias.const_data_ptr<T>(),
-            data(last_weight), data(last_bias)};
+    return {data(first_weight), data(first_bias), hidden_weight.const_data_ptr<T>(), hidden_bias.const_data_ptr<T>(),
+            data(last_weight),  data(last_bias)};
   }
 };
 
@@ -156,9 +157,8 @@ struct Span {
   Sizes tap, image;
 
   Span(const Tensor& input_any, const Params& any, const Settings& settings)
-      : input(ready(input_any)),
-        params{ready(any.first_weight), ready(any.first_bias),  ready(any.hidden_weight),
-               ready(any.hidden_bias),  ready(any.last_weight), ready(any.last_bias)} {
+      : input(ready(input_any)), params{ready(any.first_weight), ready(any.first_bias),  ready(any.hidden_weight),
+                                        ready(any.hidden_bias),  ready(any.last_weight), ready(any.last_bias)} {
     constexpr int64_t dims = Family::kDims;
     const Params& p = params;
     const bool first = p.first_weight.has_value(), last = p.last_weight.has_value(), offset = settings.offset;
@@ -172,7 +172,8 @@ struct Span {
     if (last) check_dims("last_weight", *p.last_weight, 2 + dims);
     check_dims("hidden_weight", p.hidden_weight, 3 + dims);
     check(settings.segment >= 0, "segment must be at least 0, got ", settings.segment);
-    check(settings.start >= 0 && settings.start <= int64_t(1) << 62, "start must be from 0 to 2**62, got ", settings.start);
+    check(settings.start >= 0 && settings.start <= int64_t(1) << 62, "start must be from 0 to 2**62, got ",
+          settings.start);
     check(!first || settings.start == 0, "start must be 0 with the first layer, got ", settings.start);
     check(settings.outputs >= 1, "outputs must be at least 1, got ", settings.outputs);
 
@@ -185,7 +186,8 @@ struct Span {
       check(size % 2 == 1, "filters must have an odd size, got ", size);
       tap = {size, size};
       image = {input.size(2), input.size(3)};
-      check(image[0] >= 1 && image[1] >= 1, name, " must have images of at least 1x1 pixels, got ", image[0], "x", image[1]);
+      check(image[0] >= 1 && image[1] >= 1, name, " must have images of at least 1x1 pixels, got ", image[0], "x",
+            image[1]);
     }
     const int64_t batch = first ? input.size(0) : input.size(2 + dims);
     const int64_t in = first ? input.size(1) : offset ? width - 1 - outputs : 0;
@@ -201,10 +203,22 @@ struct Span {
     }
     check(width >= 1, "hidden_weight must not be empty");
     check(!first || in >= 1, name, " must have at least one feature or channel");
-    check(!offset || (in >= 1 && width == in + 1 + outputs), "hidden_weight must have in + 1 + out = ",
-          max(in, 1) + 1 + outputs, " rows", first ? "" : " or more", " in offset form, got ", width);
-    shape = {batch, in, width, outputs, layers, settings.segment, settings.start, first, last, offset, settings.scale,
-             dims ? tap[0] : 1, {dims ? image[0] : 1, dims ? image[1] : 1}};
+    check(!offset || (in >= 1 && width == in + 1 + outputs),
+          "hidden_weight must have in + 1 + out = ", max(in, 1) + 1 + outputs, " rows", first ? "" : " or more",
+          " in offset form, got ", width);
+    shape = {batch,
+             in,
+             width,
+             outputs,
+             layers,
+             settings.segment,
+             settings.start,
+             first,
+             last,
+             offset,
+             settings.scale,
+             dims ? tap[0] : 1,
+             {dims ? image[0] : 1, dims ? image[1] : 1}};
     if (!first) check_shape(name, input, state());
     bound_segment();
     for (const auto& [label, tensor] : given()) check_like(label, *tensor, name, input);
@@ -215,7 +229,8 @@ struct Span {
 
   std::vector<std::pair<const char*, const Tensor*>> given() const {
     std::vector<std::pair<const char*, const Tensor*>> list;
-    if (shape.first) list.insert(list.end(), {{"first_weight", &*params.first_weight}, {"first_bias", &*params.first_bias}});
+    if (shape.first)
+      list.insert(list.end(), {{"first_weight", &*params.first_weight}, {"first_bias", &*params.first_bias}});
     list.insert(list.end(), {{"hidden_weight", &params.hidden_weight}, {"hidden_bias", &params.hidden_bias}});
     if (shape.last) list.insert(list.end(), {{"last_weight", &*params.last_weight}, {"last_bias", &*params.last_bias}});
     return list;
@@ -268,9 +283,10 @@ void run_forward(const Span<Family>& span, const Tensor& output, const Tensor& s
   if (span.shape.batch == 0) return;
   dispatch(span.input, [&](auto zero) {
     using T = decltype(zero);
-    kernels_of<T>(Family()).forward({span.shape, span.params.template pointers<T>(), span.input.template const_data_ptr<T>(),
-                                     output.mutable_data_ptr<T>(), saved.mutable_data_ptr<T>()},
-                                    pool());
+    kernels_of<T>(Family()).forward(
+        {span.shape, span.params.template pointers<T>(), span.input.template const_data_ptr<T>(),
+         output.mutable_data_ptr<T>(), saved.mutable_data_ptr<T>()},
+        pool());
   });
 }
 
@@ -318,17 +334,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const Params& p = span.params;
   const Tensor grads[6] = {gradient_of(p.first_weight), gradient_of(p.first_bias),  gradient_of(p.hidden_weight),
                            gradient_of(p.hidden_bias),  gradient_of(p.last_weight), gradient_of(p.last_bias)};
-  Tensor grad_input = need_input ? new_large(span.input, sizes_of(span.input)) : torch::stable::new_empty(span.input, {0});
+  Tensor grad_input =
+      need_input ? new_large(span.input, sizes_of(span.input)) : torch::stable::new_empty(span.input, {0});
   if (s.batch > 0 && (need_input || need_params)) {
     dispatch(span.input, [&](auto zero) {
       using T = decltype(zero);
       T* to[6];
       for (int i = 0; i < 6; ++i) to[i] = grads[i].mutable_data_ptr<T>();
-      kernels_of<T>(Family()).backward(
-          {s, p.pointers<T>(), grad.const_data_ptr<T>(), span.input.template const_data_ptr<T>(),
-           saved.const_data_ptr<T>(), need_input ? grad_input.mutable_data_ptr<T>() : nullptr, need_params,
-           {to[0], to[1], to[2], to[3], to[4], to[5]}},
-          pool());
+      kernels_of<T>(Family()).backward({s,
+                                        p.pointers<T>(),
+                                        grad.const_data_ptr<T>(),
+                                        span.input.template const_data_ptr<T>(),
+                                        saved.const_data_ptr<T>(),
+                                        need_input ? grad_input.mutable_data_ptr<T>() : nullptr,
+                                        need_params,
+                                        {to[0], to[1], to[2], to[3], to[4], to[5]}},
+                                       pool());
     });
   }
   return {grad_input, grads[0], grads[1], grads[2], grads[3], grads[4], grads[5]};
@@ -364,8 +385,12 @@ Tensor jvp(Tensor input, MaybeTensor first_weight, MaybeTensor first_bias, Tenso
   dispatch(span.input, [&](auto zero) {
     using T = decltype(zero);
     const auto at = [&](int i) { return static_cast<const T*>(data[i]); };
-    kernels_of<T>(Family()).jvp({span.shape, p.pointers<T>(), {at(1), at(2), at(3), at(4), at(5), at(6)},
-                                 span.input.template const_data_ptr<T>(), at(0), output.mutable_data_ptr<T>()},
+    kernels_of<T>(Family()).jvp({span.shape,
+                                 p.pointers<T>(),
+                                 {at(1), at(2), at(3), at(4), at(5), at(6)},
+                                 span.input.template const_data_ptr<T>(),
+                                 at(0),
+                                 output.mutable_data_ptr<T>()},
                                 pool());
   });
   return output;
@@ -373,8 +398,9 @@ Tensor jvp(Tensor input, MaybeTensor first_weight, MaybeTensor first_bias, Tenso
 
 // Theta(x1, x2): narrowdeep/ops/gram/reference.py
 template <class Family>
-Tensor gram(Tensor x1_any, Tensor x2_any, Tensor first_weight, Tensor first_bias, Tensor hidden_weight, Tensor hidden_bias,
-            Tensor last_weight, Tensor last_bias, double scale, bool offset, bool symmetric, int64_t trainable, int64_t reduce) {
+Tensor gram(Tensor x1_any, Tensor x2_any, Tensor first_weight, Tensor first_bias, Tensor hidden_weight,
+            Tensor hidden_bias, Tensor last_weight, Tensor last_bias, double scale, bool offset, bool symmetric,
+            int64_t trainable, int64_t reduce) {
   const int64_t outputs = last_weight.dim() ? last_weight.size(0) : 0;
   const Span<Family> span(x1_any, {first_weight, first_bias, hidden_weight, hidden_bias, last_weight, last_bias},
                           {scale, offset, outputs, 0, 0});
@@ -411,8 +437,19 @@ Tensor gram(Tensor x1_any, Tensor x2_any, Tensor first_weight, Tensor first_bias
 // Returns 0, or 1 where NARROWDEEP_ISA names no instruction set of this machine.
 extern "C" __attribute__((visibility("default"))) int narrowdeep_backward_costs(const int64_t* sizes, const bool* flags,
                                                                                 int64_t threads, int64_t* costs) {
-  const ChainShape shape{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], 0, flags[0], flags[1], flags[2], 1.0,
-                         sizes[6], {sizes[7], sizes[8]}};
+  const ChainShape shape{sizes[0],
+                         sizes[1],
+                         sizes[2],
+                         sizes[3],
+                         sizes[4],
+                         sizes[5],
+                         0,
+                         flags[0],
+                         flags[1],
+                         flags[2],
+                         1.0,
+                         sizes[6],
+                         {sizes[7], sizes[8]}};
   const auto ask = [&](auto family) {
     return flags[4] ? kernels_of<double>(family).backward_costs(shape, threads, flags[3])
                     : kernels_of<float>(family).backward_costs(shape, threads, flags[3]);

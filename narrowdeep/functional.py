@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from narrowdeep.chain import span
+from narrowdeep.chain.family import FAMILIES, Family
 from narrowdeep.chain.params import Affine
 from narrowdeep.checks import shown
 
@@ -141,6 +142,49 @@ def _check_params(
     return inputs, outputs
 
 
+def _chain(
+    family: Family,
+    x: Tensor,
+    params: dict[str, Any],
+    *,
+    scale: float,
+    form: Form,
+    segment: int,
+    snapshots: int | None,
+) -> Tensor:
+    """Check the arguments of ``mlp_chain`` or ``conv_chain`` and run the chain."""
+    pairs = _pairs(params["hidden_weight"], params["hidden_bias"])
+    check_settings(scale=scale, form=form, segment=segment)
+    check_snapshots(snapshots, segment)
+    first, last = (Affine(params[f"{end}_weight"], params[f"{end}_bias"]) for end in ("first", "last"))
+    x = _cast_up(x, first.weight)
+    chunks = [params | {"hidden_weight": weight, "hidden_bias": bias} for weight, bias in pairs]
+    for chunk in chunks:
+        check_tensors(x, chunk)
+    size = first.weight.shape[-1] if first.weight.dim() else 0
+    if family.tap_dims and first.weight.dim() == 4 and (size % 2 == 0 or first.weight.shape[-2] != size):
+        raise ValueError(
+            f"first_weight must have square filters of odd size, got shape {tuple(first.weight.shape)}"
+        )
+    for chunk in chunks:
+        inputs, outputs = _check_params(chunk, family.ends, form, (size,) * family.tap_dims)
+    dims = family.sample_dims
+    if x.dim() < dims or x.shape[-dims] != inputs:
+        raise ValueError(_wrong_sample(family, x, inputs))
+    sample = x.shape[x.dim() - dims :]
+    if 0 in sample[1:]:
+        raise ValueError(f"x must have images of at least 1x1 pixels, got {x.shape[-2]}x{x.shape[-1]}")
+    settings = (float(scale), form == "offset", int(segment), snapshots)
+    out = span.chain(family.name, x.reshape(math.prod(x.shape[:-dims]), *sample), first, pairs, last, *settings)
+    return out if x.dim() == dims + 1 else out.reshape(*x.shape[:-dims], outputs)
+
+
+def _wrong_sample(family: Family, x: Tensor, inputs: int) -> str:
+    if family.tap_dims:
+        return f"x must have shape (*, {inputs}, H, W), got {tuple(x.shape)}"
+    return f"x must have {inputs} features in its last dimension, got {x.shape[-1] if x.dim() else 'a scalar'}"
+
+
 def mlp_chain(
     x: Tensor,
     first_weight: Tensor,
@@ -176,29 +220,16 @@ def mlp_chain(
     Raises: TypeError for dtypes, ValueError for shapes, devices, scale, form and segment; NotImplementedError when
         differentiated twice.
     """
-    pairs = _pairs(hidden_weight, hidden_bias)
-    params: dict[str, Any] = {
+    params = {
         "first_weight": first_weight,
         "first_bias": first_bias,
-        "hidden_weight": pairs[0][0],
-        "hidden_bias": pairs[0][1],
+        "hidden_weight": hidden_weight,
+        "hidden_bias": hidden_bias,
         "last_weight": last_weight,
         "last_bias": last_bias,
     }
-    check_settings(scale=scale, form=form, segment=segment)
-    check_snapshots(snapshots, segment)
-    x = _cast_up(x, first_weight)
-    for weight, bias in pairs:
-        params |= {"hidden_weight": weight, "hidden_bias": bias}
-        check_tensors(x, params)
-        in_features, out_features = _check_params(params, ("in", "out"), form, ())
-    if x.dim() == 0 or x.shape[-1] != in_features:
-        got = x.shape[-1] if x.dim() else "a scalar"
-        raise ValueError(f"x must have {in_features} features in its last dimension, got {got}")
-    ends = Affine(first_weight, first_bias), Affine(last_weight, last_bias)
-    settings = (float(scale), form == "offset", int(segment), snapshots)
-    out = span.chain("mlp", x.reshape(math.prod(x.shape[:-1]), in_features), ends[0], pairs, ends[1], *settings)
-    return out if x.dim() == 2 else out.reshape(*x.shape[:-1], out_features)
+    settings: dict[str, Any] = {"scale": scale, "form": form, "segment": segment, "snapshots": snapshots}
+    return _chain(FAMILIES["mlp"], x, params, **settings)
 
 
 def conv_chain(
@@ -221,50 +252,23 @@ def conv_chain(
     output is the mean of the last layer over H and W.
 
     Arguments:
-        x: (*, c, H, W), float32 or float64, under autocast of any lower floating dtype as well; H and W at least 1.
+        x: (*, c, H, W), of the dtypes that ``mlp_chain`` takes; H and W at least 1.
         first_weight, first_bias: (n, c, f, f) and (n,), f odd.
-        hidden_weight, hidden_bias: (L-2, n, n, f, f) and (L-2, n), L >= 2; or lists of chunks of consecutive layers,
-            each a graph node of its own, so that their gradients never exist at once.
+        hidden_weight, hidden_bias: (L-2, n, n, f, f) and (L-2, n), L >= 2; or lists of chunks.
         last_weight, last_bias: (k, n, f, f) and (k,).
-        scale: C_L, finite and positive. Read in offset form only.
-        form: "offset": the parameters hold Delta = W - E and c, and n must be c + 1 + k. "plain": W and b.
-        segment: layers between two saved states for the backward; 1 saves every state, 0 none (the backward then
-            runs the forward again). Changes memory and time, on the CPU never a bit of the result.
-        snapshots: states kept at most (in each chunk), at least 1, under a binomial schedule over the segments
-            (Griewank and Walther, ACM TOMS 26(1), 2000). Compiled, in a transform of torch.func or in forward mode
-            every checkpoint is kept. None: every checkpoint.
+        scale, form, segment, snapshots: as for ``mlp_chain``; in offset form n must be c + 1 + k.
 
     Returns: (*, k), dtype and device of the parameters.
 
-    Raises: TypeError for dtypes, ValueError for shapes, devices, scale, form and segment; NotImplementedError when
-        differentiated twice.
+    Raises: as ``mlp_chain``.
     """
-    pairs = _pairs(hidden_weight, hidden_bias)
-    params: dict[str, Any] = {
+    params = {
         "first_weight": first_weight,
         "first_bias": first_bias,
-        "hidden_weight": pairs[0][0],
-        "hidden_bias": pairs[0][1],
+        "hidden_weight": hidden_weight,
+        "hidden_bias": hidden_bias,
         "last_weight": last_weight,
         "last_bias": last_bias,
     }
-    check_settings(scale=scale, form=form, segment=segment)
-    check_snapshots(snapshots, segment)
-    x = _cast_up(x, first_weight)
-    for weight, bias in pairs:
-        params |= {"hidden_weight": weight, "hidden_bias": bias}
-        check_tensors(x, params)
-    size = first_weight.shape[-1] if first_weight.dim() else 0
-    if first_weight.dim() == 4 and (size % 2 == 0 or first_weight.shape[-2] != size):
-        raise ValueError(f"first_weight must have square filters of odd size, got shape {tuple(first_weight.shape)}")
-    for weight, bias in pairs:
-        params |= {"hidden_weight": weight, "hidden_bias": bias}
-        in_channels, out_channels = _check_params(params, ("c", "k"), form, (size, size))
-    if x.dim() < 3 or x.shape[-3] != in_channels:
-        raise ValueError(f"x must have shape (*, {in_channels}, H, W), got {tuple(x.shape)}")
-    if x.shape[-2] < 1 or x.shape[-1] < 1:
-        raise ValueError(f"x must have images of at least 1x1 pixels, got {x.shape[-2]}x{x.shape[-1]}")
-    ends = Affine(first_weight, first_bias), Affine(last_weight, last_bias)
-    settings = (float(scale), form == "offset", int(segment), snapshots)
-    out = span.chain("cnn", x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:]), ends[0], pairs, ends[1], *settings)
-    return out if x.dim() == 4 else out.reshape(*x.shape[:-3], out_channels)
+    settings: dict[str, Any] = {"scale": scale, "form": form, "segment": segment, "snapshots": snapshots}
+    return _chain(FAMILIES["cnn"], x, params, **settings)

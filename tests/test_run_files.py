@@ -325,6 +325,7 @@ def test_a_random_state_of_nonsense_is_refused(digits, state, tmp_path):
         ("model.arch", "mlp", r"the tensor model.first_weight must have the shape \(4, 1\), got \(4, 1, 5, 5\)"),
         ("model.scale", 10**400, "model.scale must be finite and positive, got an int of 1329 bits"),
         ("model.checkpoint", 2**63, r"model.checkpoint must be below 2\*\*63, got 9223372036854775808"),
+        ("model.optimizer", "lion", "model.optimizer must be one of sgd, momentum, .*, fused-momentum, got 'lion'"),
         ("model.budget", "2GiB", "model.budget must be an int of at least 0, got '2GiB'"),
         ("model.more", 1, "model.more is not known, got 1"),
         ("model.form", ..., "model.form is missing"),
@@ -353,7 +354,7 @@ def test_files_from_before_are_read(digits, state, model, tmp_path):
 
     def older(header: dict[str, Any], _: dict[str, Tensor]) -> None:
         for part in (header.get("config", {}), header.get("model", {})):
-            for name in ("lr_predicted", "budget"):
+            for name in ("lr_predicted", "budget", "optimizer"):
                 part.pop(name, None)
 
     assert Trainer.load(craft(state, tmp_path / "state", older), digits).config == CONFIG
@@ -372,7 +373,7 @@ def test_no_file(tmp_path):
 MODELS: list[Callable[[], DeepNarrowMLP | DeepNarrowCNN]] = [
     lambda: DeepNarrowMLP(3, 2, 9, chunks=3, checkpoint=(2, 3), rho=0.5, beta=0.25, scale=1e-3, form="plain"),
     lambda: DeepNarrowMLP(3, 2, 2, checkpoint="none", init="kaiming", form="plain", dtype=torch.float64),
-    lambda: DeepNarrowMLP(3, 2, 9, budget="3MiB"),
+    lambda: DeepNarrowMLP(3, 2, 9, budget="3MiB", optimizer="adam"),
     lambda: DeepNarrowCNN(2, 1, 7, kernel_size=5, chunks=2, checkpoint=4, scale=1e8),
     lambda: DeepNarrowCNN(1, 2, 3, kernel_size=1, budget=10**9, dtype=torch.float64),
 ]
@@ -381,7 +382,8 @@ MODELS: list[Callable[[], DeepNarrowMLP | DeepNarrowCNN]] = [
 def assert_same_model(found: nn.Module, expected: nn.Module) -> None:
     assert type(found) is type(expected)
     assert repr(found) == repr(expected)
-    for name in ("depth", "scale", "rho", "beta", "init", "form", "checkpoint", "chunks", "budget", "width"):
+    names = ("depth", "scale", "rho", "beta", "init", "form", "checkpoint", "chunks", "budget", "optimizer", "width")
+    for name in names:
         assert getattr(found, name) == getattr(expected, name), name
     ours, theirs = dict(found.named_parameters()), dict(expected.named_parameters())
     assert ours.keys() == theirs.keys()

@@ -161,11 +161,43 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
         (["--rho", "inf"], "rho must be finite and not negative, got inf"),
         (["--seed", str(2**63)], "seed must be "),
         (["--depth", "9" * 400], "depth must be below 2"),
+        (["--save-every", "inf"], "save-every must be finite, got inf"),
+        (["--budget", "9" * 30], "budget must be at most 9223372036854775807 bytes"),
     ],
 )
 def test_numbers_that_are_too_large(tmp_path, arguments, message):
     assert message in refused(*FAST, *arguments, "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_budget_changes_what_is_kept_and_no_number(tmp_path):
+    """Parameters, their gradients and their momentum, and what steps of 500 samples take beside."""
+    wide = [*FAST, "--depth", 150, "--epochs", 1]
+    free = train(*wide, "--out", tmp_path / "free")
+    assert free["config"]["budget"] is None
+    message = refused(*wide, "--out", tmp_path / "run", "--budget", "1kB")
+    found = re.search(r"budget must be at least \S+ \S+ \((\d+) bytes\) for this step, got 1000 B", message)
+    assert found is not None, message
+    assert not (tmp_path / "run").exists()
+    least = int(found[1])
+    width = 4 + 1 + 10  # images of 8x8, pooled
+    parameters = 4 * (width * 5 + 148 * width * (width + 1) + 10 * (width + 1))
+    assert 3 * parameters < least < 3 * parameters + 150 * 4 * width * 500
+    assert "budget must be at least" in refused(*wide, "--out", tmp_path / "run", "--budget", least - 1)
+    kept = train(*wide, "--out", tmp_path / "run", "--budget", least)
+    assert kept["config"] == {**free["config"], "budget": least}
+    for name in ("train_loss", "test_loss", "test_accuracy"):
+        assert kept["metrics"][name] == pytest.approx(free["metrics"][name], rel=1e-5)
+    model = training.load_model(tmp_path / "run" / "checkpoint.safetensors")
+    assert (model.budget, model.optimizer) == (least, "momentum")
+    resumed = ["--out", tmp_path / "run", "--resume", "--no-plot", "--epochs", 2]
+    assert f"budget must be {least} as in the run" in refused(*resumed, "--budget", "1GiB")
+    assert train(*resumed, "--budget", least)["epoch"] == 2
+
+
+def test_a_budget_needs_checkpoint_auto(tmp_path):
+    message = refused(*FAST, "--out", tmp_path / "run", "--budget", "1GB", "--checkpoint", 5)
+    assert "budget needs checkpoint 'auto', got 5" in message
 
 
 @pytest.mark.parametrize("after", [0.1, 0.4, 0.8, 1.2, 1.6, 2.0])

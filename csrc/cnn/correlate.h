@@ -49,8 +49,8 @@ ND_INLINE int64_t even_block(int64_t count, int64_t most) { return ceil_div(coun
 // Output channels [o, o + O) at row y, columns [x, x + X): sums of every tap inside the image, then the epilogue:
 // one of common/epilogue.h.
 template <class T, int O, int X, class Epilogue>
-void correlate_block(const Filter<T>& filter, int64_t channels, const Plane& plane, const Input<T> in, int64_t o, int64_t y,
-                     int64_t x, const Epilogue& epilogue) {
+void correlate_block(const Filter<T>& filter, int64_t channels, const Plane& plane, const Input<T> in, int64_t o,
+                     int64_t y, int64_t x, const Epilogue& epilogue) {
   constexpr int lanes = kLanes<T>;
   const int64_t radius = filter.size / 2;
   const int64_t row_begin = max_of(0, radius - in.margin - y);

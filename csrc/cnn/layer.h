@@ -66,7 +66,8 @@ class CnnLayer {
   }
   void step(int64_t l, const State<T>& state, const T* h, T* h_next) const {
     product(params_.hidden_weight + l * hidden_weights(), shape_.width, shape_.width, h,
-            StateEpilogue<T>{params_.hidden_bias + l * shape_.width, tiles_.skip, state.floor, state.lo, h_next, tiles_.row, {}});
+            StateEpilogue<T>{
+                params_.hidden_bias + l * shape_.width, tiles_.skip, state.floor, state.lo, h_next, tiles_.row, {}});
   }
   void last(const T* h, const State<T>& state, T* z) const {
     start_output(state, params_.last_bias, z);
@@ -132,7 +133,8 @@ class CnnLayer {
     product(params_.hidden_weight + at, shape_.width, shape_.width, full,
             GradientEpilogue<T>{h_next, tiles_.every, tangent.floor, tangent.lo, full_next, tiles_.row, {}});
   }
-  void last_tangent(const ChainParams<const T>& tangents, const T* h, const T* full, const State<T>& tangent, T* z) const {
+  void last_tangent(const ChainParams<const T>& tangents, const T* h, const T* full, const State<T>& tangent,
+                    T* z) const {
     start_output(tangent, tangents.last_bias, z);
     const AddEpilogue<T> onto{z, tiles_.row};
     if (tangents.last_weight) product(tangents.last_weight, shape_.out, shape_.width, h, onto);
@@ -156,7 +158,8 @@ class CnnLayer {
 
   // `from` with `margin` rows more above and below: those of the strips there, 0 at the ends of an image and past them.
   Input<T> with_margin(int64_t channels, const T* from, int64_t margin, T* to) const {
-    const int64_t line = tiles_.plane.width * kLanes<T>, rows = tiles_.plane.height, channel = (rows + 2 * margin) * line;
+    const int64_t line = tiles_.plane.width * kLanes<T>, rows = tiles_.plane.height,
+                  channel = (rows + 2 * margin) * line;
     for (int64_t c = 0; c < channels; ++c, from += rows * line) {
       T* const start = to + c * channel;
       for (int64_t y = 0; y < rows; ++y) {
@@ -174,7 +177,8 @@ class CnnLayer {
   }
   int64_t margins_bytes(int64_t channels) const {
     if (tiles_.strips == 1) return 0;
-    return channels * (tiles_.plane.height + 2 * (shape_.size / 2)) * tiles_.plane.width * kLanes<T> * int64_t(sizeof(T));
+    return channels * (tiles_.plane.height + 2 * (shape_.size / 2)) * tiles_.plane.width * kLanes<T> *
+           int64_t(sizeof(T));
   }
   Input<T> input(int64_t channels, const T* h, const Buffer& margins) const {
     if (tiles_.strips == 1) return {h, tiles_.row, 0};
@@ -203,7 +207,8 @@ class CnnLayer {
       }
   }
   // lo = skip lo + bias_t + W_t h
-  void add_tangents(const T* weight, const T* bias, int64_t columns, const T* skip, const T* h, const State<T>& tangent) const {
+  void add_tangents(const T* weight, const T* bias, int64_t columns, const T* skip, const T* h,
+                    const State<T>& tangent) const {
     for (int64_t i = 0; i < shape_.width; ++i)
       for (int64_t e = i * tiles_.row; e < (i + 1) * tiles_.row; ++e)
         tangent.lo[e] = (skip[i] == T(0) ? T(0) : tangent.lo[e]) + (bias ? bias[i] : T(0));

@@ -16,17 +16,17 @@ struct Plane {
 
 struct ChainShape {
   int64_t batch;
-  int64_t in;     // inputs of the network; 0 where a span in plain form does not know them
-  int64_t width;  // units, or channels, of a hidden state
-  int64_t out;    // outputs of the network
-  int64_t layers;   // hidden layers of the span
-  int64_t segment;  // layers between two saved states; 1: every state, as h; 0: none
-  int64_t start;    // absolute number of the state before the first hidden layer
+  int64_t in;        // inputs of the network; 0 where a span in plain form does not know them
+  int64_t width;     // units, or channels, of a hidden state
+  int64_t out;       // outputs of the network
+  int64_t layers;    // hidden layers of the span
+  int64_t segment;   // layers between two saved states; 1: every state, as h; 0: none
+  int64_t start;     // absolute number of the state before the first hidden layer
   bool first, last;  // whether the span has the network's first and last layer
   bool offset;
   double scale;
-  int64_t size;        // filters are size x size, odd; 1 for the MLP
-  Plane plane;         // of an image; 1 x 1 for the MLP
+  int64_t size;  // filters are size x size, odd; 1 for the MLP
+  Plane plane;   // of an image; 1 x 1 for the MLP
 };
 
 template <class T>

@@ -1,5 +1,6 @@
 // The way back through a span (common/chain.h), for any family. The states between two saved ones are computed again,
-// inside the tile; weight gradients are summed a thread and then over threads, in a fixed order.
+// inside the tile; weight gradients are summed a thread and then over threads, in a fixed order. More than 400 lines,
+// because all of it shares what a worker keeps.
 #pragma once
 
 #include "common/chain.h"
@@ -63,9 +64,9 @@ class ChainBackwardRun {
   const ChainShape& s;
   const Layer layer;
   const int64_t size, workers;
-  const int64_t step, steps, together;   // layers of a step (a segment); steps; steps that all tiles take before the next
-  const int64_t longest, held, pieces;   // states of the longest step, those held at once, and in how many pieces
-  const int64_t room;                    // elements of a state or of the gradient of x
+  const int64_t step, steps, together;  // layers of a step (a segment); steps; those that all tiles take together
+  const int64_t longest, held, pieces;  // states of the longest step, those held at once, and in how many pieces
+  const int64_t room;                   // elements of a state or of the gradient of x
   const bool kept_per_tile;
   T* kept = nullptr;
 
@@ -143,7 +144,8 @@ class ChainBackwardRun {
                   int64_t shares) {
     const T* const source[6] = {from.first_weight, from.first_bias,  from.hidden_weight,
                                 from.hidden_bias,  from.last_weight, from.last_bias};
-    T* const target[6] = {to.first_weight, to.first_bias, to.hidden_weight, to.hidden_bias, to.last_weight, to.last_bias};
+    T* const target[6] = {to.first_weight, to.first_bias,  to.hidden_weight,
+                          to.hidden_bias,  to.last_weight, to.last_bias};
     for (int i = 0; i < 6; ++i) {
       const int64_t begin = g.sizes[i] * share / shares, count = g.sizes[i] * (share + 1) / shares - begin;
       if (add) {
@@ -184,9 +186,11 @@ class ChainBackwardRun {
         if (packed && args.need_params && !add) fill(g.total, T(0), sums.hidden_weight);
         if (last == steps) load(tile, k);
         set_bases(tile, k, room);
-        for (int64_t n = last; n-- > first;) take_step(tile, n * step, min_of((n + 1) * step, s.layers), k, room, sums, first_layer, add);
+        for (int64_t n = last; n-- > first;)
+          take_step(tile, n * step, min_of((n + 1) * step, s.layers), k, room, sums, first_layer, add);
         if (first == 0) leave(tile, k, room, sums, add);
-        if (blocked && args.need_params && ((i + 1) % block == 0 || i + 1 == share.count)) sum(g, sums, total, i >= block, 0, 1);
+        if (blocked && args.need_params && ((i + 1) % block == 0 || i + 1 == share.count))
+          sum(g, sums, total, i >= block, 0, 1);
       }
     });
     if (!args.need_params) return;
@@ -284,7 +288,8 @@ class ChainBackwardRun {
       T* const inner = room.inner + piece * tiles.words() * size;
       copy(size, room.state.lo, inner);
       if (s.offset) copy(size, room.state.hi, inner + size);
-      if (piece + 1 < count) ND_ISA::run(tiles, layer, begin + piece * held, begin + (piece + 1) * held, room.state, h, spare);
+      if (piece + 1 < count)
+        ND_ISA::run(tiles, layer, begin + piece * held, begin + (piece + 1) * held, room.state, h, spare);
     }
     for (int64_t piece = count; piece-- > 0;) {
       const int64_t from = begin + piece * held, to = min_of(from + held, stop);
@@ -298,7 +303,8 @@ class ChainBackwardRun {
   }
 
   // The last layer, from r, given the last state.
-  void last_back(int64_t tile, const Kept& k, const Room& room, const T* h, const ChainParams<T>& sums, bool add) const {
+  void last_back(int64_t tile, const Kept& k, const Room& room, const T* h, const ChainParams<T>& sums,
+                 bool add) const {
     if (Layer::kEndsTogether) {
       if (args.need_params) copy(size, h, k.h_last);
     } else if (args.need_params) {
@@ -345,7 +351,8 @@ class ChainBackwardRun {
     T* const full = Layer::kEndsTogether ? k.lo : room.full;
     g.total(size, full);
     if (args.need_params && !Layer::kEndsTogether)
-      layer.gradient(s.width, s.in, tiles.valid(tile), full, k.x, sums.first_weight, sums.first_bias, add, room.scratch);
+      layer.gradient(s.width, s.in, tiles.valid(tile), full, k.x, sums.first_weight, sums.first_bias, add,
+                     room.scratch);
     if (!args.grad_input) return;
     layer.first_back(full, room.full_next);
     store_images(tiles, tile, s.in, room.full_next, args.grad_input);
@@ -373,11 +380,13 @@ class ChainBackwardRun {
       }
     };
     if (s.last)
-      sum_of(s.out, s.width, args.grads.last_weight, args.grads.last_bias, [](const Kept& k) { return k.r; },
-             [](const Kept& k) { return k.h_last; });
+      sum_of(
+          s.out, s.width, args.grads.last_weight, args.grads.last_bias, [](const Kept& k) { return k.r; },
+          [](const Kept& k) { return k.h_last; });
     if (s.first)
-      sum_of(s.width, s.in, args.grads.first_weight, args.grads.first_bias, [](const Kept& k) { return k.lo; },
-             [](const Kept& k) { return k.x; });
+      sum_of(
+          s.width, s.in, args.grads.first_weight, args.grads.first_bias, [](const Kept& k) { return k.lo; },
+          [](const Kept& k) { return k.x; });
   }
 };
 

@@ -158,8 +158,7 @@ void chain_forward(const ChainForward<T>& args, const Parallel& parallel) {
   const int64_t several = s.segment == 1 && layer.in_registers() ? kRenormalisePeriod : 1;
   const int64_t step = s.segment == 0 ? max_of(1, s.layers) : s.segment == 1 ? several : s.segment;
   parallel_for(parallel, workers, [&](int64_t worker) {
-    const Buffer memory(int64_t(sizeof(T)) *
-                        ((State<T>::kArrays + several + 1) * size + (s.in + s.out) * tiles.row));
+    const Buffer memory(int64_t(sizeof(T)) * ((State<T>::kArrays + several + 1) * size + (s.in + s.out) * tiles.row));
     const State<T> state(memory.as<T>(), size);
     T* const states = state.lo + size;
     T* const x = states + (several + 1) * size;
@@ -204,8 +203,7 @@ void chain_jvp(const ChainJvp<T>& args, const Parallel& parallel) {
   const int64_t workers = min_of(parallel.threads, tiles.count), size = tiles.size;
   parallel_for(parallel, workers, [&](int64_t worker) {
     const int64_t rows = 2 * s.in + s.out;
-    const Buffer memory(int64_t(sizeof(T)) *
-                        ((2 * State<T>::kArrays + 4) * size + rows * tiles.row));
+    const Buffer memory(int64_t(sizeof(T)) * ((2 * State<T>::kArrays + 4) * size + rows * tiles.row));
     const State<T> state(memory.as<T>(), size), tangent(state.lo + size, size);
     T* h = tangent.lo + size;
     T* h_next = h + size;
@@ -219,8 +217,7 @@ void chain_jvp(const ChainJvp<T>& args, const Parallel& parallel) {
       const int64_t tile = share[i];
       enter(tiles, layer, tile, args.input, x, state, h);
       if (s.first) {
-        if (args.input_tangent)
-          load_images(tiles, tile, s.in, false, args.input_tangent, x_tangent);
+        if (args.input_tangent) load_images(tiles, tile, s.in, false, args.input_tangent, x_tangent);
         layer.first_tangent(x, args.input_tangent ? x_tangent : nullptr, args.tangents, h, tangent, full);
       } else {
         if (args.input_tangent) {

@@ -12,8 +12,10 @@ namespace narrowdeep {
 namespace ND_ISA {
 
 // Rows in a full block: R * V accumulators, V vectors of B and a broadcast must fit in the registers.
+// clang-format off
 template <int V>
 constexpr int kBlockRows = kRegisters == 32 ? (V == 4 ? 6 : V == 2 ? 12 : 16) : (V == 4 ? 2 : V == 2 ? 6 : 8);
+// clang-format on
 
 // acc += A B
 template <class T, int R, int V>

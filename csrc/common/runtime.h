@@ -31,7 +31,8 @@ namespace ND_ISA {
 class Buffer {
  public:
   explicit Buffer(int64_t bytes) : data_(nullptr) {
-    if (bytes > 0 && posix_memalign(&data_, 64, static_cast<size_t>(bytes)) != 0) throw std::runtime_error("out of memory");
+    if (bytes > 0 && posix_memalign(&data_, 64, static_cast<size_t>(bytes)) != 0)
+      throw std::runtime_error("out of memory");
   }
   ~Buffer() { free(data_); }
   Buffer(const Buffer&) = delete;

@@ -52,7 +52,8 @@ struct GradientRows {
     Vec<T> acc[R][V] = {};
     for (int64_t t = 0; t < tiles; ++t)
       multiply_block<T, R, V>(of.full + t * of.full_stride + row * samples, samples, 1,
-                              transposed + t * samples * padded + column, padded, t + 1 < tiles ? samples : last_valid, acc);
+                              transposed + t * samples * padded + column, padded, t + 1 < tiles ? samples : last_valid,
+                              acc);
     for (int r = 0; r < R; ++r)
       for (int v = 0; v < V; ++v) {
         const int64_t j = column + v * kLanes<T>;
@@ -139,8 +140,13 @@ class MlpLayer {
   void step(int64_t l, const State<T>& state, const T* h, T* h_next) const {
     const T* const weight = params_.hidden_weight + l * hidden_weights();
     product(weight, shape_.width, shape_.width, h,
-            StateEpilogue<T>{params_.hidden_bias + l * shape_.width, tiles_.skip, state.floor, state.lo, h_next,
-                             tiles_.samples, {l + 1 < shape_.layers ? weight + hidden_weights() : weight, shape_.width}});
+            StateEpilogue<T>{params_.hidden_bias + l * shape_.width,
+                             tiles_.skip,
+                             state.floor,
+                             state.lo,
+                             h_next,
+                             tiles_.samples,
+                             {l + 1 < shape_.layers ? weight + hidden_weights() : weight, shape_.width}});
   }
   void last(const T* h, const State<T>& state, T* z) const {
     product(params_.last_weight, shape_.out, shape_.width, h, WriteEpilogue<T>{params_.last_bias, z, tiles_.samples});
@@ -155,7 +161,12 @@ class MlpLayer {
   void step_back(int64_t l, const T* full, const T* h, const State<T>& g, T* full_next) const {
     const T* const weight = params_.hidden_weight + l * hidden_weights();
     transposed(weight, shape_.width, shape_.width, full,
-               GradientEpilogue<T>{h, tiles_.skip, g.floor, g.lo, full_next, tiles_.samples,
+               GradientEpilogue<T>{h,
+                                   tiles_.skip,
+                                   g.floor,
+                                   g.lo,
+                                   full_next,
+                                   tiles_.samples,
                                    {l > 0 ? weight - hidden_weights() : weight, shape_.width}});
   }
   void first_back(const T* full, T* grad_x) const {
@@ -171,7 +182,8 @@ class MlpLayer {
   }
 
   // The same from tiles [first, first + count), whose arrays stand `stride` apart, by all threads: shares of the rows.
-  void gradient_over_tiles(const Parallel& parallel, int64_t first, int64_t count, int64_t stride, GradientOf<T> of) const {
+  void gradient_over_tiles(const Parallel& parallel, int64_t first, int64_t count, int64_t stride,
+                           GradientOf<T> of) const {
     of.full_stride = of.h_stride = stride;
     // None so small that transposing h again costs more than 1/16.
     const int64_t blocks = max_of(1, min_of(of.rows / 64, 4 * parallel.threads)), block = ceil_div(of.rows, blocks);
@@ -192,7 +204,8 @@ class MlpLayer {
     fill(tiles_.size, T(0), tangent.hi);
     fill(tiles_.size, T(0), full);
     if (x_tangent) {
-      product(params_.first_weight, shape_.width, shape_.in, x_tangent, WriteEpilogue<T>{nullptr, full, tiles_.samples});
+      product(params_.first_weight, shape_.width, shape_.in, x_tangent,
+              WriteEpilogue<T>{nullptr, full, tiles_.samples});
       for (int64_t e = 0; shape_.offset && e < shape_.in * tiles_.samples; ++e) {
         if (x[e] <= T(0)) {
           full[e] += scale * x_tangent[e];
@@ -214,11 +227,14 @@ class MlpLayer {
     if (tangents.hidden_weight)
       product(tangents.hidden_weight + at, shape_.width, shape_.width, h, AddEpilogue<T>{full_next, tiles_.samples});
     for (int64_t i = 0; i < shape_.width; ++i)
-      if (tiles_.skip[i] != T(0)) ND_ISA::add(tiles_.samples, tangent.lo + i * tiles_.samples, full_next + i * tiles_.samples);
+      if (tiles_.skip[i] != T(0))
+        ND_ISA::add(tiles_.samples, tangent.lo + i * tiles_.samples, full_next + i * tiles_.samples);
     mask_tangent(tangents.hidden_bias ? tangents.hidden_bias + l * shape_.width : nullptr, h_next, tangent, full_next);
   }
-  void last_tangent(const ChainParams<const T>& tangents, const T* h, const T* full, const State<T>& tangent, T* z) const {
-    product(params_.last_weight, shape_.out, shape_.width, full, WriteEpilogue<T>{tangents.last_bias, z, tiles_.samples});
+  void last_tangent(const ChainParams<const T>& tangents, const T* h, const T* full, const State<T>& tangent,
+                    T* z) const {
+    product(params_.last_weight, shape_.out, shape_.width, full,
+            WriteEpilogue<T>{tangents.last_bias, z, tiles_.samples});
     if (tangents.last_weight)
       product(tangents.last_weight, shape_.out, shape_.width, h, AddEpilogue<T>{z, tiles_.samples});
     add_right(tangent, z);
@@ -251,9 +267,11 @@ class MlpLayer {
       constexpr int N = decltype(width)::value;
       const int vectors = int(tiles_.vectors);
       if (shape_.offset)
-        narrow_backward<T, N, true>(params_.hidden_weight, begin, end, vectors, tiles_.skip, g.floor, g.lo, states, packed);
+        narrow_backward<T, N, true>(params_.hidden_weight, begin, end, vectors, tiles_.skip, g.floor, g.lo, states,
+                                    packed);
       else
-        narrow_backward<T, N, false>(params_.hidden_weight, begin, end, vectors, tiles_.skip, g.floor, g.lo, states, packed);
+        narrow_backward<T, N, false>(params_.hidden_weight, begin, end, vectors, tiles_.skip, g.floor, g.lo, states,
+                                     packed);
     });
   }
   int64_t packed_size() const {
@@ -309,7 +327,8 @@ class MlpLayer {
   // What the identity part of the last layer passes on, without the base.
   void add_right(const State<T>& state, T* z) const {
     const int64_t right = tiles_.right() * tiles_.samples;
-    for (int64_t e = 0; shape_.offset && e < shape_.out * tiles_.samples; ++e) z[e] += state.hi[right + e] + state.lo[right + e];
+    for (int64_t e = 0; shape_.offset && e < shape_.out * tiles_.samples; ++e)
+      z[e] += state.hi[right + e] + state.lo[right + e];
   }
   // lo = full + bias, or what makes the tangent 0 where h is 0; full becomes the whole tangent.
   void mask_tangent(const T* bias, const T* h, const State<T>& tangent, T* full) const {

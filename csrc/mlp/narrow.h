@@ -108,7 +108,8 @@ ND_INLINE void narrow_reduce_groups(const T* full, const T* h, int vectors, T* p
       for (int e = 0; e < members; ++e) {
         const int entry = first + e;
         if (entry < N * N) {
-          acc[e] = fma(load(full + (entry / N) * samples + v * lanes), load(h + (entry % N) * samples + v * lanes), acc[e]);
+          acc[e] =
+              fma(load(full + (entry / N) * samples + v * lanes), load(h + (entry % N) * samples + v * lanes), acc[e]);
         } else {
           acc[e] = acc[e] + load(full + (entry - N * N) * samples + v * lanes);
         }
@@ -122,8 +123,8 @@ ND_INLINE void narrow_reduce_groups(const T* full, const T* h, int vectors, T* p
 // Layers [begin, end) backwards for V vectors of samples, without renormalisation; G of layer l goes to full + (l - begin) * N *
 // samples. `states` holds h of every state of the block, the first being the input of layer `begin`.
 template <class T, int N, int V, bool OFFSET>
-inline void narrow_propagate(const T* weight, int64_t begin, int64_t end, int64_t samples, const T* skip, const T* floor,
-                             T* g_memory, const T* states, T* full) {
+inline void narrow_propagate(const T* weight, int64_t begin, int64_t end, int64_t samples, const T* skip,
+                             const T* floor, T* g_memory, const T* states, T* full) {
   constexpr int lanes = kLanes<T>;
   Vec<T> g[N][V], low[N][V];
   for (int i = 0; i < N; ++i)
@@ -159,8 +160,8 @@ inline void narrow_propagate(const T* weight, int64_t begin, int64_t end, int64_
 
 // The same for a tile. `partial`, when not null, gains the weight gradients of layer l at (l - begin) * kSize.
 template <class T, int N, bool OFFSET>
-inline void narrow_backward(const T* weight, int64_t begin, int64_t end, int vectors, const T* skip, const T* floor, T* g,
-                            const T* states, T* partial) {
+inline void narrow_backward(const T* weight, int64_t begin, int64_t end, int vectors, const T* skip, const T* floor,
+                            T* g, const T* states, T* partial) {
   constexpr int V = N * 6 <= kRegisters ? 2 : 1;
   constexpr int64_t kLayers = 8;  // G of so many layers fits in the first-level cache beside their h
   const int64_t samples = vectors * kLanes<T>;

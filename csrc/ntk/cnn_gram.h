@@ -31,7 +31,8 @@ class CnnGramSum {
         slots(max_of(1, ceil_div(s.layers, s.segment))),
         held(min_of(s.segment, s.layers) + 1),
         jacobian_size(max_of(max_of(first().entries(), last().entries()), hidden().entries()) * kLanes<T>),
-        group(max_of(1, min_of(kMostLayers, kGroupBytes / (tiles.count * outputs * jacobian_size * int64_t(sizeof(T)) + 1)))),
+        group(max_of(
+            1, min_of(kMostLayers, kGroupBytes / (tiles.count * outputs * jacobian_size * int64_t(sizeof(T)) + 1)))),
         back_size(s.out * tiles.row + State<T>::kArrays * size),
         sums(args.pairs, outputs, tiles.samples, parallel),
         saved(slots * tiles.words() * tiles.state() * int64_t(sizeof(T))),
@@ -145,8 +146,8 @@ class CnnGramSum {
       }
     });
     const T* const j = jacobians.as<T>();
-    sums.add({j, 0, 0, 0, j, outputs * group * jacobian_size, group * jacobian_size, jacobian_size, kind.entries(), count,
-              false, kind.entries() > 0});
+    sums.add({j, 0, 0, 0, j, outputs * group * jacobian_size, group * jacobian_size, jacobian_size, kind.entries(),
+              count, false, kind.entries() > 0});
   }
 };
 

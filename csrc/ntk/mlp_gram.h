@@ -41,8 +41,8 @@ class MlpGramSum {
     for (int64_t i = slots() - 1; i >= 0; --i) {
       const int64_t begin = i * s.segment, end = min_of(begin + s.segment, s.layers);
       segment(begin, end);
-      sums.add({states.as<T>(), (held + 1) * size, size, s.width, full.as<T>(), outputs * held * size, held * size, size,
-                s.width, end - begin, trained(2), trained(3)});
+      sums.add({states.as<T>(), (held + 1) * size, size, s.width, full.as<T>(), outputs * held * size, held * size,
+                size, s.width, end - begin, trained(2), trained(3)});
     }
     const Back first = back(0, 0);  // its arrays stand at the same place in every tile
     sums.add({x(0), tile_size, 0, s.in, first.lo, tile_size, back_size, 0, s.width, 1, trained(0), trained(1)});

@@ -71,7 +71,8 @@ class PairSums {
       block_sums<R>(layers, row, column, inner, total);
       for (int64_t k = 0; k < kept(); ++k)
         for (int r = 0; r < R; ++r)
-          for (int lane = 0; lane < kLanes<T>; ++lane) put(row + r, column + lane, k, total[(k * R + r) * kLanes<T> + lane]);
+          for (int lane = 0; lane < kLanes<T>; ++lane)
+            put(row + r, column + lane, k, total[(k * R + r) * kLanes<T> + lane]);
     }
   }
 
@@ -104,7 +105,8 @@ class PairSums {
         Vec<T> sum[R];
         for (int r = 0; r < R; ++r) sum[r] = broadcast(layers.bias ? T(1) : T(0));
         if (layers.weight) {
-          products<R>(layers.h_units, h_row + (begin + l) * layers.h_layer, h_column + (begin + l) * layers.h_layer, sum);
+          products<R>(layers.h_units, h_row + (begin + l) * layers.h_layer, h_column + (begin + l) * layers.h_layer,
+                      sum);
         }
         for (int r = 0; r < R; ++r) store(inner + (l * R + r) * kLanes<T>, sum[r]);
       }

@@ -1,13 +1,13 @@
-"""The options that say which network a command is about, and the network they make."""
+"""The network that the options of a command say, as one record."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from enum import Enum
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 
 from narrowdeep.__main__ import shorten
 from narrowdeep.commands.options import Dtype, fail
@@ -24,21 +24,6 @@ class Form(str, Enum):
     plain = "plain"
 
 
-ArchOption = Annotated[Arch, typer.Option("--arch", help="Kind of network.")]
-InputsOption = Annotated[int, typer.Option("--inputs", help="Features of an MLP's input, channels of a CNN's.")]
-OutputsOption = Annotated[int, typer.Option("--outputs", help="Outputs of the network.")]
-ImageOption = Annotated[str, typer.Option("--image", help="Height and width of a CNN's input, HxW.")]
-KernelOption = Annotated[int, typer.Option("--kernel-size", help="Side of a CNN's filters, odd.")]
-FormOption = Annotated[Form, typer.Option("--form", help="How the weights are stored.")]
-CheckpointOption = Annotated[
-    str, typer.Option("--checkpoint", help="auto, none, or the layers between two saved states; --budget overrides it.")
-]
-BatchOption = Annotated[int, typer.Option("--batch-size", help="Samples a step.")]
-BudgetOption = Annotated[
-    str | None, typer.Option("--budget", help="Memory of a whole step, such as 2GiB, 500MB or bytes.")
-]
-
-
 def parse_checkpoint(text: str) -> int | str:
     """A number where it is one; the model refuses other words than auto and none. Ends the command where it has more
     than 64 bits."""
@@ -49,34 +34,51 @@ def parse_checkpoint(text: str) -> int | str:
     return int(text)
 
 
-def make_network(
-    arch: Arch,
-    inputs: int,
-    outputs: int,
-    depth: int,
-    image: str,
-    kernel_size: int,
-    form: Form,
-    checkpoint: str,
-    dtype: Dtype,
-    device: torch.device,
-    chunks: int = 1,
-) -> tuple[DeepNarrowMLP | DeepNarrowCNN, tuple[int, ...]]:
-    """The network, and the shape of one of its inputs.
+def require_images(arch: Arch | None, **options: Any) -> None:
+    """Raises: ValueError where an option is given that only a CNN has."""
+    for name, value in options.items():
+        if value is not None and arch != Arch.cnn:
+            raise ValueError(f"{name.replace('_', '-')} must be left out without --arch cnn, got {value}")
 
-    Raises: TypeError or ValueError as the network does; ValueError for an image that is not HxW.
-    """
-    settings: dict[str, Any] = {
-        "form": form.value,
-        "checkpoint": parse_checkpoint(checkpoint),
-        "dtype": dtype.torch,
-        "device": device,
-        "chunks": chunks,
-    }
-    if arch == Arch.mlp:
-        return DeepNarrowMLP(inputs, outputs, depth, **settings), (inputs,)
-    sides = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", image)
-    if sides is None:
-        raise ValueError(f"image must be HxW, such as 28x28, got {image!r}")
-    model = DeepNarrowCNN(inputs, outputs, depth, kernel_size=kernel_size, **settings)
-    return model, (inputs, int(sides[1]), int(sides[2]))
+
+@dataclass(frozen=True)
+class Network:
+    """The options that say which network a command is about, but for its depth; None where one is not given."""
+
+    arch: Arch
+    inputs: int
+    outputs: int
+    image: str | None
+    kernel_size: int | None
+    form: Form
+    checkpoint: str
+    dtype: Dtype
+    chunks: int = 1
+
+    def make(self, depth: int, device: torch.device) -> tuple[DeepNarrowMLP | DeepNarrowCNN, tuple[int, ...]]:
+        """The network, and the shape of one of its inputs.
+
+        Raises: TypeError or ValueError as the network does; ValueError for an image that is not HxW, and for what an
+            MLP does not have.
+        """
+        require_images(self.arch, image=self.image, kernel_size=self.kernel_size)
+        settings: dict[str, Any] = {
+            "form": self.form.value,
+            "checkpoint": parse_checkpoint(self.checkpoint),
+            "dtype": self.dtype.torch,
+            "device": device,
+            "chunks": self.chunks,
+        }
+        if self.arch == Arch.mlp:
+            return DeepNarrowMLP(self.inputs, self.outputs, depth, **settings), (self.inputs,)
+        image = IMAGE if self.image is None else self.image
+        sides = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", image)
+        if sides is None:
+            raise ValueError(f"image must be HxW, such as 28x28, got {image!r}")
+        if self.kernel_size is not None:
+            settings["kernel_size"] = self.kernel_size
+        model = DeepNarrowCNN(self.inputs, self.outputs, depth, **settings)
+        return model, (self.inputs, int(sides[1]), int(sides[2]))
+
+
+IMAGE = "28x28"

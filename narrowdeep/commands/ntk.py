@@ -15,7 +15,7 @@ from torch import Tensor
 
 from narrowdeep import files, training
 from narrowdeep.commands.arrays import read_array
-from narrowdeep.commands.network import Arch, Form
+from narrowdeep.commands.network import Arch, Form, require_images
 from narrowdeep.commands.options import (
     DeviceOption,
     Dtype,
@@ -24,6 +24,7 @@ from narrowdeep.commands.options import (
     has_matplotlib,
     memory_errors,
     one_line_errors,
+    option,
     print_json,
     resolve_device,
 )
@@ -38,18 +39,14 @@ def ntk(
     model: Annotated[
         Path | None, typer.Option(help="A saved model or a run's checkpoint, in place of fresh networks.")
     ] = None,
-    arch: Annotated[
-        Arch | None, typer.Option(help="Kind of fresh networks; a CNN needs --inputs. [default: mlp]")
-    ] = None,
-    depth: Annotated[
-        list[int] | None, typer.Option(help="L of fresh networks; give it more than once to compare. [default: 100]")
-    ] = None,
-    scale: Annotated[float | None, typer.Option(help="C_L of fresh networks. [default: the depth]")] = None,
-    rho: Annotated[float | None, typer.Option(help="Weights' standard deviation of fresh ones. [default: 1]")] = None,
-    beta: Annotated[float | None, typer.Option(help="Biases' one, times C_L. [default: 1]")] = None,
-    form: Annotated[Form | None, typer.Option(help="How fresh weights are stored. [default: offset]")] = None,
+    arch: Annotated[Arch | None, option("arch", "mlp; cnn needs --inputs")] = None,
+    depth: Annotated[list[int] | None, option("depth", "100", several=True)] = None,
+    scale: Annotated[float | None, option("scale", "the depth")] = None,
+    rho: Annotated[float | None, option("rho", "1")] = None,
+    beta: Annotated[float | None, option("beta", "1")] = None,
+    form: Annotated[Form | None, option("form", "offset")] = None,
     out_features: Annotated[int | None, typer.Option(help="Outputs of fresh networks. [default: 1]")] = None,
-    kernel_size: Annotated[int | None, typer.Option(help="Side of fresh CNNs' filters, odd. [default: 3]")] = None,
+    kernel_size: Annotated[int | None, option("kernel-size", "3")] = None,
     draws: Annotated[int | None, typer.Option(min=1, help="Fresh networks of each depth. [default: 10]")] = None,
     points: Annotated[
         int | None, typer.Option(min=2, max=10**9, help="Angles on the quarter circle. [default: 100]")
@@ -64,7 +61,7 @@ def ntk(
     json: JsonOption = False,
     seed: SeedOption = 0,
     device: DeviceOption = "cpu",
-    dtype: Annotated[Dtype | None, typer.Option(help="Of fresh networks and their inputs. [default: float32]")] = None,
+    dtype: Annotated[Dtype | None, option("dtype", "float32")] = None,
 ) -> None:
     """Scaled NTK of networks with two inputs against the angle, as in Figure 4.1b of the thesis, or of any inputs.
 
@@ -95,8 +92,7 @@ def ntk(
         else:
             kind = (dtype or Dtype.float32).torch
             cnn = arch == Arch.cnn
-            if kernel_size is not None and not cnn:
-                raise ValueError(f"kernel-size must be left out without --arch cnn, got {kernel_size}")
+            require_images(arch, kernel_size=kernel_size)
         if cnn and inputs is None:
             raise ValueError("inputs must be given for a CNN: a .npy file (N, C, H, W)")
         shape = "(N, C, H, W)" if cnn else "(N, in)"

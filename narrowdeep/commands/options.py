@@ -14,6 +14,7 @@ import torch
 import typer
 
 from narrowdeep.__main__ import shorten
+from narrowdeep.memory.planning import OPTIMIZER_TENSORS
 
 
 class Dtype(str, Enum):
@@ -25,10 +26,57 @@ class Dtype(str, Enum):
         return getattr(torch, self.value)
 
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
-SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of every random number drawn.")]
-DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")]
-DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Of parameters and data.")]
+HELP = {
+    "arch": "Kind of network.",
+    "batch-size": "Samples a step.",
+    "beta": "Biases' standard deviation at initialisation, times C_L.",
+    "budget": "Memory of a whole step, such as 2GiB, 500MB or bytes.",
+    "checkpoint": "auto, none, or the layers between two saved states; --budget chooses it.",
+    "chunks": "Parameters that the hidden layers are divided into; the fused optimizers gain by it.",
+    "data": "Folder that holds MNIST/raw, where MNIST is needed.",
+    "decay": "Of the learning rate over all epochs; linear: to 0, which averages noise out.",
+    "depth": "L, the number of affine layers.",
+    "device": "cpu, cuda or cuda:N.",
+    "dtype": "Of parameters and data.",
+    "epochs": "Passes over the data, in all.",
+    "form": "How the weights are stored.",
+    "image": "Height and width of a CNN's input, HxW.",
+    "init": "kaiming needs --form plain.",
+    "inputs": "Features of an MLP's input, channels of a CNN's.",
+    "json": "Print one JSON object and nothing else on standard output.",
+    "kernel-size": "Side of a CNN's filters, odd.",
+    "lr": "Learning rate of SGD; auto: predicted, with the momentum, from the spectrum of the network's own kernel.",
+    "momentum": "Of SGD.",
+    "optimizer": f"What the update keeps: {', '.join(OPTIMIZER_TENSORS)}.",
+    "outputs": "Outputs of the network.",
+    "pool": "Side of an average pool before the network.",
+    "rho": "Weights' standard deviation at initialisation.",
+    "scale": "C_L of the initialisation.",
+    "seed": "Seed of every random number drawn.",
+    "task": "What to learn.",
+    "tau": "Learning rate as kernel time a step, in place of --lr.",
+}
+"""What --help says of the options of networks and of training, and of those that several commands have."""
+
+_SETTINGS: dict[str, dict[str, Any]] = {"data": {"envvar": "NARROWDEEP_DATA"}, "seed": {"min": 0}}
+
+
+def option(name: str, default: str = "", *, several: bool = False) -> Any:
+    """The option ``--name``, for ``Annotated``.
+
+    Arguments:
+        default: in words, where the command finds it out itself.
+        several: whether it may be given more than once.
+    """
+    more = " Give it more than once to compare." if several else ""
+    text = f"{HELP[name]}{more}{f' [default: {default}]' if default else ''}"
+    return typer.Option(f"--{name}", help=text, **_SETTINGS.get(name, {}))
+
+
+JsonOption = Annotated[bool, option("json")]
+SeedOption = Annotated[int, option("seed")]
+DeviceOption = Annotated[str, option("device")]
+DtypeOption = Annotated[Dtype, option("dtype")]
 
 
 _NO_ROOM = re.compile(r"alloc|out of memory|overflow", re.IGNORECASE)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from enum import Enum
 from typing import Annotated
 
 import torch
@@ -11,20 +10,7 @@ import typer
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from narrowdeep import memory
-from narrowdeep.commands.network import (
-    Arch,
-    ArchOption,
-    BatchOption,
-    BudgetOption,
-    CheckpointOption,
-    Form,
-    FormOption,
-    ImageOption,
-    InputsOption,
-    KernelOption,
-    OutputsOption,
-    make_network,
-)
+from narrowdeep.commands.network import IMAGE, Arch, Form, Network
 from narrowdeep.commands.options import (
     DeviceOption,
     Dtype,
@@ -32,33 +18,24 @@ from narrowdeep.commands.options import (
     JsonOption,
     SeedOption,
     one_line_errors,
+    option,
     print_json,
 )
 
 
-class Optimizer(str, Enum):
-    sgd = "sgd"
-    momentum = "momentum"
-    adam = "adam"
-    fused_sgd = "fused-sgd"
-    fused_momentum = "fused-momentum"
-
-
 def plan(
-    arch: ArchOption = Arch.mlp,
-    inputs: InputsOption = 64,
-    outputs: OutputsOption = 10,
-    depth: Annotated[int, typer.Option(help="L, the number of affine layers.")] = 1000,
-    image: ImageOption = "28x28",
-    kernel_size: KernelOption = 3,
-    form: FormOption = Form.offset,
-    checkpoint: CheckpointOption = "auto",
-    batch_size: BatchOption = 128,
-    budget: BudgetOption = None,
-    optimizer: Annotated[Optimizer, typer.Option(help="What the update keeps: 0, 1 or 2 copies.")] = Optimizer.sgd,
-    chunks: Annotated[
-        int, typer.Option(help="Parameters that the hidden layers are divided into; the fused optimizers gain by it.")
-    ] = 1,
+    arch: Annotated[Arch, option("arch")] = Arch.mlp,
+    inputs: Annotated[int, option("inputs")] = 64,
+    outputs: Annotated[int, option("outputs")] = 10,
+    depth: Annotated[int, option("depth")] = 1000,
+    image: Annotated[str | None, option("image", IMAGE)] = None,
+    kernel_size: Annotated[int | None, option("kernel-size", "3")] = None,
+    form: Annotated[Form, option("form")] = Form.offset,
+    checkpoint: Annotated[str, option("checkpoint")] = "auto",
+    batch_size: Annotated[int, option("batch-size")] = 128,
+    budget: Annotated[str | None, option("budget")] = None,
+    optimizer: Annotated[str, option("optimizer")] = "sgd",
+    chunks: Annotated[int, option("chunks")] = 1,
     json: JsonOption = False,
     seed: SeedOption = 0,
     device: DeviceOption = "cpu",
@@ -71,13 +48,10 @@ def plan(
     with one_line_errors():
         if re.fullmatch(r"cpu|cuda(:\d+)?", device) is None:
             raise ValueError(f"device must be cpu, cuda or cuda:N, got {device!r}")
+        network = Network(arch, inputs, outputs, image, kernel_size, form, checkpoint, dtype, chunks)
         with FakeTensorMode():
-            model, shape = make_network(
-                arch, inputs, outputs, depth, image, kernel_size, form, checkpoint, dtype, torch.device(device), chunks
-            )
-            planned = memory.plan(
-                model, batch_size=batch_size, input_shape=shape, budget=budget, optimizer=optimizer.value
-            )
+            model, shape = network.make(depth, torch.device(device))
+            planned = memory.plan(model, batch_size=batch_size, input_shape=shape, budget=budget, optimizer=optimizer)
     if json:
         print_json(planned.to_dict())
     else:

@@ -11,20 +11,7 @@ import typer
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from narrowdeep import files, memory
-from narrowdeep.commands.network import (
-    Arch,
-    ArchOption,
-    BatchOption,
-    BudgetOption,
-    CheckpointOption,
-    Form,
-    FormOption,
-    ImageOption,
-    InputsOption,
-    KernelOption,
-    OutputsOption,
-    make_network,
-)
+from narrowdeep.commands.network import IMAGE, Arch, Form, Network
 from narrowdeep.commands.options import (
     DeviceOption,
     Dtype,
@@ -33,6 +20,7 @@ from narrowdeep.commands.options import (
     SeedOption,
     memory_errors,
     one_line_errors,
+    option,
     print_json,
     resolve_device,
 )
@@ -41,18 +29,16 @@ from narrowdeep.memory.profiling import plot, table
 
 
 def profile(
-    arch: ArchOption = Arch.mlp,
-    inputs: InputsOption = 64,
-    outputs: OutputsOption = 10,
-    depth: Annotated[
-        list[int] | None, typer.Option(help="L; more than once for several. [default: 100, 300 and 1000]")
-    ] = None,
-    image: ImageOption = "28x28",
-    kernel_size: KernelOption = 3,
-    form: FormOption = Form.offset,
-    checkpoint: CheckpointOption = "auto",
-    batch_size: BatchOption = 128,
-    budget: BudgetOption = None,
+    arch: Annotated[Arch, option("arch")] = Arch.mlp,
+    inputs: Annotated[int, option("inputs")] = 64,
+    outputs: Annotated[int, option("outputs")] = 10,
+    depth: Annotated[list[int] | None, option("depth", "100, 300 and 1000", several=True)] = None,
+    image: Annotated[str | None, option("image", IMAGE)] = None,
+    kernel_size: Annotated[int | None, option("kernel-size", "3")] = None,
+    form: Annotated[Form, option("form")] = Form.offset,
+    checkpoint: Annotated[str, option("checkpoint")] = "auto",
+    batch_size: Annotated[int, option("batch-size")] = 128,
+    budget: Annotated[str | None, option("budget")] = None,
     eager: Annotated[bool, typer.Option(help="Measure eager layers too, where they should fit.")] = True,
     figure: Annotated[
         Path | None, typer.Option("--plot", help="Draw peak against depth into this file; needs matplotlib.")
@@ -67,14 +53,14 @@ def profile(
     --json prints {"profiles": [...]}, one entry a depth.
     """
     depths = depth or [100, 300, 1000]
-    settings = (image, kernel_size, form, checkpoint, dtype)
+    network = Network(arch, inputs, outputs, image, kernel_size, form, checkpoint, dtype)
     with one_line_errors():
         target = resolve_device(device)
         if figure is not None:
             _check_figure(figure)
         for layers in depths:  # all are checked before the first is measured
             with FakeTensorMode():
-                model, shape = make_network(arch, inputs, outputs, layers, *settings, target)
+                model, shape = network.make(layers, target)
                 memory.plan(model, batch_size=batch_size, input_shape=shape, budget=budget)
     profiles = []
     with progress() as bar, memory_errors():
@@ -82,7 +68,7 @@ def profile(
         for layers in depths:
             bar.update(line, description=f"depth {layers:,}")
             torch.manual_seed(seed)
-            model, shape = make_network(arch, inputs, outputs, layers, *settings, target)
+            model, shape = network.make(layers, target)
             if budget is not None:
                 planned = memory.plan(model, batch_size=batch_size, input_shape=shape, budget=budget)
                 model.checkpoint = planned.checkpoint

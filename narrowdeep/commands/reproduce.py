@@ -18,6 +18,7 @@ from narrowdeep.commands.options import (
     has_matplotlib,
     memory_errors,
     one_line_errors,
+    option,
     print_json,
     resolve_device,
 )
@@ -34,9 +35,7 @@ def reproduce(
     out: Annotated[Path, typer.Option(help="Folder of the results; a run goes on with what it finds there.")] = Path(
         "reproduction"
     ),
-    data: Annotated[
-        Path | None, typer.Option(envvar="NARROWDEEP_DATA", help="Folder that holds MNIST/raw, where MNIST is needed.")
-    ] = None,
+    data: Annotated[Path | None, option("data")] = None,
     json: JsonOption = False,
     seed: SeedOption = 0,
     device: DeviceOption = "cpu",

@@ -26,10 +26,12 @@ from narrowdeep.commands.options import (
     has_matplotlib,
     memory_errors,
     one_line_errors,
+    option,
     print_json,
     resolve_device,
 )
 from narrowdeep.data import TASKS, Task, load_task
+from narrowdeep.memory.sizes import parse_bytes
 from narrowdeep.step_size import StepSize, predict_step_size
 from narrowdeep.training import DTYPES, TrainConfig, Trainer
 
@@ -75,7 +77,7 @@ def _by_task(field: str) -> str:
         ", ".join(f"{'2 sqrt(inputs)' if v is None else v} for {n}" for n, v in values.items())
         for values in ({n: getattr(d, field) for n, d in table.items()} for table in (DEFAULTS, CNN_DEFAULTS))
     ]
-    return "[default: " + "; with --arch cnn ".join(groups) + "]"
+    return "; with --arch cnn ".join(groups)
 
 
 TaskChoice = Enum("TaskChoice", {name: name for name in TASKS}, type=str)  # type: ignore[misc] # names known at run time
@@ -92,43 +94,27 @@ class Init(str, Enum):
 
 
 def train(
-    task: Annotated[TaskChoice | None, typer.Option(help="What to learn. [default: digits]")] = None,
-    arch: Annotated[Arch | None, typer.Option(help="Kind of network. [default: mlp]")] = None,
-    depth: Annotated[int | None, typer.Option(help="L, the number of affine layers. [default: 1000]")] = None,
-    scale: Annotated[float | None, typer.Option(help="C_L of the initialisation. [default: the depth]")] = None,
-    rho: Annotated[float | None, typer.Option(help=f"Weights' standard deviation. {_by_task('rho')}")] = None,
-    beta: Annotated[float | None, typer.Option(help="Biases' standard deviation, times C_L. [default: 1]")] = None,
-    init: Annotated[Init | None, typer.Option(help="kaiming needs --form plain. [default: ntk]")] = None,
-    form: Annotated[Form | None, typer.Option(help="How the weights are stored. [default: offset]")] = None,
-    checkpoint: Annotated[
-        str | None, typer.Option(help="auto, none, or the layers between two kept states. [default: auto]")
-    ] = None,
-    pool: Annotated[int | None, typer.Option(help="Side of an average pool before the network. [default: 1]")] = None,
-    epochs: Annotated[int | None, typer.Option(help=f"Passes over the data, in all. {_by_task('epochs')}")] = None,
-    batch_size: Annotated[int | None, typer.Option(help=f"Samples a step. {_by_task('batch_size')}")] = None,
-    lr: Annotated[
-        str | None,
-        typer.Option(
-            help="Learning rate of SGD; auto: predicted, with the momentum, from the spectrum of the network's own "
-            "kernel. [default: tau / (L C_L^2)]"
-        ),
-    ] = None,
-    tau: Annotated[
-        float | None, typer.Option(help=f"Learning rate as kernel time a step, in place of --lr. {_by_task('tau')}")
-    ] = None,
-    momentum: Annotated[float | None, typer.Option(help=f"Of SGD. {_by_task('momentum')}")] = None,
-    decay: Annotated[
-        Decay | None,
-        typer.Option(
-            help="Of the learning rate over all epochs; linear: to 0, which averages noise out. [default: none]"
-        ),
-    ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Of every random number drawn. [default: 0]")] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Of parameters and data. [default: float32]")] = None,
+    task: Annotated[TaskChoice | None, option("task", "digits")] = None,
+    arch: Annotated[Arch | None, option("arch", "mlp")] = None,
+    depth: Annotated[int | None, option("depth", "1000")] = None,
+    scale: Annotated[float | None, option("scale", "the depth")] = None,
+    rho: Annotated[float | None, option("rho", _by_task("rho"))] = None,
+    beta: Annotated[float | None, option("beta", "1")] = None,
+    init: Annotated[Init | None, option("init", "ntk")] = None,
+    form: Annotated[Form | None, option("form", "offset")] = None,
+    checkpoint: Annotated[str | None, option("checkpoint", "auto")] = None,
+    budget: Annotated[str | None, option("budget")] = None,
+    pool: Annotated[int | None, option("pool", "1")] = None,
+    epochs: Annotated[int | None, option("epochs", _by_task("epochs"))] = None,
+    batch_size: Annotated[int | None, option("batch-size", _by_task("batch_size"))] = None,
+    lr: Annotated[str | None, option("lr", "tau / (L C_L^2)")] = None,
+    tau: Annotated[float | None, option("tau", _by_task("tau"))] = None,
+    momentum: Annotated[float | None, option("momentum", _by_task("momentum"))] = None,
+    decay: Annotated[Decay | None, option("decay", "none")] = None,
+    seed: Annotated[int | None, option("seed", "0")] = None,
+    dtype: Annotated[Dtype | None, option("dtype", "float32")] = None,
     device: DeviceOption = "cpu",
-    data: Annotated[
-        Path | None, typer.Option(envvar="NARROWDEEP_DATA", help="Folder that holds MNIST/raw, for mnist and mnist01.")
-    ] = None,
+    data: Annotated[Path | None, option("data")] = None,
     download: Annotated[bool, typer.Option("--download", help="Download MNIST into --data if missing.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder of the run. [default: runs/TASK]")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, with its settings.")] = False,
@@ -165,6 +151,10 @@ def train(
     with one_line_errors():
         if lr is not None:
             asked["lr"] = _learning_rate(lr)
+        if budget is not None:
+            asked["budget"] = parse_bytes(budget)
+        if not math.isfinite(save_every):
+            raise ValueError(f"save-every must be finite, got {save_every}")
         target = resolve_device(device)
         if lr is not None and tau is not None:
             raise ValueError(f"lr and tau set the same thing: give one, got lr = {lr} and tau = {tau}")
@@ -176,6 +166,7 @@ def train(
                 stack.enter_context(files.folder_lock(folder))
             make = _resume if resume else _start
             trainer = make(asked, tau, folder, target, data, download, quiet=json)
+            trainer.require_room()
             training.require_writable(folder)
             stack.enter_context(files.folder_lock(folder))
             if not resume:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,38 +11,18 @@ import torch
 
 from narrowdeep.chain import schedule
 from narrowdeep.chain.params import ChainShape
-from narrowdeep.checks import LARGEST, check_count, is_integer, shown
-from narrowdeep.ops import engine, triton_dispatch
-from narrowdeep.ops.reference import saved_shape
+from narrowdeep.checks import LARGEST, check_count, is_integer
+from narrowdeep.memory.sizes import format_bytes, parse_bytes
+from narrowdeep.memory.step import Step, usual_segment
 
 if TYPE_CHECKING:  # models plan by what is here, not the other way round
     from narrowdeep.modules.base import DeepNarrowBase
 
-AUTO_SEGMENT = 64
-"""Layers between saved states under ``checkpoint="auto"`` when not every state is saved."""
+Optimizer = Literal["sgd", "momentum", "adam", "fused-sgd", "fused-momentum"]
 
-OPTIMIZER_TENSORS = {"sgd": 0, "momentum": 1, "adam": 2, "fused-sgd": 0, "fused-momentum": 1}
+OPTIMIZER_TENSORS: dict[Optimizer, int] = {"sgd": 0, "momentum": 1, "adam": 2, "fused-sgd": 0, "fused-momentum": 1}
 """Tensors of the parameters' size that an optimizer keeps. The fused ones are ``narrowdeep.optim.FusedSGD``: the
 gradients of one chunk of layers exist at a time."""
-
-BACKWARD_COST = 2.0
-"""What the backward of a layer costs when its input is at hand, in forwards of that layer: two products against one."""
-
-MOST_SEGMENTS = 1000
-"""Of a schedule whose actions are gone through to see what it takes; longer ones take as much."""
-
-CACHE_BYTES = 1 << 20
-"""Of a thread of the CPU. States that do not fit are written to memory and read back."""
-
-STATE_COST, UNIT_COST = 148, 12
-"""In multiply-adds: what it costs to write one number of a state beyond the cache and to read it back, and to compute
-it besides its products. Measured with two threads: saving every state took 1.7 times as long as one in 250 layers with
-3 channels and filters of 3x3 (27 products a number), 3 times as one in 64 with MLPs of width 4, as long at 75."""
-
-_UNITS = {"": 1, **{f"{prefix}B": 1000**i for i, prefix in enumerate(("", "k", "M", "G", "T"))}}
-_UNITS |= {f"{prefix}iB": 1024**i for i, prefix in enumerate(("K", "M", "G", "T"), 1)}
-_UNITS_BY_LOWER = {unit.lower(): factor for unit, factor in _UNITS.items()}
-
 
 class BudgetError(ValueError):
     """No checkpointing fits the budget. ``smallest`` is the least number of bytes that one does."""
@@ -54,40 +33,6 @@ class BudgetError(ValueError):
             f"{format_bytes(budget)} ({budget} bytes)"
         )
         self.smallest = smallest
-
-
-def parse_bytes(value: int | str, name: str = "budget") -> int:
-    """Bytes from an int, or from text such as "2GiB" or "1.5 MB": units of 1000 (kB, MB, ...) or of 1024 (KiB, ...).
-
-    Raises: TypeError for other types; ValueError for other text and for what is below 1 byte or not finite.
-    """
-    if not isinstance(value, str) and not is_integer(value):
-        raise TypeError(f'{name} must be bytes as an int, or text such as "2GiB" or "500MB", got {value!r}')
-    if isinstance(value, str):
-        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:e\+?\d+)?)\s*([a-z]*)\s*", value.lower())
-        if match is None or match[2] not in _UNITS_BY_LOWER or len(value) > 60 or not math.isfinite(float(match[1])):
-            units = ", ".join(unit for unit in _UNITS if unit)
-            raise ValueError(f"{name} must be a number and one of the units {units}, or bytes, got {value!r}")
-        number = int(match[1]) if match[1].isdigit() else float(match[1])
-        parsed = int(number * _UNITS_BY_LOWER[match[2]])
-    else:
-        parsed = int(value)
-    if parsed < 1:
-        raise ValueError(f"{name} must be at least 1 byte, got {shown(value)}")
-    if parsed > LARGEST:
-        raise ValueError(f"{name} must be at most {LARGEST} bytes, got {shown(value)}")
-    return parsed
-
-
-def format_bytes(count: int) -> str:
-    """Three digits and a binary unit: 1536 is "1.50 KiB"."""
-    size, unit = float(count), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if size < 1024:
-            break
-        size, unit = size / 1024, larger
-    digits = 0 if unit == "B" or size >= 1000 else 3 - len(str(int(size)))
-    return f"{size:.{digits}f} {unit}"
 
 
 @dataclass(frozen=True)
@@ -159,123 +104,11 @@ class MemoryPlan:
         return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
 
 
-def _ceil(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-class _Step:
-    """One training step of a chain, on the device where its parameters are."""
-
-    def __init__(self, shape: ChainShape) -> None:
-        self.shape, self.threads = shape, torch.get_num_threads()
-        self.cuda = shape.device.type == "cuda"
-        self.words = 2 if shape.offset else 1
-        """Of a checkpoint: hi and lo, or h."""
-        self.border = 3 if shape.offset else 1
-        """Words of a state between spans: base, hi and lo, or h."""
-
-    def segments(self, segment: int) -> int:
-        """Of the longest chunk."""
-        return max(1, _ceil(self.shape.longest, segment))
-
-    def scheduled(self, segment: int, snapshots: int) -> bool:
-        """Whether fewer states are kept than there are segments."""
-        return segment > 1 and snapshots < self.segments(segment)
-
-    def _boundaries(self, segment: int, snapshots: int) -> int:
-        """Words of states that are kept for the backward: those that spans save, and those between them."""
-        chunks = self.shape.chunks
-        between = (len(chunks) - 1) * self.border
-        if self.scheduled(segment, snapshots):  # the first of a chunk is its input
-            return between + sum(self.border * (min(snapshots, _ceil(m, segment)) - 1) for m in chunks)
-        ends = [(i == 0, i == len(chunks) - 1) for i in range(len(chunks))]
-        saved = [saved_shape(m, (), self.shape.offset, segment, *end) for m, end in zip(chunks, ends, strict=True)]
-        return between + sum(rows * words for rows, words in saved)
-
-    def activations(self, segment: int, snapshots: int) -> dict[str, int]:
-        """Bytes that depend on checkpointing, by part. ``snapshots`` is read when ``segment`` is not 1."""
-        shape, scheduled = self.shape, self.scheduled(segment, snapshots)
-        layers = min(segment, shape.longest) if scheduled else shape.longest
-        if self.cuda:
-            backward, workspace = self._gpu(layers, segment)
-        else:
-            costs = self._engine(layers, max(2, layers) if scheduled else segment)
-            backward, workspace = costs.kept, costs.segment
-        if scheduled:  # a segment's gradients, until they are copied to the span's
-            workspace += layers * shape.layer if shape.trained else 0
-            backward += self._walking(segment, snapshots) * self.border * shape.state
-        elif len(shape.chunks) > 1:  # a gradient of a state comes in, another goes out
-            backward += 2 * self.border * shape.state
-        return {
-            "boundaries": self._boundaries(segment, snapshots) * shape.state,
-            "backward state": backward,
-            "workspace": workspace,
-        }
-
-    def _walking(self, segment: int, snapshots: int) -> int:
-        """States and gradients of states that a schedule has beside those that it keeps, at its peak."""
-        length = self.segments(segment)
-        if length > MOST_SEGMENTS:
-            return 3
-        # The slots that the forward fills but the first, which holds the input; whether the current state is in none of
-        # them; the gradient that comes in, and what is made: a state, or the gradient that goes out.
-        run = schedule.Binomial(segment, snapshots)
-        slots, apart, gradients, most = len(run.kept(self.shape.longest)) - 1, 0, len(self.shape.chunks) > 1, 0
-        for action in run.backward(self.shape.longest):
-            if action.op in (schedule.Op.ADVANCE, schedule.Op.REVERSE):
-                most = max(most, slots + apart + gradients + 1)
-            if action.op == schedule.Op.REVERSE:
-                gradients = True
-            apart = {schedule.Op.ADVANCE: 1, schedule.Op.FREE: apart}.get(action.op, 0)
-            slots += {schedule.Op.STORE: 1, schedule.Op.FREE: -1}.get(action.op, 0)
-        return max(1, most - (min(snapshots, length) - 1))
-
-    def _engine(self, layers: int, segment: int) -> engine.BackwardCosts:
-        """Of the CPU engine, for a span of so many hidden layers with both ends."""
-        s = self.shape
-        sizes = (s.batch, s.inputs, s.width, s.outputs, layers, segment, s.kernel_size, *(s.image or (1, 1)))
-        flags = (True, True, s.offset, s.trained, s.dtype == torch.float64, bool(s.image))
-        return engine.backward_costs(sizes, flags, self.threads)
-
-    def _gpu(self, layers: int, segment: int) -> tuple[int, int]:
-        """What the Triton kernels allocate; one layer at a time a segment's states (ops/layered.py)."""
-        s = self.shape
-        x = torch.empty(s.batch, s.inputs, *s.image, dtype=s.dtype, device="meta")
-        filters = (s.width, s.width, *((s.kernel_size,) * len(s.image)))
-        weight = torch.empty(layers, *filters, dtype=s.dtype, device="meta")
-        fused = triton_dispatch.backward_workspace(x, weight, s.offset, segment)
-        states = 0 if segment == 1 else min(segment, layers) + 1
-        return 8 * s.state, states * s.state if fused is None else fused
-
-    def sweeps(self, segment: int, snapshots: int) -> float:
-        """Forward runs of the whole chain in one step, as ``schedule.Schedule`` has it."""
-        if segment == 1:
-            return 1.0
-        length = self.segments(segment)
-        divided = 0.0
-        if not self.cuda:  # the engine divides a segment that it cannot hold, and runs all but the last part once more
-            costs = self._engine(self.shape.longest, segment)
-            divided = 1 - costs.held / costs.longest
-        if snapshots >= length:
-            return 2.0 + divided
-        kept = schedule.first_snapshots(length, snapshots)
-        # The forward runs to the output. The backward advances what the schedule does beyond that, goes on from the
-        # last snapshot, and runs every segment where it reverses it.
-        return 1 + (schedule.fewest_advances(length, snapshots) - kept[-1] + length) / length + divided
-
-    def time(self, segment: int, snapshots: int) -> float:
-        """Of a step, in forward sweeps."""
-        states = (self.shape.layers + 1) * self.shape.state
-        if segment == 1 and not self.cuda and states > CACHE_BYTES * self.threads:
-            return 1.0 + BACKWARD_COST + STATE_COST / (self.shape.width * self.shape.taps + UNIT_COST)
-        return self.sweeps(segment, snapshots) + BACKWARD_COST
-
-
-def _uniform(layers: int) -> set[int]:
-    """The shortest segment for every number of boundaries, and AUTO_SEGMENT."""
-    root = math.isqrt(layers)
-    lengths = {*range(2, root + 1), *(_ceil(layers, count) for count in range(1, root + 2)), AUTO_SEGMENT}
-    return {max(2, min(length, layers)) for length in lengths}
+def check_optimizer(name: Any) -> Optimizer:
+    """A name of ``OPTIMIZER_TENSORS``. Raises: ValueError."""
+    if not isinstance(name, str) or name not in OPTIMIZER_TENSORS:
+        raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZER_TENSORS)}, got {name!r}")
+    return name
 
 
 def plan(
@@ -284,15 +117,15 @@ def plan(
     batch_size: int,
     input_shape: tuple[int, ...] | None = None,
     budget: int | str | None = None,
-    optimizer: str = "sgd",
+    optimizer: str | None = None,
+    schedules: bool = True,
 ) -> MemoryPlan:
     """The memory of one training step, and the checkpointing that fits ``budget`` at the least slow-down.
 
     Checkpointing trades memory for running the chain forward again: every state saved (nothing runs twice), or one
     state in ``segment`` layers, a segment's own states being recomputed where they are used (everything runs twice).
-    Fewer boundaries than segments, under a binomial schedule (Griewank and Walther, ACM TOMS 26(1), 2000), are planned
-    where the model asks for them (``checkpoint=(segment, snapshots)``) but not chosen: the engine divides long segments
-    of convolutions again, sample by sample, which takes less memory.
+    Where that does not fit, or takes longer, fewer boundaries than segments, under a binomial schedule (Griewank and
+    Walther, ACM TOMS 26(1), 2000): what lies between two of them is run more often.
 
     Arguments:
         model: a DeepNarrowMLP or DeepNarrowCNN, which is only read.
@@ -302,25 +135,26 @@ def plan(
             what the model's own ``checkpoint`` and ``budget`` do.
         optimizer: "sgd", "momentum" or "adam": what keeps 0, 1 or 2 tensors of the parameters' size; "fused-sgd" or
             "fused-momentum": ``narrowdeep.optim.FusedSGD``, with which a model of several chunks never has all
-            gradients at once.
+            gradients at once. None: the model's own ``optimizer``.
+        schedules: whether binomial schedules may be chosen. A step that is compiled, or in a transform of torch.func,
+            runs none and keeps every boundary instead: a plan for it needs False.
 
     Returns: a MemoryPlan; of those that fit, the fastest, and of equally fast ones the one whose segment is nearest
-        to ``AUTO_SEGMENT`` layers. It counts tensors and the engine's own memory, not the interpreter and its
-        libraries.
+        to what a model without a budget takes. It counts tensors and the engine's own memory, not the interpreter and
+        its libraries.
 
     Raises: TypeError or ValueError naming the argument, the rule and the value; BudgetError (a ValueError), with the
         smallest budget that can be met, when this one cannot.
     """
     shape = _shape(model, batch_size, input_shape)
-    step = _Step(shape)
-    if optimizer not in OPTIMIZER_TENSORS:
-        raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZER_TENSORS)}, got {optimizer!r}")
+    step = Step(shape)
+    kind = model.optimizer if optimizer is None else check_optimizer(optimizer)
     wanted = model.budget if budget is None else parse_bytes(budget)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     fixed = {
         "parameters": size,
-        "gradients": _gradients(model, fused=optimizer.startswith("fused")),
-        "optimizer state": OPTIMIZER_TENSORS[optimizer] * size,
+        "gradients": _gradients(model, fused=kind.startswith("fused")),
+        "optimizer state": OPTIMIZER_TENSORS[kind] * size,
         "input and output": (shape.inputs * shape.positions + 2 * shape.outputs) * shape.batch * shape.dtype.itemsize,
     }
 
@@ -332,12 +166,12 @@ def plan(
             segment, most = model.checkpoint
             snapshots = min(most, step.segments(segment))
         return _finish(step, fixed, segment, snapshots, None)
-    candidates = [(1, 0), *((k, step.segments(k)) for k in _uniform(shape.longest))]
-    totals = {c: sum(fixed.values()) + sum(step.activations(*c).values()) for c in candidates}
-    fitting = [c for c in candidates if totals[c] <= wanted]
-    if not fitting:
-        raise BudgetError(wanted, min(totals.values()))
-    best = min(fitting, key=lambda c: (step.time(*c), abs(math.log2(c[0] / AUTO_SEGMENT))))
+    kept = sum(fixed.values())
+    found, least = step.choices(wanted - kept, schedules)
+    if not found:
+        raise BudgetError(wanted, kept + least)
+    preferred = usual_segment(model.depth)
+    best = min(found, key=lambda c: (step.time(*c), abs(math.log2(c[0] / preferred))))
     return _finish(step, fixed, *best, wanted)
 
 
@@ -384,7 +218,7 @@ def _shape(model: DeepNarrowBase, batch_size: int, input_shape: tuple[int, ...] 
     )
 
 
-def _finish(step: _Step, fixed: dict[str, int], segment: int, snapshots: int, budget: int | None) -> MemoryPlan:
+def _finish(step: Step, fixed: dict[str, int], segment: int, snapshots: int, budget: int | None) -> MemoryPlan:
     return MemoryPlan(
         segment=segment,
         schedule=schedule.Binomial(segment, snapshots) if step.scheduled(segment, snapshots) else None,

@@ -1,4 +1,4 @@
-"""What DeepNarrowMLP and DeepNarrowCNN share: settings, stacked parameters, initialisation, checkpointing."""
+"""What DeepNarrowMLP and DeepNarrowCNN share: settings, stacked parameters, initialisation, layers."""
 
 from __future__ import annotations
 
@@ -11,21 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from narrowdeep.chain.params import LayerSpan
-from narrowdeep.checks import LARGEST, check_count, check_number, is_integer, shown
+from narrowdeep.checks import LARGEST, check_count, check_number
 from narrowdeep.functional import Form, check_tensors
-from narrowdeep.memory.planning import AUTO_SEGMENT, parse_bytes, plan
-from narrowdeep.modules import hidden, state
+from narrowdeep.modules import convert, hidden, state
+from narrowdeep.modules.checkpointing import Checkpoint, Checkpointing
 
 Init = Literal["ntk", "kaiming"]
-Checkpoint = int | Literal["auto", "none"] | tuple[int, int]
-
-WIDE = 128
-"""Width from which ``checkpoint="auto"`` may save every state. A state costs about 12 bytes of memory traffic a unit,
-to run it again `width` multiply-adds: on two cores with AVX-512 the two were equal at width 75 (L = 4000, B = 128:
-190 ms and 173 ms forward and backward), and the work grows with the width."""
 
 PARAMETER_NAMES = ("first_weight", "first_bias", "hidden_weight", "hidden_bias", "last_weight", "last_bias")
-
 
 DTYPES = (torch.float32, torch.float64)
 
@@ -34,23 +27,16 @@ def _drop_gradient(param: Tensor) -> None:
     param.grad = None
 
 
-class DeepNarrowBase(nn.Module):
-    """Stacked parameters of L affine layers; a subclass says what one affine layer is.
-
-    ``_tap`` is the shape that follows (rows, columns) in a weight: () for a linear layer, (f, f) for a convolution.
-    """
+class DeepNarrowBase(Checkpointing):
+    """Stacked parameters of L affine layers; a subclass says what one affine layer is."""
 
     _family: str
     """Of the ops."""
-    first_weight: nn.Parameter
     first_bias: nn.Parameter
     hidden_weight: Any  # nn.Parameter, or an nn.ParameterList of the chunks
     hidden_bias: Any
     last_weight: nn.Parameter
     last_bias: nn.Parameter
-    _budget: int | None = None
-    _checkpoint: Checkpoint = "auto"
-    _plan: tuple[Any, Any] | None = None
 
     def __init__(
         self,
@@ -67,6 +53,7 @@ class DeepNarrowBase(nn.Module):
         checkpoint: Checkpoint,
         chunks: int,
         budget: int | str | None,
+        optimizer: str,
         device: Any,
         dtype: torch.dtype | None,
     ) -> None:
@@ -96,7 +83,7 @@ class DeepNarrowBase(nn.Module):
         self.checkpoint = checkpoint
         if budget is not None and checkpoint != "auto":
             raise ValueError(f"budget needs checkpoint='auto', got checkpoint={checkpoint!r}")
-        self.budget = budget
+        self.budget, self.optimizer = budget, optimizer
         self.chunks = check_count("chunks", chunks, 1)
         if self.chunks > max(1, self.depth - 2):
             raise ValueError(f"chunks must be at most the number of hidden layers, {self.depth - 2}, got {chunks}")
@@ -127,100 +114,9 @@ class DeepNarrowBase(nn.Module):
         self._leave_empty_gradients_out()
 
     @property
-    def checkpoint(self) -> Checkpoint:
-        """What the backward keeps: "none" every hidden state, an int one state every so many layers, a pair (segment,
-        snapshots) at most so many states, one every ``segment`` layers or fewer; "auto" chooses, within ``budget``."""
-        return self._checkpoint
-
-    @checkpoint.setter
-    def checkpoint(self, value: Any) -> None:
-        chosen: Checkpoint
-        if isinstance(value, (tuple, list)):
-            if len(value) != 2:
-                raise ValueError(f"checkpoint must be a pair (segment, snapshots), got {value!r}")
-            chosen = (check_count("checkpoint[0]", value[0], 1), check_count("checkpoint[1]", value[1], 1))
-        elif is_integer(value):
-            if value < 1:
-                raise ValueError(f"checkpoint must be at least 1 layer a segment, got {shown(int(value))}")
-            chosen = check_count("checkpoint", value, 1)
-        elif not isinstance(value, str):
-            raise TypeError(f"checkpoint must be 'auto', 'none' or an int, got {value!r}")
-        elif value == "auto" or value == "none":
-            chosen = value  # type: ignore[assignment]
-        else:
-            raise ValueError(f"checkpoint must be 'auto', 'none' or an int, got {value!r}")
-        if self._budget is not None and chosen != "auto":
-            raise ValueError(
-                f"checkpoint must be 'auto' while budget is {self._budget}, got {value!r}: set budget to None first"
-            )
-        self._checkpoint = chosen
-
-    @property
-    def budget(self) -> int | None:
-        """Bytes that a training step may take under ``checkpoint="auto"``; None: no limit. May be set to text."""
-        return self._budget
-
-    @budget.setter
-    def budget(self, value: int | str | None) -> None:
-        parsed = None if value is None else parse_bytes(value)
-        if parsed is not None and self._checkpoint != "auto":
-            raise ValueError(f"budget needs checkpoint='auto', got checkpoint={self._checkpoint!r}")
-        self._budget = parsed
-
-    @property
     def ntk_lr(self) -> float:
         """1 / (L C_L^2), the rate of the thesis's gradient flow (section 3.2)."""
         return 1.0 / self.depth / self.scale / self.scale
-
-    def segment(self, positions: int) -> int:
-        """Layers between saved states for a call on ``positions`` (batch size, times H W for images); 0 saves none.
-
-        Under ``torch.no_grad()`` nothing is saved. ``checkpoint="auto"`` saves one state in ``AUTO_SEGMENT``, or
-        every state of a network so wide that running its layers again costs more than keeping their states, while all
-        of them take no more memory than the parameters and their gradients.
-        """
-        if not torch.is_grad_enabled():
-            return 0
-        if self._checkpoint == "none":
-            return 1
-        if isinstance(self._checkpoint, tuple):
-            return min(self._checkpoint[0], self.depth)
-        return self._auto_segment(positions) if self._checkpoint == "auto" else min(self._checkpoint, self.depth)
-
-    def _checkpointing(self, x: Any, sample_dims: int) -> tuple[int, int | None]:
-        """(segment, snapshots) for a call on ``x``, whose last ``sample_dims`` dimensions are one sample.
-
-        Raises: BudgetError, before anything runs, where ``budget`` cannot be met.
-        """
-        if not isinstance(x, Tensor) or x.dim() < sample_dims or x.numel() == 0:
-            return self.segment(0), None  # the chain says what is wrong, or has nothing to do
-        positions = x.numel() // self._inputs
-        if not torch.is_grad_enabled():
-            return self.segment(positions), None
-        chosen = self._checkpoint
-        if self._budget is not None and x.shape[-sample_dims] == self._inputs:
-            chosen = self._planned(x, sample_dims)
-        if isinstance(chosen, tuple):
-            return min(chosen[0], self.depth), chosen[1]
-        return (1 if chosen == "none" else self.segment(positions) if chosen == "auto" else chosen), None
-
-    @torch.compiler.disable(reason="a budget is planned for the batch at hand: compile with the plan's checkpoint")
-    def _planned(self, x: Tensor, sample_dims: int) -> Any:
-        shape = tuple(x.shape[x.dim() - sample_dims :])
-        batch = x.numel() // math.prod(shape)
-        frozen = not any(p.requires_grad for p in self._own())
-        weight = self.first_weight
-        key = (batch, shape, self._budget, frozen, weight.dtype, weight.device, torch.get_num_threads())
-        if self._plan is None or self._plan[0] != key:  # one shape after another is rare, and a plan takes milliseconds
-            self._plan = key, plan(self, batch_size=batch, input_shape=shape).checkpoint
-        return self._plan[1]
-
-    def _auto_segment(self, positions: int) -> int:
-        # No rule on the batch size while compiling: it would be a guard, and forbid a dynamic batch.
-        if self.width < WIDE or torch.compiler.is_compiling():
-            return AUTO_SEGMENT
-        states = (self.depth - 1) * self.width * positions
-        return 1 if states <= 2 * sum(p.numel() for p in self._own()) else AUTO_SEGMENT
 
     def in_chunks(self, name: str) -> list[Tensor]:
         """A parameter of ``PARAMETER_NAMES`` as the chunks that it is stored in; most are one."""
@@ -407,16 +303,7 @@ class DeepNarrowBase(nn.Module):
             ("last", self.last_weight, self.last_bias),
         ]
         for i, (_, *wanted) in enumerate(targets):
-            if not isinstance(given[i], (tuple, list)) or len(given[i]) != 2:
-                raise TypeError(f"layers[{i}] must be a pair of a weight and a bias, got {type(given[i]).__name__}")
-            for kind, value, target in zip(("weight", "bias"), given[i], wanted, strict=True):
-                if not isinstance(value, Tensor) or not value.is_floating_point():
-                    got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-                    raise TypeError(f"layers[{i}] must have a {kind} of a floating dtype, got {got}")
-                if value.shape != target.shape:
-                    raise ValueError(
-                        f"layers[{i}] must have a {kind} of shape {tuple(target.shape)}, got {tuple(value.shape)}"
-                    )
+            convert.check_layer(f"layers[{i}]", given[i], wanted)
         parts = self.identity_part() if self.form == "offset" else None
         for (place, *wanted), values in zip(targets, given, strict=True):
             for kind, value, target in zip(("weight", "bias"), values, wanted, strict=True):
@@ -472,7 +359,8 @@ class DeepNarrowBase(nn.Module):
         for name in ("hidden_weight", "hidden_bias"):
             state.rechunk(state_dict, prefix + name, self.chunks, own=own)
         key = f"{prefix}_extra_state"
-        if key in state_dict and not self._sizes_differ(state_dict, prefix):
+        params = {name: p for name, p in self.named_parameters() if name.split(".")[0] in PARAMETER_NAMES}
+        if key in state_dict and not state.sizes_differ(state_dict, prefix, params):
             self.set_extra_state(state_dict[key])  # raises before anything is copied
         else:
             state_dict.pop(key, None)  # torch names the sizes, or it is from before a state dict carried this
@@ -482,22 +370,8 @@ class DeepNarrowBase(nn.Module):
             missing_keys.remove(key)
         self._leave_empty_gradients_out()
 
-    def _sizes_differ(self, state_dict: dict[str, Any], prefix: str) -> bool:
-        own = [(name, p) for name, p in self.named_parameters() if name.split(".")[0] in PARAMETER_NAMES]
-        found = [(state_dict.get(prefix + name), p) for name, p in own]
-        return any(isinstance(value, Tensor) and value.shape != p.shape for value, p in found)
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        # to(memory_format=torch.channels_last) is for images and refuses the five dimensions of stacked filters: no
-        # conversion sees more than two here, and so none changes their layout, which is the engine's.
-        def convert(tensor: Tensor) -> Tensor:
-            if tensor.dim() < 3:
-                return fn(tensor)
-            flat = tensor.flatten(1)
-            converted = fn(flat)
-            return tensor if converted is flat and tensor.is_contiguous() else converted.reshape(tensor.shape)
-
-        super()._apply(convert, recurse)
+        super()._apply(state.keeping_layout(fn), recurse)
         self._leave_empty_gradients_out()
         return self
 
@@ -518,4 +392,5 @@ class DeepNarrowBase(nn.Module):
             f"checkpoint={self.checkpoint!r}"
             + (f", chunks={self.chunks}" if self.chunks > 1 else "")
             + (f", budget={self.budget}" if self.budget is not None else "")
+            + (f", optimizer={self.optimizer!r}" if self.optimizer != "sgd" else "")
         )

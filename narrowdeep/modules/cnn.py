@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
@@ -12,7 +11,6 @@ from torch import Tensor, nn
 
 from narrowdeep.checks import check_count
 from narrowdeep.functional import Form, conv_chain
-from narrowdeep.memory.planning import AUTO_SEGMENT
 from narrowdeep.modules import convert
 from narrowdeep.modules.base import Checkpoint, DeepNarrowBase, Init
 
@@ -40,9 +38,11 @@ class DeepNarrowCNN(DeepNarrowBase):
             all layers never exist at once where each is used as soon as it is complete (``narrowdeep.optim.FusedSGD``,
             or hooks). ``hidden_weight`` and ``hidden_bias`` are then lists. Results are the same to the bit on the CPU;
             the same seed draws other numbers.
-        budget: bytes that a training step may take, parameters and gradients included, without the optimizer's own
-            state and the interpreter: an int, or text such as "2GiB". With checkpoint="auto" each call is planned to
-            fit (``narrowdeep.memory.plan``), or raises BudgetError before anything runs. None: no limit.
+        budget: bytes that a training step may take, parameters, gradients and the optimizer's state included, without
+            the interpreter: an int, or text such as "2GiB". With checkpoint="auto" each call is planned to fit
+            (``narrowdeep.memory.plan``), or raises BudgetError before anything runs. None: no limit.
+        optimizer: what updates the parameters, which a budget counts: "sgd", "momentum", "adam", "fused-sgd" or
+            "fused-momentum" (``narrowdeep.memory.plan``).
         device, dtype: of the parameters; float32 or float64.
 
     Parameters (stacked): ``first_weight`` (n, c, f, f), ``first_bias`` (n,), ``hidden_weight`` (L-2, n, n, f, f),
@@ -76,6 +76,7 @@ class DeepNarrowCNN(DeepNarrowBase):
         checkpoint: Checkpoint = "auto",
         chunks: int = 1,
         budget: int | str | None = None,
+        optimizer: str = "sgd",
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -97,14 +98,10 @@ class DeepNarrowCNN(DeepNarrowBase):
             checkpoint=checkpoint,
             chunks=chunks,
             budget=budget,
+            optimizer=optimizer,
             device=device,
             dtype=dtype,
         )
-
-    def _auto_segment(self, positions: int) -> int:
-        # One state in sqrt(L) layers, whatever the batch: to compute a layer again in the cache takes less time than to
-        # write its state to memory and read it back.
-        return max(AUTO_SEGMENT, math.isqrt(self.depth))
 
     def forward(self, x: Tensor) -> Tensor:
         segment, snapshots = self._checkpointing(x, 3)

@@ -123,3 +123,15 @@ def check_authors_shapes(layers: Sequence[tuple[Tensor, Tensor]], tap: tuple[int
             "networks have another width for images of more than one channel"
         )
     return inputs, outputs
+
+
+def check_layer(name: str, given: Any, wanted: Sequence[Tensor]) -> None:
+    """A weight and a bias of a floating dtype in the shapes of ``wanted``. Raises: TypeError, ValueError."""
+    if not isinstance(given, (tuple, list)) or len(given) != 2:
+        raise TypeError(f"{name} must be a pair of a weight and a bias, got {type(given).__name__}")
+    for kind, value, target in zip(("weight", "bias"), given, wanted, strict=True):
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"{name} must have a {kind} of a floating dtype, got {got}")
+        if value.shape != target.shape:
+            raise ValueError(f"{name} must have a {kind} of shape {tuple(target.shape)}, got {tuple(value.shape)}")

@@ -36,9 +36,11 @@ class DeepNarrowMLP(DeepNarrowBase):
             all layers never exist at once where each is used as soon as it is complete (``narrowdeep.optim.FusedSGD``,
             or hooks). ``hidden_weight`` and ``hidden_bias`` are then lists. Results are the same to the bit on the CPU;
             the same seed draws other numbers.
-        budget: bytes that a training step may take, parameters and gradients included, without the optimizer's own
-            state and the interpreter: an int, or text such as "2GiB". With checkpoint="auto" each call is planned to
-            fit (``narrowdeep.memory.plan``), or raises BudgetError before anything runs. None: no limit.
+        budget: bytes that a training step may take, parameters, gradients and the optimizer's state included, without
+            the interpreter: an int, or text such as "2GiB". With checkpoint="auto" each call is planned to fit
+            (``narrowdeep.memory.plan``), or raises BudgetError before anything runs. None: no limit.
+        optimizer: what updates the parameters, which a budget counts: "sgd", "momentum", "adam", "fused-sgd" or
+            "fused-momentum" (``narrowdeep.memory.plan``).
         device, dtype: of the parameters; float32 or float64.
 
     Parameters (stacked): ``first_weight`` (n, in), ``first_bias`` (n,), ``hidden_weight`` (L-2, n, n),
@@ -71,6 +73,7 @@ class DeepNarrowMLP(DeepNarrowBase):
         checkpoint: Checkpoint = "auto",
         chunks: int = 1,
         budget: int | str | None = None,
+        optimizer: str = "sgd",
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -89,6 +92,7 @@ class DeepNarrowMLP(DeepNarrowBase):
             checkpoint=checkpoint,
             chunks=chunks,
             budget=budget,
+            optimizer=optimizer,
             device=device,
             dtype=dtype,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from itertools import pairwise
 from typing import Any
 
@@ -123,3 +123,26 @@ def refuse_changes(model: nn.Module, names: tuple[str, ...], form: str, *, image
                 f"{name} cannot have {kind}: the layers are stacked in it, and it would take them for one weight: take "
                 "the layers of to_sequential()"
             )
+
+
+def keeping_layout(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The conversion ``fn`` of a tensor, which sees no more than two dimensions of it.
+
+    ``to(memory_format=torch.channels_last)`` is for images and refuses the five dimensions of stacked filters; this way
+    no conversion changes their layout, which is the engine's.
+    """
+
+    def convert(tensor: Tensor) -> Tensor:
+        if tensor.dim() < 3:
+            return fn(tensor)
+        flat = tensor.flatten(1)
+        converted = fn(flat)
+        return tensor if converted is flat and tensor.is_contiguous() else converted.reshape(tensor.shape)
+
+    return convert
+
+
+def sizes_differ(state_dict: MutableMapping[str, Any], prefix: str, own: dict[str, nn.Parameter]) -> bool:
+    """Whether a tensor of a state dict has another shape than the parameter of its name."""
+    found = [(state_dict.get(prefix + name), param) for name, param in own.items()]
+    return any(isinstance(value, Tensor) and value.shape != param.shape for value, param in found)

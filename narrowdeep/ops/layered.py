@@ -4,7 +4,7 @@ The same results as the fused kernels, with their memory: checkpoints every ``se
 backward, no autograd graph. One layer is a matrix product (cuBLAS on a GPU) or a convolution, and three or four
 elementwise operations, in full precision whatever torch's global modes say. Symbols as in ``narrowdeep.ops.reference``,
 arguments as in ``narrowdeep.ops.chain``. The Triton kernels enter and leave a chain here as well: ``first_state``,
-``last_output``, ``last_gradient`` and their likes.
+``last_output``, ``last_gradient`` and their likes. More than 400 lines, because an op's arguments take one each.
 """
 
 from __future__ import annotations

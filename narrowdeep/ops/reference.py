@@ -106,6 +106,12 @@ def _clip(z: Tensor, floor: Tensor) -> Tensor:
     return torch.where(floor >= z, floor, z)
 
 
+def behind_relu(h: Tensor, grad: Tensor, floor: Tensor) -> Tensor:
+    """The gradient before a ReLU whose output is ``h``: ``grad`` where it is on, else ``floor``, minus the rest of the
+    gradient's words, so that the whole is exactly 0."""
+    return torch.where(h <= 0, floor, grad)
+
+
 def base_and_rest(x: Tensor, width: int, outputs: int, scale: float, offset: bool) -> tuple[Tensor, Tensor]:
     """``base`` of every state, and what it leaves of ``E_1 x``; ``x`` is (in, *positions, B)."""
     base = rest = x.new_zeros(width, *x.shape[1:])

@@ -10,6 +10,7 @@ from torch.autograd.function import Function
 
 from narrowdeep.ops import autograd
 from narrowdeep.ops.chain import library
+from narrowdeep.ops.reference import behind_relu
 
 library.define("state_value(Tensor state) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _op = torch.ops.narrowdeep.state_value.default
@@ -48,8 +49,8 @@ class _Value(Function):
     @autograd.differentiated_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor]:
         (h,) = ctx.saved_tensors
-        g = grad.masked_fill(h <= 0, 0)
-        return (torch.stack((*[torch.zeros_like(g)] * (ctx.words - 1), g)),)
+        zero = torch.zeros_like(grad)
+        return (torch.stack((*[zero] * (ctx.words - 1), behind_relu(h, grad, zero))),)
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor) -> Tensor:

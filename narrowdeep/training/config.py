@@ -11,6 +11,7 @@ from pydantic import AfterValidator, Field
 
 from narrowdeep.data import Task
 from narrowdeep.functional import Form
+from narrowdeep.memory.planning import Optimizer
 from narrowdeep.modules import DeepNarrowCNN, DeepNarrowMLP
 from narrowdeep.modules.base import Checkpoint, Init
 from narrowdeep.schema import Count, Finite, Integer, NotNegative, Pair, Positive, Rule, Share, check_fields
@@ -58,8 +59,8 @@ class TrainConfig:
     ``lr`` is the step size eta of SGD on the loss ``1/(2N) sum ||f(x_n) - y_n||^2``; one step without momentum advances
     kernel time by ``lr L C_L^2``. With ``decay`` "linear", step i of n (from 0) takes ``lr (1 - i/n)``.
     ``predicted_loss`` is the training loss that ``--lr auto`` predicted for the end of ``epochs``, None where it
-    predicted none or for another number of epochs; ``lr_predicted`` says that ``lr`` came from there. The other fields
-    are the arguments of ``narrowdeep train`` of the same name.
+    predicted none or for another number of epochs; ``lr_predicted`` says that ``lr`` came from there. ``budget`` is in
+    bytes (``narrowdeep.memory.plan``). The other fields are the arguments of ``narrowdeep train`` of the same name.
 
     Raises: ValueError naming the field, the rule and the value.
     """
@@ -83,9 +84,17 @@ class TrainConfig:
     predicted_loss: NotNegative | None = None
     decay: _Decay = "none"
     lr_predicted: Annotated[bool, Rule("must be true or false")] = False
+    budget: Count | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.budget is not None and self.checkpoint != "auto":
+            raise ValueError(f"budget needs checkpoint 'auto', got {self.checkpoint!r}")
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """What a plan of the run's memory counts (``narrowdeep.memory.plan``)."""
+        return "momentum" if self.momentum > 0 else "sgd"
 
     def for_epochs(self, epochs: int) -> TrainConfig:
         """The same run for another number of epochs: what was predicted for the end of the old number is dropped."""
@@ -146,6 +155,8 @@ def drawn(
         init=config.init,
         form=config.form,
         checkpoint=config.checkpoint,
+        budget=config.budget,
+        optimizer=config.optimizer,
         dtype=DTYPES[config.dtype],
     )
     model.reset_parameters(generator)

@@ -22,6 +22,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from narrowdeep import files
 from narrowdeep.checks import shown
+from narrowdeep.memory.planning import OPTIMIZER_TENSORS, Optimizer
 from narrowdeep.modules import DeepNarrowCNN, DeepNarrowMLP
 from narrowdeep.schema import Count, Index, Integer, NotNegative, Positive, Rule, check_fields, from_json
 from narrowdeep.training.config import (
@@ -71,6 +72,7 @@ class ModelSettings:
     chunks: Count = 1
     kernel_size: Count | None = None
     budget: Index | None = None
+    optimizer: Annotated[Optimizer, Rule(f"must be one of {', '.join(OPTIMIZER_TENSORS)}")] = "sgd"
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -79,7 +81,7 @@ class ModelSettings:
 
     @classmethod
     def of_run(cls, config: TrainConfig, in_features: int, out_features: int) -> ModelSettings:
-        names = ("arch", "depth", "scale", "rho", "beta", "init", "form", "checkpoint")
+        names = ("arch", "depth", "scale", "rho", "beta", "init", "form", "checkpoint", "budget", "optimizer")
         settings = {name: getattr(config, name) for name in names}
         return cls(in_features=in_features, out_features=out_features, **settings)
 
@@ -177,6 +179,7 @@ def save_model(model: nn.Module, path: str | Path) -> None:
         checkpoint=found.checkpoint,
         chunks=found.chunks,
         budget=found.budget,
+        optimizer=found.optimizer,
     )
     tensors = model_tensors(found)
     for name, tensor in tensors.items():

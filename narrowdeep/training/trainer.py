@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from narrowdeep.data import Task
+from narrowdeep.memory import plan
 from narrowdeep.step_size import decay_factor
 from narrowdeep.training.config import EpochMetrics, TrainConfig, drawn, inputs_for, steps_per_epoch
 from narrowdeep.training.model_file import (
@@ -62,6 +63,12 @@ class Trainer:
         self._last_loss = math.nan
         self.steps_per_epoch = steps_per_epoch(config, task)
         self._begin_epoch(self.generator.get_state())
+
+    def require_room(self) -> None:
+        """Raise BudgetError where a step cannot keep to ``config.budget``, which otherwise the first one does."""
+        x = self.task.x_train[: self.config.batch_size]
+        if self.config.budget is not None:
+            plan(self.model, batch_size=len(x), input_shape=tuple(x.shape[1:]))
 
     def _begin_epoch(self, random_state: Tensor) -> None:
         self._epoch_random_state = random_state

@@ -230,23 +230,59 @@ def test_nonsense_pairs_are_refused(value: Any, error: type[Exception], message:
 
 
 def test_a_budget_decides_what_is_kept_and_changes_nothing_else() -> None:
-    free = _model("cnn", depth=2000)
+    free = _model("cnn", depth=200)
     x = torch.rand(64, 2, 8, 8, dtype=torch.float64, requires_grad=True)
-    with pytest.raises(BudgetError) as caught:
-        plan(free, batch_size=64, input_shape=(2, 8, 8), budget=1)
-    least = caught.value.smallest
+    given: dict[str, Any] = {"batch_size": 64, "input_shape": (2, 8, 8)}
+    least = []
+    for schedules in (True, False):
+        with pytest.raises(BudgetError) as caught:
+            plan(free, **given, budget=1, schedules=schedules)
+        least.append(caught.value.smallest)
     wanted = _gradients(free, x, "auto")
-    segments = []
-    for budget in (least, f"{1.3 * least / 1e6:.3f}MB", 100 * least):
-        model = _model("cnn", depth=2000, budget=budget)
+    plans = []
+    for budget in (least[0], least[1] - 1, f"{1.3 * least[1] / 1e6:.3f}MB", 100 * least[1]):
+        model = _model("cnn", depth=200, budget=budget)
         model.load_state_dict(free.state_dict())
-        planned = plan(model, batch_size=64, input_shape=(2, 8, 8), budget=budget)
-        assert model._checkpointing(x, 3) == (planned.segment, None)
-        segments.append(planned.segment)
+        planned = plan(model, **given, budget=budget)
+        assert model._checkpointing(x, 3) == (planned.segment, planned.snapshots if planned.schedule else None)
+        plans.append(planned)
         for a, b in zip(_gradients(model, x, "auto"), wanted, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-8 * b.abs().max().item())
+    assert [p.schedule is not None for p in plans] == [True, True, False, False]
+    assert plans[0].snapshots == 1
+    slow_downs = [p.slow_down for p in plans]
+    assert slow_downs == sorted(slow_downs, reverse=True)
+
+
+def test_without_schedules_the_least_budget_needs_the_longest_segments() -> None:
+    given: dict[str, Any] = {"model": _model("cnn", depth=2000), "batch_size": 64, "input_shape": (2, 8, 8)}
+    with pytest.raises(BudgetError) as caught:
+        plan(**given, budget=1, schedules=False)
+    least = caught.value.smallest
+    plans = [plan(**given, budget=int(factor * least), schedules=False) for factor in (1.0, 1.3, 100.0)]
+    assert all(p.schedule is None for p in plans)
+    segments = [p.segment for p in plans]
     assert segments == sorted(segments, reverse=True)
-    assert segments[0] > segments[-1]  # the least needs longer ones
+    assert segments[0] > segments[-1]
+
+
+def test_where_no_schedule_runs_a_budget_plans_for_none() -> None:
+    """A transform keeps every boundary: what fits with a schedule alone is refused there."""
+    model = _model("mlp", depth=400)
+    x = torch.rand(256, 3, dtype=torch.float64)
+    with pytest.raises(BudgetError) as caught:
+        plan(model, batch_size=256, budget=1, schedules=False)
+    model.budget = caught.value.smallest - 1
+    assert model._checkpointing(x, 1)[1] is not None
+    params = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(params: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.func.functional_call(model, params, (x,)).sum()
+
+    with pytest.raises(BudgetError):
+        torch.func.grad(loss)(params)
+    model.budget = caught.value.smallest
+    torch.func.grad(loss)(params)
 
 
 def test_a_budget_that_cannot_be_met_is_an_error_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,8 @@ from narrowdeep.ops.gram import op as gram_op
 from tests.fuzz import network
 from tests.fuzz.network import NAMES, Net, Relus, double
 
+OPTIMIZERS = ("sgd", "momentum", "adam", "fused-sgd", "fused-momentum")
+
 
 @dataclass
 class Call:
@@ -83,6 +85,7 @@ def module(rng: random.Random) -> Call:
     }
     if settings["checkpoint"] == "auto" and rng.random() < 0.5:
         settings["budget"] = rng.choice(["1GiB", 2**40])
+        settings["optimizer"] = rng.choice(OPTIMIZERS)
     samples = net.x.expand(*dims, *net.x.shape)
     sizes = {"inputs": net.inputs, "outputs": net.outputs, "depth": net.layers + 2}
 
@@ -282,7 +285,7 @@ def plan(rng: random.Random) -> Call:
     model = net.model(chunks=rng.randint(1, max(1, min(3, net.layers))))
     given = {"model": model, "batch_size": rng.choice([1, 7, 10**6]), "input_shape": (net.inputs, *net.image)}
     given |= {"budget": rng.choice([1, 5000, "1GiB", "2 MB", 2**50])}
-    given |= {"optimizer": rng.choice(["sgd", "momentum", "adam", "fused-sgd", "fused-momentum"])}
+    given |= {"optimizer": rng.choice(OPTIMIZERS), "schedules": rng.random() < 0.5}
 
     def run(**a: Any) -> Sequence[Tensor]:
         try:
@@ -292,7 +295,7 @@ def plan(rng: random.Random) -> Call:
         assert found.total <= (found.budget or 0), f"{found.total} bytes are planned for a budget of {found.budget}"
         return ()
 
-    return Call("memory.plan", run, given, lambda: ())
+    return Call("memory.plan", run, given, lambda: (), keep=("schedules",))
 
 
 KINDS = (*[chain] * 4, *[module] * 2, *[spans] * 3, *[tangent_kernel] * 3, limit, prediction, descent, plan)

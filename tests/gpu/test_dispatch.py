@@ -74,7 +74,7 @@ def test_no_batch_is_beyond_a_grid(image: tuple[int, ...]) -> None:
     batch, layers, width, taps = 10**9, 3, 3, (3, 3) if image else ()
     state = torch.empty(layers, width, *image, batch, device="meta")
     grads = torch.empty(layers, width, width, *taps, device="meta"), torch.empty(layers, width, device="meta")
-    module, family = (cnn, gram.CNN) if image else (mlp, gram.MLP)
+    module, add = (cnn, gram.add_filters) if image else (mlp, gram.add_linear)
     grids = Grids()
     with (
         mock.patch.multiple(module, launch=grids.launch, empty=grids.empty),
@@ -83,7 +83,7 @@ def test_no_batch_is_beyond_a_grid(image: tuple[int, ...]) -> None:
         module.sum_weight_gradients(state, state, *grads)
         total = torch.empty(1, batch, 1, dtype=torch.float64, device="meta")
         side = gram.Side(state, state)
-        family.add(total, side, gram.Side(state[..., :1], state[..., :1]), gram.Terms(1, True, True, True, len(taps)))
+        add(total, side, gram.Side(state[..., :1], state[..., :1]), gram.Terms(1, True, True, True, len(taps)))
     assert len(grids.grids) >= 2
     for grid in grids.grids:
         first, second, third = (*grid, 1, 1)[:3]

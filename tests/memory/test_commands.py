@@ -107,6 +107,14 @@ def test_bad_values(command: str) -> None:
     assert "budget must be at least" in refused(command, "--budget", "1kB")
     assert "depth must be at least 2, got 1" in refused(command, "--depth", 1)
     assert "checkpoint must be 'auto', 'none' or an int, got 'some'" in refused(command, "--checkpoint", "some")
+    assert "image must be left out without --arch cnn, got 28x28" in refused(command, "--image", "28x28")
+    assert "kernel-size must be left out without --arch cnn, got 3" in refused(command, "--kernel-size", 3)
+
+
+def test_unknown_optimizers_are_refused() -> None:
+    names = "sgd, momentum, adam, fused-sgd, fused-momentum"
+    assert refused("plan", "--optimizer", "lion") == f"error: optimizer must be one of {names}, got 'lion'"
+    assert refused("plan", "--optimizer", "lion", "--budget", "1GiB").endswith("got 'lion'")
 
 
 def test_plot_into_no_folder(tmp_path: Path) -> None:

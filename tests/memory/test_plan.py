@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from typing import Any
 
@@ -14,9 +13,7 @@ from torch import nn
 
 from narrowdeep import DeepNarrowCNN, DeepNarrowMLP
 from narrowdeep.chain import schedule
-from narrowdeep.memory import BudgetError, MemoryPlan, plan
-
-planning: Any = importlib.import_module("narrowdeep.memory.planning")
+from narrowdeep.memory import BudgetError, MemoryPlan, plan, sizes, step
 
 
 def smallest_budget(model: DeepNarrowMLP, batch: int) -> int:
@@ -42,7 +39,7 @@ def smallest_budget(model: DeepNarrowMLP, batch: int) -> int:
     ],
 )
 def test_parse_bytes(text: int | str, count: int) -> None:
-    assert planning.parse_bytes(text) == count
+    assert sizes.parse_bytes(text) == count
 
 
 @pytest.mark.parametrize(
@@ -61,8 +58,8 @@ def test_budgets_of_other_types_are_refused(value: object) -> None:
 
 @given(st.integers(1, 2**50))
 def test_format_bytes_keeps_three_digits(count: int) -> None:
-    text = planning.format_bytes(count)
-    assert abs(planning.parse_bytes(text) - count) <= 0.005 * count + 1
+    text = sizes.format_bytes(count)
+    assert abs(sizes.parse_bytes(text) - count) <= 0.005 * count + 1
     assert len(text) <= 8
 
 
@@ -112,7 +109,7 @@ def test_parts_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_a_budget_does_not_change(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "CACHE_BYTES", 1 << 40)
+    monkeypatch.setattr(step, "CACHE_BYTES", 1 << 40)
     model = DeepNarrowMLP(2, 1, 500, checkpoint=7)
     free, tight = plan(model, batch_size=256), plan(model, batch_size=256, budget="1 GiB")
     for part in ("parameters", "gradients", "optimizer state", "input and output"):
@@ -139,16 +136,16 @@ def test_gradients_of_chunks_that_are_used_at_once() -> None:
     assert plan(model, batch_size=5, optimizer="fused-sgd").parts["gradients"] == 0
 
 
-@pytest.mark.parametrize(("cache", "first_choice"), [(0, planning.AUTO_SEGMENT), (1 << 40, 1)])
+@pytest.mark.parametrize(("cache", "first_choice"), [(0, step.AUTO_SEGMENT), (1 << 40, 1)])
 def test_every_state_is_saved_where_that_is_fastest(
     monkeypatch: pytest.MonkeyPatch, cache: int, first_choice: int
 ) -> None:
-    monkeypatch.setattr(planning, "CACHE_BYTES", cache)
+    monkeypatch.setattr(step, "CACHE_BYTES", cache)
     model = DeepNarrowMLP(6, 3, 3000, checkpoint="none")
     everything = plan(model, batch_size=1000).total
     assert plan(model, batch_size=1000, budget="1TB").segment == first_choice
     assert plan(model, batch_size=1000, budget=everything).segment == first_choice
-    assert plan(model, batch_size=1000, budget=everything - 1).segment == planning.AUTO_SEGMENT
+    assert plan(model, batch_size=1000, budget=everything - 1).segment == step.AUTO_SEGMENT
 
 
 def test_a_convolution_segment_too_long_to_hold_runs_once_more() -> None:
@@ -172,7 +169,7 @@ def test_smallest_budget(depth: int, batch: int, shape: tuple[int, int], form) -
         plan(model, batch_size=batch, budget=smallest - 1)
     if shape == (7, 9):  # widths up to 8 trade memory for fewer passes in steps, which a search of few lengths may miss
         totals = []
-        for checkpoint in ("none", *range(2, depth + 1)):
+        for checkpoint in ("none", *range(2, depth + 1), *((segment, 1) for segment in range(2, depth))):
             model.checkpoint = checkpoint
             totals.append(plan(model, batch_size=batch).total)
         assert smallest == min(totals)
@@ -216,12 +213,36 @@ def test_saving_every_state_is_slower_the_less_a_number_costs_to_compute() -> No
     assert slow_downs[2] > 1.2  # all but the cost of running it again
 
 
+def test_a_schedule_is_chosen_where_it_wins() -> None:
+    """The choice under a budget is the fastest of all that fit, by the numbers of the plans themselves."""
+    model = DeepNarrowMLP(64, 10, 400)
+
+    def planned(checkpoint: Any, **arguments: Any) -> MemoryPlan:
+        model.checkpoint = checkpoint
+        return plan(model, batch_size=500, **arguments)
+
+    everything = planned("none")
+    schedules = [planned((2**i, snapshots)) for i in range(1, 9) for snapshots in range(1, -(-398 // 2**i))]
+    others = [planned(segment) for segment in range(2, 399)]
+    least = min(p.total for p in schedules)
+    chosen = []
+    for share in (0.0, 0.02, 0.05, 0.2, 1.0):
+        budget = int(least + share * (everything.total - least))
+        found = planned("auto", budget=budget)
+        fitting = [p for p in (everything, *schedules, *others) if p.total <= budget]
+        assert found.total <= budget
+        assert found.slow_down == pytest.approx(min(p.slow_down for p in fitting))
+        chosen.append(found.schedule is not None)
+    assert chosen == [True, True, True, False, False]
+    assert planned("auto", budget=budget, schedules=False).schedule is None
+
+
 def test_table_and_json_say_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "CACHE_BYTES", 1 << 40)
+    monkeypatch.setattr(step, "CACHE_BYTES", 1 << 40)
     planned = plan(DeepNarrowMLP(2, 1, 1000, checkpoint=50), batch_size=64, budget="100 MiB", optimizer="momentum")
     rows = dict(line.split("  ", 1) for line in str(planned).splitlines())
     rows = {name: text.strip() for name, text in rows.items()}
-    assert rows["total"] == planning.format_bytes(planned.total)
+    assert rows["total"] == sizes.format_bytes(planned.total)
     assert rows["budget"] == "100 MiB"
     assert rows["saved"] == "every state"
     data = json.loads(json.dumps(planned.to_dict()))

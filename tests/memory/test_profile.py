@@ -129,6 +129,29 @@ def test_a_budget_holds_with_chunks() -> None:
         model(x)
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("share", [0.01, 0.2, 1.0])
+def test_a_budget_holds(share: float, optimizer: str) -> None:
+    """What is measured and what the optimizer keeps fit, from schedules of few states to every state."""
+    models = [(DeepNarrowMLP(64, 10, 600, optimizer=optimizer), torch.rand(2048, 64))]
+    models.append((DeepNarrowCNN(1, 1, 1000, optimizer=optimizer), torch.rand(512, 1, 7, 7)))  # type: ignore[arg-type]
+    for model, x in models:
+        model(x[:9]).sum().backward()
+        model.zero_grad(set_to_none=True)
+        shape = {"batch_size": len(x), "input_shape": tuple(x.shape[1:])}
+        with pytest.raises(BudgetError) as caught:
+            plan(model, **shape, budget=1)  # type: ignore[arg-type]
+        model.checkpoint = "none"
+        every = plan(model, **shape).total  # type: ignore[arg-type]
+        model.checkpoint = "auto"
+        model.budget = int(caught.value.smallest + share * (every - caught.value.smallest))
+        measured = profile(model, x, eager=False)
+        kept = {"sgd": 0, "adam": 2}[optimizer] * sum(4 * p.numel() for p in model.parameters())
+        assert measured.plan.parts["optimizer state"] == kept
+        assert (measured.plan.schedule is not None) == (share < 0.1)
+        assert measured.measured + kept <= model.budget + MEGABYTE, measured  # to which the measurement is exact
+
+
 def test_table_json_and_plot(tmp_path: Path) -> None:
     profiles = [profile(DeepNarrowMLP(2, 1, depth), torch.randn(64, 2), eager=depth < 50) for depth in (10, 100)]
     lines = profiling.table(profiles).splitlines()

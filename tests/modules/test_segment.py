@@ -9,7 +9,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from narrowdeep import DeepNarrowCNN, DeepNarrowMLP, memory
-from narrowdeep.modules.base import WIDE
 
 
 class SavedStates(TorchDispatchMode):
@@ -62,9 +61,14 @@ def test_segment_by_checkpoint():
     assert DeepNarrowMLP(1, 1, 50, checkpoint="none").segment(10**9) == 1
     assert DeepNarrowMLP(1, 1, 50, checkpoint=7).segment(1) == 7
     assert DeepNarrowMLP(1, 1, 50).segment(1) == 64
-    wide = DeepNarrowMLP(WIDE, 1, 9)  # 8 states of n samples, against twice n (n + 1) parameters in each of 7 layers
+    assert DeepNarrowMLP(1, 1, 10_000).segment(1) == 100
+    assert DeepNarrowMLP(125, 1, 9).segment(1) == 64  # 127 products to compute a number of a state; from 128 on, saved
+    wide = DeepNarrowMLP(126, 1, 9)  # 8 states of n samples, against twice n (n + 1) parameters in each of 7 layers
     assert wide.segment(1) == 1
     assert wide.segment(4 * wide.width) == 64
+    assert DeepNarrowCNN(12, 1, 50).segment(1) == 64  # 14 channels, 9 taps: 126 products
+    assert DeepNarrowCNN(13, 1, 50).segment(1) == 1
+    assert DeepNarrowCNN(13, 1, 50).segment(28 * 28) == 64
     assert DeepNarrowCNN(1, 1, 50).segment(1) == 64
     assert DeepNarrowCNN(1, 1, 10_000).segment(1) == 100
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import re
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from narrowdeep import DeepNarrowCNN, DeepNarrowMLP
+from narrowdeep.memory import BudgetError, plan
 
 KINDS = ["mlp", "conv"]
 
@@ -336,6 +338,37 @@ def test_half_precision_is_refused_where_it_is_met() -> None:
         assert DeepNarrowMLP(2, 1, 4, dtype=torch.float32).first_bias.dtype == torch.float32
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_a_budget_counts_what_the_optimizer_keeps() -> None:
+    model = DeepNarrowMLP(2, 1, 50, optimizer="adam")
+    assert DeepNarrowMLP(2, 1, 50).optimizer == "sgd"
+    assert "optimizer='adam'" in repr(model)
+    size = 4 * (2 * 4 + 4 + 48 * 20 + 4 + 1)
+    planned = plan(model, batch_size=5)
+    assert planned.parts["optimizer state"] == 2 * size
+    assert plan(model, batch_size=5, optimizer="sgd").total == planned.total - 2 * size
+    x = torch.rand(5, 2)
+    with pytest.raises(BudgetError) as caught:
+        plan(model, batch_size=5, budget=1)
+    model.budget = caught.value.smallest - 1
+    with pytest.raises(BudgetError):
+        model(x)
+    model.optimizer = "sgd"
+    model(x)
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert (again.optimizer, again.budget) == ("sgd", model.budget)
+
+
+@pytest.mark.parametrize("optimizer", ["lion", "", "Adam", None, 3, ["sgd"]])
+def test_unknown_optimizers_are_refused(optimizer: Any) -> None:
+    names = "sgd, momentum, adam, fused-sgd, fused-momentum"
+    with pytest.raises(ValueError, match=re.escape(f"optimizer must be one of {names}, got {optimizer!r}")):
+        DeepNarrowMLP(2, 1, 5, optimizer=optimizer)
+    model = DeepNarrowCNN(1, 1, 5, optimizer="momentum")
+    with pytest.raises(ValueError, match="optimizer must be one of"):
+        model.optimizer = optimizer
+    assert model.optimizer == "momentum"
 
 
 def test_a_wrong_x_is_called_x_with_a_budget_too() -> None:

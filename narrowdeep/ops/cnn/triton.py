@@ -1,4 +1,4 @@
-"""The convolution chain on a GPU: what the kernels of ``ops/triton_chain.py`` take, and the weight gradient kernel."""
+"""The convolution chain on a GPU: what its kernels (``ops/triton_kernels.py``) take, and the weight gradient kernel."""
 
 # ruff: noqa: RUF005 (the kernel language has no starred tuples)
 from __future__ import annotations

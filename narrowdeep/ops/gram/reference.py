@@ -17,7 +17,16 @@ from torch import Tensor
 
 from narrowdeep.ops.cnn.reference import convolution, patches
 from narrowdeep.ops.mlp.reference import linear
-from narrowdeep.ops.reference import RENORMALISE_PERIOD, Affine, initial, renormalise, skip_mask, skipped, states
+from narrowdeep.ops.reference import (
+    RENORMALISE_PERIOD,
+    Affine,
+    behind_relu,
+    initial,
+    renormalise,
+    skip_mask,
+    skipped,
+    states,
+)
 
 Factors = tuple[int, Tensor, Tensor]
 """(l, h, B): layer 1 .. L, its input (m, *positions, N), and df/dz_l, (n, *positions, out, N)."""
@@ -46,8 +55,8 @@ def layer_factors(
     def split(b: Tensor) -> Tensor:
         return b.unflatten(-1, (outputs, samples))
 
-    def dead(h: Tensor) -> Tensor:
-        return (h <= 0).unsqueeze(-2).expand(*h.shape[:-1], outputs, samples).flatten(-2)
+    def repeated(h: Tensor) -> Tensor:
+        return h.unsqueeze(-2).expand(*h.shape[:-1], outputs, samples).flatten(-2)
 
     # (out, *positions, out N): every position has the same share in the mean.
     r = torch.eye(outputs, dtype=x.dtype, device=x.device) / math.prod(positions)
@@ -59,11 +68,12 @@ def layer_factors(
     skip = skip_mask(base, outputs, offset)
     hi, h = torch.zeros_like(base), values[-1]
     yield len(values) + 1, h, split(r)
-    lo = torch.where(dead(h), -base, family.transpose(last_weight, r))
+    lo = behind_relu(repeated(h), family.transpose(last_weight, r), -base)
     for j in range(len(values) - 2, -1, -1):  # here B is the gradient of state j + 1, with respect to z of layer j + 2
         full, h = (base + hi) + lo, values[j]
         yield j + 2, h, split(full)
-        lo = torch.where(dead(h), -(base + hi), skipped(skip, lo) + family.transpose(hidden_weight[j], full))
+        grad = skipped(skip, lo) + family.transpose(hidden_weight[j], full)
+        lo = behind_relu(repeated(h), grad, -(base + hi))
         if offset and j > 0 and j % RENORMALISE_PERIOD == 0:
             hi, lo = renormalise(base, hi, lo, skip)
     yield 1, x.movedim(0, -1), split((base + hi) + lo)

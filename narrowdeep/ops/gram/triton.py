@@ -242,7 +242,7 @@ class Side:
         return 0, self.h[0, ..., :count], self.g[0].unflatten(-1, (outputs, count))
 
 
-def _add_linear(total: Tensor, left: Side, right: Side, terms: Terms) -> None:
+def add_linear(total: Tensor, left: Side, right: Side, terms: Terms) -> None:
     """Some layers' part of the MLP's tangent kernel to ``total``, (outputs a and b, N1, N2)."""
     layers, width = left.g.shape[:2]
     cells, count1, count2 = total.shape
@@ -282,7 +282,7 @@ def _jacobians(side: Side, terms: Terms) -> Tensor:
     return jacobians
 
 
-def _add_filters(total: Tensor, left: Side, right: Side, terms: Terms) -> None:
+def add_filters(total: Tensor, left: Side, right: Side, terms: Terms) -> None:
     """Some layers' part of the CNN's tangent kernel to ``total``, (outputs a and b, N1, N2)."""
     cells, count1, count2 = total.shape
     tiles = triton.cdiv(count1, TILE_PAIRS) * triton.cdiv(count2, TILE_PAIRS)
@@ -303,22 +303,10 @@ def _add_filters(total: Tensor, left: Side, right: Side, terms: Terms) -> None:
         total += sums.sum(0)
 
 
-@dataclass(frozen=True)
-class Kernels:
-    """What the tangent kernels of the two chains differ in."""
-
-    chain: triton_chain.Family
-    widest: int
-    add: Callable[[Tensor, Side, Side, Terms], None]
-    reference: reference.Family
-
-
-MLP = Kernels(mlp.FAMILY, WIDEST, _add_linear, reference.MLP)
-CNN = Kernels(cnn.FAMILY, WIDEST, _add_filters, reference.CNN)
-
-
 def gram(
-    kernels: Kernels,
+    chain: triton_chain.Family,
+    add_layers: Callable[[Tensor, Side, Side, Terms], None],
+    otherwise: reference.Family,
     x1: Tensor,
     x2: Tensor,
     first_weight: Tensor,
@@ -333,13 +321,12 @@ def gram(
     trainable: int,
     reduce: int,
 ) -> Tensor:
-    """As ``reference.gram``."""
+    """As ``reference.gram``, which computes with ``otherwise`` what the kernels of ``chain`` do not."""
     params = (first_weight, first_bias, hidden_weight, hidden_bias, last_weight, last_bias)
     outputs, width = last_weight.shape[:2]
     layers, count1, count2 = hidden_weight.shape[0], x1.shape[0], x2.shape[0]
-    chain = kernels.chain
-    if count1 == 0 or count2 == 0 or width > kernels.widest or not chain.supported("backward", x1, hidden_weight):
-        return reference.gram(kernels.reference, x1, x2, *params, scale, offset, symmetric, trainable, reduce)
+    if count1 == 0 or count2 == 0 or width > WIDEST or not chain.supported("backward", x1, hidden_weight):
+        return reference.gram(otherwise, x1, x2, *params, scale, offset, symmetric, trainable, reduce)
     segment = max(2, round(layers**0.5))
     states = x1.new_empty(width, *x1.shape[2:], outputs * max(count1, count2), device="meta")
     step = triton_chain.layers_a_group(states, segment, x1.device)
@@ -361,7 +348,7 @@ def gram(
 
     def add(sides: list[Side], terms: Terms) -> None:
         if terms.weight or terms.bias:
-            kernels.add(total, sides[0], sides[-1], terms)
+            add_layers(total, sides[0], sides[-1], terms)
 
     for groups in zip(*iterators, strict=True):
         add([Side(h, g) for _, _, h, g in groups], terms(2))
@@ -384,5 +371,5 @@ def gram(
     return kernel.contiguous()
 
 
-mlp_gram = partial(gram, MLP)
-cnn_gram = partial(gram, CNN)
+mlp_gram = partial(gram, mlp.FAMILY, add_linear, reference.MLP)
+cnn_gram = partial(gram, cnn.FAMILY, add_filters, reference.CNN)

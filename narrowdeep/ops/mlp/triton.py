@@ -1,4 +1,4 @@
-"""The MLP chain on a GPU: what each kernel of ``ops/triton_chain.py`` takes, and the weight gradient kernel."""
+"""The MLP chain on a GPU: what its kernels (``ops/triton_kernels.py``) take, and the weight gradient kernel."""
 
 # ruff: noqa: RUF005 (the kernel language has no starred tuples)
 from __future__ import annotations

@@ -1,0 +1,489 @@
+"""The Triton kernels of both chains: all hidden layers of a span in one launch, one program a block of samples.
+
+Symbols as in ``narrowdeep.ops.reference``, arguments as in ``narrowdeep.ops.chain``. A span that begins with the first
+layer or ends with the last leaves those to torch (``ops/layered.py``): the kernels take states to states. A word of a
+state in memory is a matrix (n, positions * B), batch last. Where a state is renormalised is all that depends on its
+absolute number: kernels take ``phase``, the number of the span's first state modulo RENORMALISE_PERIOD, and count from
+there.
+
+The backward goes down a group of segments at a time: ``chain_recompute`` computes their states from the saved ones,
+segments in parallel; ``chain_backward`` follows G through them; the family's weight gradient kernel sums
+G h^T over the batch, layers in parallel. Those sums would cost more than the layer inside the chain, and only the chain
+is serial. No float atomics: results are the same from run to run.
+
+TAP is 0 for the MLP, the filter size f for a convolution. There a lane is one position of one sample; a layer's input
+goes through scratch memory with a border of zeros, where the neighbouring lanes read it.
+
+More than 400 lines, because a kernel's arguments take one each, and the four go through a layer in the same words.
+"""
+
+# ruff: noqa: RUF005, SIM102 (no starred tuples in the kernel language; a constexpr `if` must stand alone)
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from narrowdeep.ops.triton_common import (
+    RENORMALISE_PERIOD,
+    add_skip,
+    add_states,
+    clip,
+    enter,
+    leave,
+    mask_gradient,
+    prefetch,
+    product,
+    read_bias,
+    read_state,
+    renormalise,
+    write_state,
+    zeros_like_state,
+)
+
+_LOOSE = ["batch", "layers", "segment", "phase", "first", "last", "given", "masked"]
+"""Integers that must not make another kernel."""
+
+
+@triton.jit
+def lanes(
+    scratch_ptr,
+    batch,
+    WIDTH: tl.constexpr,
+    TAP: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    LENGTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """(column of the state matrix of every lane, the program's room in scratch memory as ``affine`` takes it)."""
+    if TAP == 0:
+        column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        room = (scratch_ptr, column, column)
+    else:
+        POSITIONS: tl.constexpr = HEIGHT * LENGTH
+        RADIUS: tl.constexpr = TAP // 2
+        lane = tl.arange(0, triton.next_power_of_2(POSITIONS) * BLOCK)
+        inside = lane // BLOCK < POSITIONS
+        position = tl.minimum(lane // BLOCK, POSITIONS - 1)
+        sample = tl.program_id(0).to(tl.int64) * BLOCK + lane % BLOCK
+        column = tl.where(inside & (sample < batch), position * batch + sample, batch * POSITIONS)
+        row = position // LENGTH + RADIUS
+        place = (row * (LENGTH + 2 * RADIUS) + position % LENGTH + RADIUS) * BLOCK + lane % BLOCK
+        PLANE: tl.constexpr = (HEIGHT + 2 * RADIUS) * (LENGTH + 2 * RADIUS) * BLOCK
+        program = (tl.program_id(0) + tl.program_id(1) * tl.num_programs(0)).to(tl.int64)
+        room = (scratch_ptr + program * (2 * WIDTH * PLANE), place, inside)
+    return column, room
+
+
+@triton.jit
+def affine(
+    weight,
+    state,
+    START,
+    room,
+    turn,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    TAP: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    LENGTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """START + W state, or START + W^T state, of a linear layer or a zero-padded correlation.
+
+    ``turn`` alternates between 0 and 1 from call to call: of two halves of scratch memory one is written while some
+    lanes still read the other, so that one barrier a call is enough.
+    """
+    if TAP == 0:
+        return product(weight, state, START, WIDTH, ROWS, TRANSPOSED)
+    else:
+        RADIUS: tl.constexpr = TAP // 2
+        PLANE: tl.constexpr = (HEIGHT + 2 * RADIUS) * (LENGTH + 2 * RADIUS) * BLOCK
+        scratch = room[0] + turn * (WIDTH * PLANE)
+        result = ()
+        for i in tl.static_range(WIDTH):
+            tl.store(scratch + i * PLANE + room[1], state[i], mask=room[2])
+            result = result + (tl.broadcast_to(START[i], state[0].shape),)
+        tl.debug_barrier()
+        for k in range(WIDTH):
+            for t in tl.static_range(TAP * TAP):
+                shift = ((t // TAP - RADIUS) * (LENGTH + 2 * RADIUS) + t % TAP - RADIUS) * BLOCK
+                value = tl.load(scratch + k * PLANE + room[1] + shift)
+                new = ()
+                for i in tl.static_range(WIDTH):
+                    if TRANSPOSED:
+                        factor = tl.load(weight + (k * WIDTH + i) * (TAP * TAP) + TAP * TAP - 1 - t)
+                    else:
+                        factor = tl.load(weight + (i * WIDTH + k) * (TAP * TAP) + t)
+                    new = new + (tl.fma(tl.broadcast_to(factor, value.shape), value, result[i]),)
+                result = new
+        return result
+
+
+@triton.jit
+def _advance(
+    total,
+    hi,
+    lo,
+    base_ptr,
+    weight_ptr,
+    bias_ptr,
+    h_ptr,
+    start,
+    stop,
+    end,
+    column,
+    batch,
+    room,
+    MIDDLE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    TAP: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    LENGTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STORE: tl.constexpr,
+    PREFETCH: tl.constexpr,
+):
+    """Take (total, hi, lo) from state start to state stop, with total = base + hi. Layer ``end`` - 1 is the last.
+
+    STORE: write state s to h_ptr[s] for start <= s < stop.
+    """
+    OFFSET: tl.constexpr = MIDDLE >= 0
+    COUNT: tl.constexpr = (WIDTH + ROWS - 1) // ROWS
+    LAYER: tl.constexpr = WIDTH * WIDTH * (TAP * TAP if TAP else 1)
+    for chunk in range(start // RENORMALISE_PERIOD, (stop + RENORMALISE_PERIOD - 1) // RENORMALISE_PERIOD):
+        low = tl.maximum(chunk * RENORMALISE_PERIOD, start)
+        high = tl.minimum(chunk * RENORMALISE_PERIOD + RENORMALISE_PERIOD, stop)
+        prefetch(weight_ptr, high * LAYER, end * LAYER, RENORMALISE_PERIOD * LAYER, PREFETCH)
+        prefetch(bias_ptr, high * WIDTH, end * WIDTH, RENORMALISE_PERIOD * WIDTH, PREFETCH)
+        for j in range(low, high):
+            h = add_states(total, lo, COUNT) if OFFSET else lo
+            if STORE:
+                write_state(h_ptr + j * (WIDTH * batch), h, column, batch, WIDTH, ROWS)
+            bias = read_bias(bias_ptr + j * WIDTH, WIDTH, ROWS)
+            z = affine(weight_ptr + j * LAYER, h, bias, room, j % 2, WIDTH, ROWS, False, TAP, HEIGHT, LENGTH, BLOCK)
+            if OFFSET:
+                z = add_skip(z, lo, MIDDLE, COUNT, ROWS)
+            lo = clip(z, total, OFFSET, COUNT)
+        if OFFSET:
+            if high % RENORMALISE_PERIOD == 0:
+                total, hi, lo = renormalise(base_ptr, total, hi, lo, column, batch, MIDDLE, WIDTH, ROWS)
+    return total, hi, lo
+
+
+@triton.jit(do_not_specialize=_LOOSE)
+def chain_forward(
+    base_ptr,
+    hi_ptr,
+    lo_ptr,
+    weight_ptr,
+    bias_ptr,
+    saved_ptr,
+    final_ptr,
+    scratch_ptr,
+    batch,
+    layers,
+    segment,
+    phase,
+    SAVE: tl.constexpr,
+    MIDDLE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    TAP: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    LENGTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    PREFETCH: tl.constexpr,
+):
+    """The state (base, hi, lo), each (n, B), to ``final`` after all layers, (3, n, B). In plain form lo and (1, n, B).
+
+    SAVE 0: nothing, 1: every h, 2: every ``segment``-th state, as ``reference.saved_shape`` says of a whole network.
+    MIDDLE is the number of the middle unit in offset form, -1 in plain form.
+    """
+    OFFSET: tl.constexpr = MIDDLE >= 0
+    COUNT: tl.constexpr = (WIDTH + ROWS - 1) // ROWS
+    LAYER: tl.constexpr = WIDTH * WIDTH * (TAP * TAP if TAP else 1)
+    batch = batch.to(tl.int64)
+    phase = phase.to(tl.int64)
+    end = layers.to(tl.int64) + phase
+    segment = segment.to(tl.int64)
+    if ALIGNED:
+        batch = tl.multiple_of(batch, 4)
+    column, room = lanes(scratch_ptr, batch, WIDTH, TAP, HEIGHT, LENGTH, BLOCK)
+    batch *= HEIGHT * LENGTH
+    matrix = WIDTH * batch
+    weight_ptr -= phase * LAYER
+    bias_ptr -= phase * WIDTH
+    prefetch(weight_ptr, phase * LAYER, end * LAYER, RENORMALISE_PERIOD * LAYER, PREFETCH)
+    prefetch(bias_ptr, phase * WIDTH, end * WIDTH, RENORMALISE_PERIOD * WIDTH, PREFETCH)
+    lo = read_state(lo_ptr, column, batch, WIDTH, ROWS)
+    if OFFSET:
+        total, hi = enter(base_ptr, hi_ptr, column, batch, MIDDLE, WIDTH, ROWS)
+    else:
+        total = lo
+        hi = lo
+    if SAVE == 1:
+        saved_ptr -= phase * matrix
+    for start in range(phase, end, segment):
+        stop = tl.minimum(start + segment, end)
+        if SAVE == 2:
+            if OFFSET:
+                write_state(saved_ptr, hi, column, batch, WIDTH, ROWS)
+                saved_ptr += matrix
+            write_state(saved_ptr, lo, column, batch, WIDTH, ROWS)
+            saved_ptr += matrix
+        total, hi, lo = _advance(
+            total, hi, lo, base_ptr, weight_ptr, bias_ptr, saved_ptr, start, stop, end, column, batch, room,
+            MIDDLE, WIDTH, ROWS, TAP, HEIGHT, LENGTH, BLOCK, SAVE == 1, PREFETCH,
+        )  # fmt: skip
+    if SAVE == 1:
+        h = add_states(total, lo, COUNT) if OFFSET else lo
+        write_state(saved_ptr + end * matrix, h, column, batch, WIDTH, ROWS)
+    leave(final_ptr, base_ptr, hi_ptr, hi, lo, column, batch, MIDDLE, WIDTH, ROWS)
+
+
+@triton.jit(do_not_specialize=_LOOSE)
+def chain_recompute(
+    base_ptr,
+    given_ptr,
+    saved_ptr,
+    weight_ptr,
+    bias_ptr,
+    h_ptr,
+    scratch_ptr,
+    batch,
+    layers,
+    segment,
+    phase,
+    first,
+    given,
+    MIDDLE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    TAP: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    LENGTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    PREFETCH: tl.constexpr,
+):
+    """Program (block, i): the states of segment first + i from the one at its start, and the very last state.
+
+    Segment s starts from row s of ``saved``, (hi, lo), or lo in plain form; where ``given`` is 1 segment 0 starts from
+    such a row at ``given_ptr`` and the others from row s - 1. ``h``, (states, n, B), begins with state first * segment.
+    """
+    OFFSET: tl.constexpr = MIDDLE >= 0
+    COUNT: tl.constexpr = (WIDTH + ROWS - 1) // ROWS
+    LAYER: tl.constexpr = WIDTH * WIDTH * (TAP * TAP if TAP else 1)
+    WORDS: tl.constexpr = 2 if OFFSET else 1
+    batch = batch.to(tl.int64)
+    phase = phase.to(tl.int64)
+    end = layers.to(tl.int64) + phase
+    segment = segment.to(tl.int64)
+    first = first.to(tl.int64)
+    if ALIGNED:
+        batch = tl.multiple_of(batch, 4)
+    column, room = lanes(scratch_ptr, batch, WIDTH, TAP, HEIGHT, LENGTH, BLOCK)
+    batch *= HEIGHT * LENGTH
+    matrix = WIDTH * batch
+    number = first + tl.program_id(1)
+    start = phase + number * segment
+    stop = tl.minimum(start + segment, end)
+    h_ptr -= (phase + first * segment) * matrix
+    weight_ptr -= phase * LAYER
+    bias_ptr -= phase * WIDTH
+    prefetch(weight_ptr, start * LAYER, end * LAYER, RENORMALISE_PERIOD * LAYER, PREFETCH)
+    row_ptr = saved_ptr + (number - given) * (WORDS * matrix)
+    if number < given:
+        row_ptr = given_ptr
+    lo = read_state(row_ptr + (WORDS - 1) * matrix, column, batch, WIDTH, ROWS)
+    if OFFSET:
+        total, hi = enter(base_ptr, row_ptr, column, batch, MIDDLE, WIDTH, ROWS)
+    else:
+        total = lo
+        hi = lo
+    total, hi, lo = _advance(
+        total, hi, lo, base_ptr, weight_ptr, bias_ptr, h_ptr, start, stop, end, column, batch, room,
+        MIDDLE, WIDTH, ROWS, TAP, HEIGHT, LENGTH, BLOCK, True, PREFETCH,
+    )  # fmt: skip
+    if stop == end:
+        h = add_states(total, lo, COUNT) if OFFSET else lo
+        write_state(h_ptr + end * matrix, h, column, batch, WIDTH, ROWS)
+
+
+@triton.jit(do_not_specialize=_LOOSE)
+def chain_backward(
+    base_ptr,
+    hi_ptr,
+    lo_ptr,
+    weight_ptr,
+    h_ptr,
+    result_ptr,
+    g_ptr,
+    scratch_ptr,
+    batch,
+    layers,
+    phase,
+    first,
+    last,
+    masked,
+    STORE: tl.constexpr,
+    MIDDLE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    TAP: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    LENGTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    PREFETCH: tl.constexpr,
+):
+    """Layers last-1 down to first. STORE: G of states first+1 .. last to ``g``, (last - first, n, B).
+
+    (base, hi, lo), each (n, B), is G of state ``last`` (``masked`` 0: it has still to pass the ReLU of that state), and
+    ``result``, (3, n, B), that of state ``first``; lo and (1, n, B) in plain form. ``h``, (states, n, B), begins with
+    state first.
+    """
+    OFFSET: tl.constexpr = MIDDLE >= 0
+    COUNT: tl.constexpr = (WIDTH + ROWS - 1) // ROWS
+    LAYER: tl.constexpr = WIDTH * WIDTH * (TAP * TAP if TAP else 1)
+    batch = batch.to(tl.int64)
+    phase = phase.to(tl.int64)
+    end = layers.to(tl.int64) + phase
+    first = first.to(tl.int64) + phase
+    last = last.to(tl.int64) + phase
+    if ALIGNED:
+        batch = tl.multiple_of(batch, 4)
+    column, room = lanes(scratch_ptr, batch, WIDTH, TAP, HEIGHT, LENGTH, BLOCK)
+    batch *= HEIGHT * LENGTH
+    matrix = WIDTH * batch
+    h_ptr -= first * matrix
+    g_ptr -= (first + 1) * matrix
+    weight_ptr -= phase * LAYER
+    ahead = tl.maximum(last - RENORMALISE_PERIOD, phase) * LAYER
+    prefetch(weight_ptr, ahead, end * LAYER, RENORMALISE_PERIOD * LAYER, PREFETCH)
+    lo = read_state(lo_ptr, column, batch, WIDTH, ROWS)
+    if OFFSET:
+        total, hi = enter(base_ptr, hi_ptr, column, batch, MIDDLE, WIDTH, ROWS)
+    else:
+        total = lo
+        hi = lo
+    if masked == 0:
+        h = read_state(h_ptr + last * matrix, column, batch, WIDTH, ROWS)
+        lo = mask_gradient(h, lo, total, OFFSET, COUNT)
+    for down in range(0, last // RENORMALISE_PERIOD - (first + 1) // RENORMALISE_PERIOD + 1):
+        chunk = last // RENORMALISE_PERIOD - down
+        low = tl.maximum(chunk * RENORMALISE_PERIOD, first + 1)
+        high = tl.minimum(chunk * RENORMALISE_PERIOD + RENORMALISE_PERIOD - 1, last)
+        ahead = tl.maximum(low - 1 - RENORMALISE_PERIOD, phase) * LAYER
+        prefetch(weight_ptr, ahead, end * LAYER, RENORMALISE_PERIOD * LAYER, PREFETCH)
+        for i in range(0, high - low + 1):
+            s = high - i
+            full = add_states(total, lo, COUNT) if OFFSET else lo
+            if STORE:
+                write_state(g_ptr + s * matrix, full, column, batch, WIDTH, ROWS)
+            h = read_state(h_ptr + (s - 1) * matrix, column, batch, WIDTH, ROWS)
+            weight = weight_ptr + (s - 1) * LAYER
+            grad = affine(
+                weight, full, zeros_like_state(lo, COUNT), room, s % 2, WIDTH, ROWS, True, TAP, HEIGHT, LENGTH, BLOCK
+            )
+            if OFFSET:
+                grad = add_skip(grad, lo, MIDDLE, COUNT, ROWS)
+            lo = mask_gradient(h, grad, total, OFFSET, COUNT)
+        if OFFSET:
+            if low % RENORMALISE_PERIOD == 0:
+                total, hi, lo = renormalise(base_ptr, total, hi, lo, column, batch, MIDDLE, WIDTH, ROWS)
+    leave(result_ptr, base_ptr, hi_ptr, hi, lo, column, batch, MIDDLE, WIDTH, ROWS)
+
+
+@triton.jit(do_not_specialize=_LOOSE)
+def chain_jvp(
+    base_ptr,
+    hi_ptr,
+    lo_ptr,
+    base_t_ptr,
+    hi_t_ptr,
+    lo_t_ptr,
+    weight_ptr,
+    bias_ptr,
+    weight_t_ptr,
+    bias_t_ptr,
+    h_ptr,
+    final_ptr,
+    scratch_ptr,
+    batch,
+    layers,
+    phase,
+    HAS_WEIGHT_T: tl.constexpr,
+    HAS_BIAS_T: tl.constexpr,
+    MIDDLE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    TAP: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    LENGTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    PREFETCH: tl.constexpr,
+):
+    """A state (base, hi, lo) and its tangent (base_t, hi_t, lo_t) through all layers; lo and lo_t in plain form.
+
+    Writes the value of the last state to ``h``, (n, B), and its tangent to ``final``, (3, n, B) or (1, n, B).
+    """
+    OFFSET: tl.constexpr = MIDDLE >= 0
+    COUNT: tl.constexpr = (WIDTH + ROWS - 1) // ROWS
+    LAYER: tl.constexpr = WIDTH * WIDTH * (TAP * TAP if TAP else 1)
+    batch = batch.to(tl.int64)
+    phase = phase.to(tl.int64)
+    end = layers.to(tl.int64) + phase
+    if ALIGNED:
+        batch = tl.multiple_of(batch, 4)
+    column, room = lanes(scratch_ptr, batch, WIDTH, TAP, HEIGHT, LENGTH, BLOCK)
+    batch *= HEIGHT * LENGTH
+    weight_ptr -= phase * LAYER
+    bias_ptr -= phase * WIDTH
+    weight_t_ptr -= phase * LAYER
+    bias_t_ptr -= phase * WIDTH
+    lo = read_state(lo_ptr, column, batch, WIDTH, ROWS)
+    lo_t = read_state(lo_t_ptr, column, batch, WIDTH, ROWS)
+    if OFFSET:
+        total, hi = enter(base_ptr, hi_ptr, column, batch, MIDDLE, WIDTH, ROWS)
+        total_t, hi_t = enter(base_t_ptr, hi_t_ptr, column, batch, MIDDLE, WIDTH, ROWS)
+    else:
+        total = lo
+        hi = lo
+        total_t = lo_t
+        hi_t = lo_t
+    prefetch(weight_ptr, phase * LAYER, end * LAYER, RENORMALISE_PERIOD * LAYER, PREFETCH)
+    for chunk in range(0, (end + RENORMALISE_PERIOD - 1) // RENORMALISE_PERIOD):
+        low = tl.maximum(chunk * RENORMALISE_PERIOD, phase)
+        high = tl.minimum(chunk * RENORMALISE_PERIOD + RENORMALISE_PERIOD, end)
+        prefetch(weight_ptr, high * LAYER, end * LAYER, RENORMALISE_PERIOD * LAYER, PREFETCH)
+        if HAS_WEIGHT_T:
+            prefetch(weight_t_ptr, high * LAYER, end * LAYER, RENORMALISE_PERIOD * LAYER, PREFETCH)
+        for j in range(low, high):
+            h = add_states(total, lo, COUNT) if OFFSET else lo
+            full = add_states(total_t, lo_t, COUNT) if OFFSET else lo_t
+            dz = read_bias(bias_t_ptr + j * WIDTH, WIDTH, ROWS) if HAS_BIAS_T else zeros_like_state(lo_t, COUNT)
+            if HAS_WEIGHT_T:
+                dz = affine(
+                    weight_t_ptr + j * LAYER, h, dz, room, j % 2, WIDTH, ROWS, False, TAP, HEIGHT, LENGTH, BLOCK
+                )
+            turn = (j + 1) % 2 if HAS_WEIGHT_T else 0
+            dz = affine(weight_ptr + j * LAYER, full, dz, room, turn, WIDTH, ROWS, False, TAP, HEIGHT, LENGTH, BLOCK)
+            bias = read_bias(bias_ptr + j * WIDTH, WIDTH, ROWS)
+            z = affine(weight_ptr + j * LAYER, h, bias, room, 1 - turn, WIDTH, ROWS, False, TAP, HEIGHT, LENGTH, BLOCK)
+            if OFFSET:
+                dz = add_skip(dz, lo_t, MIDDLE, COUNT, ROWS)
+                z = add_skip(z, lo, MIDDLE, COUNT, ROWS)
+            lo = clip(z, total, OFFSET, COUNT)
+            lo_t = mask_gradient(add_states(total, lo, COUNT) if OFFSET else lo, dz, total_t, OFFSET, COUNT)
+        if OFFSET:
+            if high % RENORMALISE_PERIOD == 0:
+                total, hi, lo = renormalise(base_ptr, total, hi, lo, column, batch, MIDDLE, WIDTH, ROWS)
+                total_t, hi_t, lo_t = renormalise(base_t_ptr, total_t, hi_t, lo_t, column, batch, MIDDLE, WIDTH, ROWS)
+    h = add_states(total, lo, COUNT) if OFFSET else lo
+    write_state(h_ptr, h, column, batch, WIDTH, ROWS)
+    leave(final_ptr, base_t_ptr, hi_t_ptr, hi_t, lo_t, column, batch, MIDDLE, WIDTH, ROWS)
