@@ -1,5 +1,6 @@
 // One layer of the convolution chain: a correlation with an odd filter, zeros around the image. A tile is one vector of
-// samples, stored [channel][position][lane].
+// samples, stored [channel][position][lane]. Where samples are fewer than lanes a lane has a strip of an image: before a
+// correlation each gets the rows of its neighbours that the filter sees.
 #pragma once
 
 #include "cnn/correlate.h"
@@ -17,8 +18,36 @@ class CnnLayer {
   static constexpr bool kRunsOfTiles = true;
   static constexpr bool kEndsTogether = false;  // filters are small: each thread has sums of its own
 
+  // The number of strips that takes least time: rows that one thread goes through, and a tenth more for rows of
+  // neighbours. A strip has what the filter of the next one sees.
+  static int64_t strips(const ChainShape& s, int64_t threads) {
+    int64_t best = 1, least = 0;
+    for (int64_t strips = 1; strips <= kLanes<T>; strips *= 2) {
+      const int64_t rows = ceil_div(s.plane.height, strips), tiles = ceil_div(s.batch * strips, kLanes<T>);
+      if (strips > 1 && rows < max_of(1, s.size / 2)) break;
+      const int64_t time = ceil_div(tiles, threads) * (10 * rows + (strips > 1 ? rows + 3 : 0));
+      if (strips == 1 || time < least) best = strips, least = time;
+    }
+    return best;
+  }
+
   CnnLayer(const Tiles<T>& tiles, const ChainParams<const T>& params)
-      : tiles_(tiles), shape_(tiles.shape), params_(params), taps_(tiles.shape.size * tiles.shape.size) {}
+      : tiles_(tiles),
+        shape_(tiles.shape),
+        params_(params),
+        taps_(tiles.shape.size * tiles.shape.size),
+        masks_(tiles.strips > 1 ? (tiles.plane.height + 2) * kLanes<T> * int64_t(sizeof(T)) : 0),
+        above_(masks_.as<T>()),
+        below_(above_ + kLanes<T>),
+        inside_(below_ + kLanes<T>) {
+    if (tiles.strips == 1) return;
+    const auto mask = [](bool all) { return all ? all_ones<T>() : T(0); };
+    for (int64_t s = 0; s < kLanes<T>; ++s) {
+      above_[s] = mask(s % tiles.strips > 0);
+      below_[s] = mask(s % tiles.strips < tiles.strips - 1);
+      for (int64_t y = 0; y < tiles.plane.height; ++y) inside_[y * kLanes<T> + s] = mask(y < tiles.rows_inside(s));
+    }
+  }
 
   // States that a backward holds at once; a longer segment is divided again, at the price of one recomputation more (a
   // quarter of the backward). So this is what still does well in the outer caches, and less only where a state is huge.
@@ -65,7 +94,9 @@ class CnnLayer {
   // Of the weight (rows, columns)[tap] and the bias of a layer; added to what is there, or written over it.
   void gradient(int64_t rows, int64_t columns, int64_t valid, const T* full, const T* h, T* weight, T* bias, bool add,
                 T* scratch) const {
-    weight_sums(rows, columns, shape_.size, shape_.plane, full, h, scratch);
+    const Buffer margins(margins_bytes(columns)), cleared(tiles_.padded() ? rows * tiles_.row * int64_t(sizeof(T)) : 0);
+    if (tiles_.padded()) full = with_margin(rows, full, 0, cleared.as<T>()).start;
+    weight_sums(rows, columns, shape_.size, tiles_.plane, full, input(columns, h, margins), scratch);
     sum_samples(rows * columns * taps_, valid, scratch, weight, add);
     bias_sums(rows, tiles_.positions, full, scratch);
     sum_samples(rows, valid, scratch, bias, add);
@@ -122,14 +153,49 @@ class CnnLayer {
   const ChainShape& shape_;
   const ChainParams<const T>& params_;
   const int64_t taps_;
+  const Buffer masks_;
+  T *const above_, *const below_, *const inside_;  // lanes that have a strip above, and below; lanes inside, a row
+
+  // `from` with `margin` rows more above and below: those of the strips there, 0 at the ends of an image and past them.
+  Input<T> with_margin(int64_t channels, const T* from, int64_t margin, T* to) const {
+    const int64_t line = tiles_.plane.width * kLanes<T>, rows = tiles_.plane.height,
+                  channel = (rows + 2 * margin) * line;
+    for (int64_t c = 0; c < channels; ++c, from += rows * line) {
+      T* const start = to + c * channel;
+      for (int64_t y = 0; y < rows; ++y) {
+        const Vec<T> inside = load(inside_ + y * kLanes<T>);
+        for (int64_t e = y * line; e < (y + 1) * line; e += kLanes<T>)
+          store(start + margin * line + e, keep_if(inside, load(from + e)));
+      }
+      const Vec<T> above = load(above_), below = load(below_);
+      for (int64_t e = 0; e < margin * line; e += kLanes<T>) {
+        store(start + e, keep_if(above, from_lane<T, 1>(load(start + rows * line + e))));
+        store(start + (margin + rows) * line + e, keep_if(below, from_lane<T, -1>(load(start + margin * line + e))));
+      }
+    }
+    return {to + margin * line, channel, margin};
+  }
+  int64_t margins_bytes(int64_t channels) const {
+    if (tiles_.strips == 1) return 0;
+    return channels * (tiles_.plane.height + 2 * (shape_.size / 2)) * tiles_.plane.width * kLanes<T> *
+           int64_t(sizeof(T));
+  }
+  Input<T> input(int64_t channels, const T* h, const Buffer& margins) const {
+    if (tiles_.strips == 1) return {h, tiles_.row, 0};
+    return with_margin(channels, h, shape_.size / 2, margins.as<T>());
+  }
 
   template <class Epilogue>
   void product(const T* weight, int64_t rows, int64_t columns, const T* h, const Epilogue& epilogue) const {
-    correlate(forward_filter(weight, columns, shape_.size), columns, rows, shape_.plane, h, epilogue);
+    const Buffer margins(margins_bytes(columns));
+    const Input<T> in = input(columns, h, margins);
+    correlate(forward_filter(weight, columns, shape_.size), columns, rows, tiles_.plane, in, epilogue);
   }
   template <class Epilogue>
   void transposed(const T* weight, int64_t rows, int64_t columns, const T* full, const Epilogue& epilogue) const {
-    correlate(transposed_filter(weight, columns, shape_.size), rows, columns, shape_.plane, full, epilogue);
+    const Buffer margins(margins_bytes(rows));
+    const Input<T> in = input(rows, full, margins);
+    correlate(transposed_filter(weight, columns, shape_.size), rows, columns, tiles_.plane, in, epilogue);
   }
   // z = what the identity part of the last layer passes on, without the base, and the bias; the sums are added to it.
   void start_output(const State<T>& state, const T* bias, T* z) const {

@@ -29,7 +29,7 @@ class ChainBackwardRun {
   ChainBackwardRun(const ChainBackward<T>& arguments, const Parallel& pool)
       : args(arguments),
         parallel(pool),
-        tiles(arguments.shape, Layer::kMostVectors, pool.threads),
+        tiles(arguments.shape, Layer::kMostVectors, pool.threads, Layer::strips(arguments.shape, pool.threads)),
         s(tiles.shape),
         layer(tiles, arguments.params),
         size(tiles.size),
@@ -211,24 +211,26 @@ class ChainBackwardRun {
 
   // The gradient that a tile begins with: that of the outputs, or of the last state.
   void load(int64_t tile, const Kept& k) const {
-    if (s.first) load_samples(tiles, tile, s.in * tiles.positions, false, args.input, k.x);
+    if (s.first) load_images(tiles, tile, s.in, false, args.input, k.x);
     if (s.last) {
-      load_samples(tiles, tile, s.out, true, args.grad, k.r);
+      load_outputs(tiles, tile, 1, s.out, args.grad, k.r);
       fill(size, T(0), k.hi);
       fill(size, T(0), k.lo);
     } else if (s.offset) {
-      load_word(tiles, tile, true, args.grad + tiles.right() * tiles.positions * s.batch, k.r, s.out, tiles.positions);
+      const int64_t row = tiles.image * s.batch;  // the same at every position
+      load_outputs(tiles, tile, row, 1, args.grad + tiles.right() * row, k.r);
       restore(tiles, tile, true, args.grad + tiles.state(), State<T>(nullptr, k.hi, nullptr, k.lo));
     } else {
       restore(tiles, tile, true, args.grad, State<T>(nullptr, k.hi, nullptr, k.lo));
       return;
     }
     // Every position has the same share in the mean. From the last, as they take the place of one position each.
-    const T share = s.last ? T(tiles.positions) : T(1);
+    const T share = s.last ? T(tiles.image) : T(1);
     for (int64_t i = s.out; i-- > 0;)
       for (int64_t p = tiles.positions; p-- > 0;)
         for (int64_t e = 0; e < tiles.samples; ++e)
           k.r[i * tiles.row + p * tiles.samples + e] = k.r[i * tiles.samples + e] / share;
+    clear_outside(tiles, s.out, k.r);
   }
 
   // What stays the same on the way: base = R = [0; 0; r] of the gradient and its floor, and the base of the states.
@@ -268,7 +270,7 @@ class ChainBackwardRun {
           read(tile, j, room);
           room.state.total(size, h);
         } else {
-          load_word(tiles, tile, false, args.saved + saved_row(tiles, j) * tiles.state(), h, tiles.units);
+          load_word(tiles, tile, false, args.saved + saved_row(tiles, j) * tiles.state(), h);
         }
       }
       return back(begin, stop);
@@ -353,7 +355,7 @@ class ChainBackwardRun {
                      room.scratch);
     if (!args.grad_input) return;
     layer.first_back(full, room.full_next);
-    store_samples(tiles, tile, s.in * tiles.positions, room.full_next, args.grad_input);
+    store_images(tiles, tile, s.in, room.full_next, args.grad_input);
   }
 
   // The gradients of the first and the last layer, where all threads make them together: some tiles at a time, as the

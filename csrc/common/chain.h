@@ -5,6 +5,7 @@
 // What one layer does is the business of a class Layer (mlp/layer.h, cnn/layer.h), made of Tiles and parameters:
 //
 //   T, kMostVectors, kRunsOfTiles   number type; vectors of a tile at most; whether a thread's tiles are a run, or strided
+//   strips(shape, threads)          in how many lanes a sample is cut (common/state.h)
 //   in_registers()                  whether `forward_in_registers` and `backward_in_registers` run many layers at once
 //   first, step, last               x to state 0; state l to l + 1; the last state to the outputs at every position
 //   last_back, step_back, first_back, gradient        their transposes, and the gradient of a weight and its bias
@@ -45,7 +46,7 @@ template <class Layer, class T>
 inline void enter(const Tiles<T>& tiles, const Layer& layer, int64_t tile, const T* input, T* x, const State<T>& state,
                   T* h) {
   if (tiles.shape.first) {
-    load_samples(tiles, tile, tiles.shape.in * tiles.positions, false, input, x);
+    load_images(tiles, tile, tiles.shape.in, false, input, x);
     set_base(tiles, x, state.base);
     fill(tiles.size, T(0), state.hi);
     fill(tiles.size, T(0), state.lo);
@@ -109,6 +110,20 @@ ND_INLINE int64_t block_of(int64_t terms) {
 template <class T>
 inline void store_outputs(const Tiles<T>& tiles, int64_t tile, T* z, T* to) {
   const int64_t positions = tiles.positions, samples = tiles.samples;
+  if (tiles.strips > 1) {  // the same sums in the same order, from lane to lane
+    for (int64_t s = 0; s < tiles.valid(tile); s += tiles.strips)
+      for (int64_t i = 0; i < tiles.shape.out; ++i) {
+        T total = T(0);
+        for (int64_t begin = 0; begin < tiles.image; begin += 64) {
+          T sum = T(0);
+          for (int64_t p = begin; p < min_of(begin + 64, tiles.image); ++p)
+            sum += z[i * tiles.row + p % tiles.positions * samples + s + p / tiles.positions];
+          total += sum;
+        }
+        to[(tile * samples + s) / tiles.strips * tiles.shape.out + i] = total / T(tiles.image);
+      }
+    return;
+  }
   if (positions > 1) {
     for (int64_t i = 0; i < tiles.shape.out; ++i)
       for (int64_t s = 0; s < samples; s += kLanes<T>) {
@@ -135,7 +150,7 @@ inline int64_t saved_row(const Tiles<T>& tiles, int64_t j) {
 
 template <class Layer, class T = typename Layer::Element>
 void chain_forward(const ChainForward<T>& args, const Parallel& parallel) {
-  const Tiles<T> tiles(args.shape, Layer::kMostVectors, parallel.threads);
+  const Tiles<T> tiles(args.shape, Layer::kMostVectors, parallel.threads, Layer::strips(args.shape, parallel.threads));
   const Layer layer(tiles, args.params);
   const ChainShape& s = tiles.shape;
   const int64_t workers = min_of(parallel.threads, tiles.count), size = tiles.size;
@@ -182,7 +197,7 @@ void chain_forward(const ChainForward<T>& args, const Parallel& parallel) {
 
 template <class Layer, class T = typename Layer::Element>
 void chain_jvp(const ChainJvp<T>& args, const Parallel& parallel) {
-  const Tiles<T> tiles(args.shape, Layer::kMostVectors, parallel.threads);
+  const Tiles<T> tiles(args.shape, Layer::kMostVectors, parallel.threads, Layer::strips(args.shape, parallel.threads));
   const Layer layer(tiles, args.params);
   const ChainShape& s = tiles.shape;
   const int64_t workers = min_of(parallel.threads, tiles.count), size = tiles.size;
@@ -202,7 +217,7 @@ void chain_jvp(const ChainJvp<T>& args, const Parallel& parallel) {
       const int64_t tile = share[i];
       enter(tiles, layer, tile, args.input, x, state, h);
       if (s.first) {
-        if (args.input_tangent) load_samples(tiles, tile, s.in * tiles.positions, false, args.input_tangent, x_tangent);
+        if (args.input_tangent) load_images(tiles, tile, s.in, false, args.input_tangent, x_tangent);
         layer.first_tangent(x, args.input_tangent ? x_tangent : nullptr, args.tangents, h, tangent, full);
       } else {
         if (args.input_tangent) {

@@ -12,7 +12,9 @@
 //                 state j of it is the network's state start + j
 //   tile          some vectors of samples that go through many layers together
 //
-// Arrays of a tile are [unit][sample], a unit being a channel at a position: [channel][position] for images.
+// Arrays of a tile are [unit][sample], a unit being a channel at a position: [channel][position] for images. Where there
+// are fewer images than lanes an image is cut in strips of whole rows, a lane each: "sample" is a strip then. The rows
+// past the image's last are computed like the others, and count nowhere.
 #pragma once
 
 #include "common/args.h"
@@ -27,20 +29,26 @@ constexpr int64_t kRenormalisePeriod = 32;  // RENORMALISE_PERIOD in reference.p
 template <class T>
 struct Tiles {
   ChainShape shape;
+  int64_t strips;                   // of an image; 1 where a sample has a lane to itself
+  Plane plane;                      // of a lane
   int64_t vectors, samples, count;  // of a tile, vectors * lanes; tiles
-  int64_t positions, units;         // of a channel, of a state
+  int64_t positions, units;         // of a channel, of a state, in one lane
+  int64_t image;                    // positions of a whole channel
   int64_t row, size;                // elements of a tile's channel, and of its state
   Buffer masks;
   T *skip, *every, *skip_units;  // (width) twice, (units)
 
-  // Tiles of 1, 2 or 4 vectors, at most `most`.
-  Tiles(const ChainShape& s, int64_t most, int64_t threads)
+  // Tiles of 1, 2 or 4 vectors, at most `most`; images in so many strips, which divide the lanes.
+  Tiles(const ChainShape& s, int64_t most, int64_t threads, int64_t strips = 1)
       : shape(s),
-        vectors(vectors_of(ceil_div(ceil_div(s.batch, kLanes<T>), threads), most)),
+        strips(strips),
+        plane{ceil_div(s.plane.height, strips), s.plane.width},
+        vectors(vectors_of(ceil_div(ceil_div(s.batch * strips, kLanes<T>), threads), most)),
         samples(vectors * kLanes<T>),
-        count(ceil_div(s.batch, samples)),
-        positions(s.plane.height * s.plane.width),
+        count(ceil_div(s.batch * strips, samples)),
+        positions(plane.height * plane.width),
         units(s.width * positions),
+        image(s.plane.height * s.plane.width),
         row(positions * samples),
         size(s.width * row),
         masks((2 * s.width + units) * int64_t(sizeof(T))),
@@ -55,13 +63,18 @@ struct Tiles {
   }
 
   static int64_t vectors_of(int64_t share, int64_t most) { return min_of(share >= 3 ? 4 : share == 2 ? 2 : 1, most); }
-  int64_t valid(int64_t tile) const { return min_of(samples, shape.batch - tile * samples); }
+  int64_t valid(int64_t tile) const { return min_of(samples, shape.batch * strips - tile * samples); }
+  // Whether strips reach past the image, and the rows of one that do not.
+  bool padded() const { return plane.height * strips > shape.plane.height; }
+  int64_t rows_inside(int64_t sample) const {
+    return max_of(0, min_of(plane.height, shape.plane.height - sample % strips * plane.height));
+  }
   // Left units, and the first of the right ones, of the offset form.
   int64_t in() const { return shape.width - 1 - shape.out; }
   int64_t right() const { return shape.width - shape.out; }
 
   // Elements of the whole batch's state (one word of it), and rows of one saved state.
-  int64_t state() const { return units * shape.batch; }
+  int64_t state() const { return shape.width * image * shape.batch; }
   int64_t words() const { return shape.offset ? 2 : 1; }
 
   // Whether the state after `layers` hidden layers is renormalised, and where the next one after it is, at most `end`.
@@ -136,6 +149,27 @@ inline void renormalise(const Tiles<T>& tiles, const State<T>& state) {
 // The last tile is filled up with its last sample: what the lanes past the batch compute is thrown away, but never makes a
 // NaN that the data did not. Gradients are filled up with zeros, so that these lanes add nothing to sums over samples.
 
+// Calls body(i, unit, b) for every element i of a tile's array that is of an image: its channel and position, and which.
+template <class T, class Body>
+inline void for_strips(const Tiles<T>& tiles, int64_t tile, int64_t channels, const Body& body) {
+  const int64_t width = tiles.plane.width;
+  for (int64_t s = 0; s < tiles.valid(tile); ++s) {
+    const int64_t sample = tile * tiles.samples + s, top = sample % tiles.strips * tiles.plane.height;
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t p = 0; p < tiles.rows_inside(sample) * width; ++p)
+        body((c * tiles.positions + p) * tiles.samples + s, c * tiles.image + top * width + p, sample / tiles.strips);
+  }
+}
+// 0 in the rows past the image.
+template <class T>
+inline void clear_outside(const Tiles<T>& tiles, int64_t channels, T* to) {
+  if (!tiles.padded()) return;
+  for (int64_t s = 0; s < tiles.samples; ++s)
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t p = tiles.rows_inside(s) * tiles.plane.width; p < tiles.positions; ++p)
+        to[(c * tiles.positions + p) * tiles.samples + s] = T(0);
+}
+
 // Samples of (batch, features), to [feature][sample], and back.
 template <class T>
 inline void load_samples(const Tiles<T>& tiles, int64_t tile, int64_t features, bool zeros, const T* from, T* to) {
@@ -149,13 +183,41 @@ inline void store_samples(const Tiles<T>& tiles, int64_t tile, int64_t features,
   transpose(features, tiles.valid(tile), from, tiles.samples, to + tile * tiles.samples * features, features);
 }
 
-// One word of a state, (units, batch), `rows` units of it that stand `stride` units apart.
+// Images of (batch, channels, height, width), and back.
 template <class T>
-inline void load_word(const Tiles<T>& tiles, int64_t tile, bool zeros, const T* from, T* to, int64_t rows,
-                      int64_t stride = 1) {
+inline void load_images(const Tiles<T>& tiles, int64_t tile, int64_t channels, bool zeros, const T* from, T* to) {
+  if (tiles.strips == 1) return load_samples(tiles, tile, channels * tiles.positions, zeros, from, to);
+  fill(channels * tiles.row, T(0), to);
+  for_strips(tiles, tile, channels,
+             [&](int64_t i, int64_t unit, int64_t b) { to[i] = from[b * channels * tiles.image + unit]; });
+}
+template <class T>
+inline void store_images(const Tiles<T>& tiles, int64_t tile, int64_t channels, const T* from, T* to) {
+  if (tiles.strips == 1) return store_samples(tiles, tile, channels * tiles.positions, from, to);
+  for_strips(tiles, tile, channels,
+             [&](int64_t i, int64_t unit, int64_t b) { to[b * channels * tiles.image + unit] = from[i]; });
+}
+
+// A number of each output, from[i * row + b * column] of sample b, to all its lanes; lanes past the batch get 0.
+template <class T>
+inline void load_outputs(const Tiles<T>& tiles, int64_t tile, int64_t row, int64_t column, const T* from, T* to) {
   const int64_t valid = tiles.valid(tile), samples = tiles.samples;
-  for (int64_t i = 0; i < rows; ++i) {
-    const T* const row = from + i * stride * tiles.shape.batch + tile * samples;
+  for (int64_t i = 0; i < tiles.shape.out; ++i)
+    for (int64_t s = 0; s < samples; ++s)
+      to[i * samples + s] = s < valid ? from[i * row + (tile * samples + s) / tiles.strips * column] : T(0);
+}
+
+// One word of a state, (units, batch).
+template <class T>
+inline void load_word(const Tiles<T>& tiles, int64_t tile, bool zeros, const T* from, T* to) {
+  if (tiles.strips > 1) {
+    fill(tiles.size, T(0), to);
+    return for_strips(tiles, tile, tiles.shape.width,
+                      [&](int64_t i, int64_t unit, int64_t b) { to[i] = from[unit * tiles.shape.batch + b]; });
+  }
+  const int64_t valid = tiles.valid(tile), samples = tiles.samples;
+  for (int64_t i = 0; i < tiles.units; ++i) {
+    const T* const row = from + i * tiles.shape.batch + tile * samples;
     if (valid == samples) {
       for (int64_t s = 0; s < samples; s += kLanes<T>) ND_ISA::store(to + i * samples + s, ND_ISA::load(row + s));
       continue;
@@ -166,6 +228,9 @@ inline void load_word(const Tiles<T>& tiles, int64_t tile, bool zeros, const T* 
 }
 template <class T>
 inline void store_word(const Tiles<T>& tiles, int64_t tile, const T* from, T* to) {
+  if (tiles.strips > 1)
+    return for_strips(tiles, tile, tiles.shape.width,
+                      [&](int64_t i, int64_t unit, int64_t b) { to[unit * tiles.shape.batch + b] = from[i]; });
   const int64_t valid = tiles.valid(tile), samples = tiles.samples;
   for (int64_t i = 0; i < tiles.units; ++i) {
     T* const row = to + i * tiles.shape.batch + tile * samples;
@@ -189,12 +254,12 @@ inline void save(const Tiles<T>& tiles, int64_t tile, const State<T>& state, T* 
 template <class T>
 inline void restore(const Tiles<T>& tiles, int64_t tile, bool zeros, const T* from, const State<T>& state) {
   if (tiles.shape.offset) {
-    load_word(tiles, tile, zeros, from, state.hi, tiles.units);
+    load_word(tiles, tile, zeros, from, state.hi);
     from += tiles.state();
   } else {
     fill(tiles.size, T(0), state.hi);
   }
-  load_word(tiles, tile, zeros, from, state.lo, tiles.units);
+  load_word(tiles, tile, zeros, from, state.lo);
 }
 
 // All words of a state at the border of a span; its floor is left to the caller.
@@ -209,7 +274,7 @@ inline void store_state(const Tiles<T>& tiles, int64_t tile, const State<T>& sta
 template <class T>
 inline void load_base(const Tiles<T>& tiles, int64_t tile, bool zeros, const T* from, const State<T>& state) {
   if (tiles.shape.offset) {
-    load_word(tiles, tile, zeros, from, state.base, tiles.units);
+    load_word(tiles, tile, zeros, from, state.base);
   } else {
     fill(tiles.size, T(0), state.base);
   }

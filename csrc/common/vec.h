@@ -140,10 +140,7 @@ ND_INLINE T all_ones() {
   return mask;
 }
 
-// ---- sums over lanes ------------------------------------------------------------------------------------------------
-// `sum_lanes<K>(acc)` adds up the lanes of K vectors at once, K a power of two and at most the lane count: the sum of
-// acc[k] comes back in lane k * (lanes / K). A tree of shuffles costs K - 1 additions where K separate sums would cost
-// K log2(lanes): at width 4 that is what keeps weight gradients as cheap as the layer itself.
+// ---- lanes ----------------------------------------------------------------------------------------------------------
 template <int... I>
 struct Indices {};
 template <int N, int... I>
@@ -153,6 +150,20 @@ struct MakeIndices<0, I...> {
   typedef Indices<I...> type;
 };
 
+// Every lane from the one before it (BY = 1) or behind it (BY = -1), around the ends.
+template <int BY, class V, int... I>
+ND_INLINE V rotated(V x, Indices<I...>) {
+  return __builtin_shufflevector(x, x, ((I - BY + int(sizeof...(I))) % int(sizeof...(I)))...);
+}
+template <class T, int BY>
+ND_INLINE Vec<T> from_lane(Vec<T> x) {
+  return rotated<BY>(x, typename MakeIndices<kLanes<T>>::type());
+}
+
+// ---- sums over lanes ------------------------------------------------------------------------------------------------
+// `sum_lanes<K>(acc)` adds up the lanes of K vectors at once, K a power of two and at most the lane count: the sum of
+// acc[k] comes back in lane k * (lanes / K). A tree of shuffles costs K - 1 additions where K separate sums would cost
+// K log2(lanes): at width 4 that is what keeps weight gradients as cheap as the layer itself.
 // In a vector of groups of 2 w lanes: keeps the lower (upper) w lanes of every group of x, then of every group of y.
 template <int W, bool UPPER, class V, int... I>
 ND_INLINE V halves(V x, V y, Indices<I...>) {

@@ -122,6 +122,8 @@ class MlpLayer {
   static constexpr bool kRunsOfTiles = false;
   static constexpr bool kEndsTogether = true;  // a first or last layer is wide more often than the batch is large
 
+  static int64_t strips(const ChainShape&, int64_t) { return 1; }
+
   MlpLayer(const Tiles<T>& tiles, const ChainParams<const T>& params)
       : tiles_(tiles), shape_(tiles.shape), params_(params) {}
 
