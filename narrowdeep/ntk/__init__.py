@@ -2,6 +2,7 @@
 
 from narrowdeep.ntk.diagnostics import kernel_drift, layer_contributions, layer_deviation, zero_crossings
 from narrowdeep.ntk.empirical import empirical_ntk, jacobian, ntk_vector_product
+from narrowdeep.ntk.features import features
 from narrowdeep.ntk.limit import limit_ntk_cnn, limit_ntk_mlp
 from narrowdeep.ntk.regression import NTKRegressor
 from narrowdeep.ntk.spectrum import heavy_ball, loss_curve, max_learning_rate
@@ -9,6 +10,7 @@ from narrowdeep.ntk.spectrum import heavy_ball, loss_curve, max_learning_rate
 __all__ = [
     "NTKRegressor",
     "empirical_ntk",
+    "features",
     "heavy_ball",
     "jacobian",
     "kernel_drift",
