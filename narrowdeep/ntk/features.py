@@ -13,9 +13,11 @@ and bias v_l, is relu(u_l C_L relu(x) + v_l), and relu(u_1 x + v_1) in the first
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +85,21 @@ class InitialFeatures:
             middle=hidden_weight[:, inputs, :inputs].flatten(1)[kept],
             middle_bias=hidden_bias[:, inputs][kept],
         )
+
+    def like(self, values: dict[str, Any]) -> InitialFeatures:
+        """The same features with the tensors of another's ``dataclasses.asdict``.
+
+        Raises: ValueError where ``values`` are of a network of other settings or sizes.
+        """
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        for name, value in own.items():
+            expected = value.shape if isinstance(value, Tensor) else value
+            found = values.get(name) if isinstance(values, dict) else None
+            found = found.shape if isinstance(found, Tensor) else found
+            if found != expected:
+                raise ValueError(f"features must have {name} {expected} as the model's, got {found}")
+        tensors = {name: values[name].to(value) for name, value in own.items() if isinstance(value, Tensor)}
+        return dataclasses.replace(self, **tensors)
 
     def count(self, inputs: int) -> int:
         """F, of samples with ``inputs`` features or channels."""
