@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -32,7 +32,8 @@ class GaussNewtonStep:
 
     ``loss`` before it; ``predicted``, by the kernel, and ``measured`` after it; the ``damping`` that it took. Where
     the loss has not fallen, an adaptive step takes the parameters back: ``accepted`` is False, and ``measured`` the
-    loss that was rejected. ``outputs`` are those that the kernel predicted for the samples ``at``, (N, out), float64.
+    loss that was rejected. ``fitted`` are the model's outputs at x now, and ``outputs`` those that the kernel predicted
+    for the samples ``at``; (N, out), float64.
     """
 
     loss: float
@@ -40,7 +41,8 @@ class GaussNewtonStep:
     measured: float
     damping: float
     accepted: bool
-    outputs: Tensor | None = None
+    fitted: Tensor = field(compare=False)
+    outputs: Tensor | None = field(compare=False)
 
 
 class GramGaussNewton:
@@ -142,7 +144,8 @@ class GramGaussNewton:
                 on_batch(done, total)
 
         with exact({param.device.type for param in self._params}):
-            residual = targets - self._outputs(x, advance)
+            fitted = self._outputs(x, advance)
+            residual = targets - fitted
             if not residual.isfinite().all():
                 raise ValueError("model must have finite outputs at x, got NaN or infinity")
             loss, damping = _loss(residual), self.damping
@@ -155,14 +158,15 @@ class GramGaussNewton:
                 self._backward(x, coefficients, advance)
                 kept = [param.detach().clone() for param in self._params] if self.adaptive else []
                 self._move()
-                measured = _loss(targets - self._outputs(x, advance))
+                after = self._outputs(x, advance)
+                measured = _loss(targets - after)
                 accepted = not self.adaptive or measured < loss
                 if not accepted:
                     self._restore(kept)
             finally:
                 self._drop_gradients()
         predicted = _loss(damping * system.mean * coefficients)  # what the system leaves of the residual
-        step = GaussNewtonStep(loss, predicted, measured, damping, accepted, outputs)
+        step = GaussNewtonStep(loss, predicted, measured, damping, accepted, after if accepted else fitted, outputs)
         if isinstance(self.kernel, str):
             self._warn(step, _loss(targets) * torch.finfo(y.dtype).eps)
         if self.adaptive:
