@@ -4,10 +4,12 @@ from narrowdeep.ntk.diagnostics import kernel_drift, layer_contributions, layer_
 from narrowdeep.ntk.empirical import empirical_ntk, jacobian, ntk_vector_product
 from narrowdeep.ntk.features import features
 from narrowdeep.ntk.limit import limit_ntk_cnn, limit_ntk_mlp
+from narrowdeep.ntk.linear import LinearizedModel, linearize
 from narrowdeep.ntk.regression import NTKRegressor
 from narrowdeep.ntk.spectrum import heavy_ball, loss_curve, max_learning_rate
 
 __all__ = [
+    "LinearizedModel",
     "NTKRegressor",
     "empirical_ntk",
     "features",
@@ -18,6 +20,7 @@ __all__ = [
     "layer_deviation",
     "limit_ntk_cnn",
     "limit_ntk_mlp",
+    "linearize",
     "loss_curve",
     "max_learning_rate",
     "ntk_vector_product",
