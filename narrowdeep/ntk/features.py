@@ -66,10 +66,9 @@ class InitialFeatures:
         _check_initial(narrow)
         inputs = narrow.first_weight.shape[1]
         read = [weight for weight, _ in flags[1:]]  # by the weight of the layer after it
-        first_weight, first_bias, hidden_weight, hidden_bias = (
-            torch.cat([part.detach() for part in narrow.in_chunks(name)])
-            for name in ("first_weight", "first_bias", "hidden_weight", "hidden_bias")
-        )
+        first_weight, first_bias = narrow.first_weight.detach(), narrow.first_bias.detach()
+        hidden_weight = [chunk.detach()[:, inputs, :inputs].flatten(1) for chunk in narrow.in_chunks("hidden_weight")]
+        hidden_bias = [chunk.detach()[:, inputs] for chunk in narrow.in_chunks("hidden_bias")]
         kept = torch.tensor(read[1:], dtype=torch.bool, device=first_bias.device)
         begin = slice(inputs, inputs + 1 if read[0] else inputs)
         return cls(
@@ -82,8 +81,8 @@ class InitialFeatures:
             biases=sum(bias for _, bias in flags),
             middle_first=first_weight[begin].flatten(1).clone(),
             middle_first_bias=first_bias[begin].clone(),
-            middle=hidden_weight[:, inputs, :inputs].flatten(1)[kept],
-            middle_bias=hidden_bias[:, inputs][kept],
+            middle=torch.cat(hidden_weight)[kept],
+            middle_bias=torch.cat(hidden_bias)[kept],
         )
 
     def like(self, values: dict[str, Any]) -> InitialFeatures:
@@ -133,10 +132,14 @@ class InitialFeatures:
         size = max(1, _BLOCK_BYTES // max(1, images[:, 0].numel() * images.element_size()))
         units = (first, self.middle_first, self.middle_first_bias), (others, self.middle, self.middle_bias)
         for h, weight, bias in units:
-            patches = functional.unfold(h, self.kernel_size, padding=self.kernel_size // 2).transpose(1, 2)
+            if self.kernel_size == 1:
+                patches = h.flatten(2).transpose(1, 2)
+            else:
+                patches = functional.unfold(h, self.kernel_size, padding=self.kernel_size // 2).transpose(1, 2)
             for u, v in zip(weight.split(size), bias.split(size), strict=True):
                 middle = torch.relu_(patches @ u.to(dtype).T + v.to(dtype) / self.scale)  # (N, H W, layers)
-                yield (middle.transpose(1, 2) @ seen).flatten(1).mul_(share)
+                sums = middle if seen.numel() == 1 else middle.transpose(1, 2) @ seen
+                yield sums.flatten(1).mul_(share)
 
 
 def _windows(kernel_size: int, images: Tensor) -> Tensor:

@@ -21,6 +21,10 @@ _BLOCK_BYTES = 1 << 28
 """What the features, or the rows of a kernel, of one block of samples may take."""
 
 
+_ROWS = 1024
+"""Of a Gram matrix, computed at a time."""
+
+
 class Kernel(Protocol):
     constant: bool
     """Whether it stays the same while the model is trained."""
@@ -46,19 +50,20 @@ class FeatureKernel:
         if _factorised(samples) <= budget:
             kernel = torch.zeros(samples, samples, dtype=torch.float64, device=x.device)
             for block in self.features.blocks(x):
-                kernel.addmm_(block, block.T)
-            return SampleSystem(kernel)
+                for begin in range(0, samples, _ROWS):  # the half below the diagonal
+                    end = min(begin + _ROWS, samples)
+                    kernel[begin:end, :end].addmm_(block[begin:end], block[:end].T)
+            return SampleSystem(kernel.tril_().add_(kernel.tril(-1).T))
         _say_too_large(min(samples, count), budget)
         mean = sum(float(self.features.matrix(part).square().sum()) for part in x.split(self._rows(count))) / samples
         return ProductSystem(lambda v: self.product(x, x, v), mean)
 
     def product(self, x1: Tensor, x2: Tensor, v: Tensor) -> Tensor:
-        size = self._rows(self.features.count(x2.shape[1]))
-        weights = sum(
-            self.features.matrix(part).T @ rows.double()
-            for part, rows in zip(x2.split(size), v.split(size), strict=True)
-        )
-        return torch.cat([self.features.matrix(part) @ weights for part in x1.split(size)])
+        both = x1 if x1 is x2 else torch.cat([x1, x2])
+        out = v.new_zeros(len(x1), v.shape[1], dtype=torch.float64)
+        for block in self.features.blocks(both):
+            out.addmm_(block[: len(x1)], block[len(block) - len(x2) :].T @ v.double())
+        return out
 
     def _rows(self, count: int) -> int:
         return max(1, _BLOCK_BYTES // (8 * count))
