@@ -53,6 +53,8 @@ class InitialFeatures:
     middle: Tensor
     """(layers, c f f): the hidden layers', likewise."""
     middle_bias: Tensor
+    every: int = 1
+    """The hidden layers of ``middle`` stand for so many each."""
 
     @classmethod
     def of(cls, model: nn.Module, ours: Ours | None) -> InitialFeatures:
@@ -100,10 +102,16 @@ class InitialFeatures:
         tensors = {name: values[name].to(value) for name, value in own.items() if isinstance(value, Tensor)}
         return dataclasses.replace(self, **tensors)
 
+    def thinned(self, every: int) -> InitialFeatures:
+        """Of one hidden layer in ``every``. Their Gram matrix is about the same: the weights are independent draws."""
+        middle, bias = self.middle[::every], self.middle_bias[::every]
+        return dataclasses.replace(self, every=every, middle=middle, middle_bias=bias)
+
     def count(self, inputs: int) -> int:
         """F, of samples with ``inputs`` features or channels."""
         taps = self.kernel_size**2
-        return inputs * taps * (self.first + (self.weights > 0)) + self.weights * taps + 1
+        units = len(self.middle_first) + len(self.middle)
+        return inputs * taps * (self.first + (self.weights > 0)) + units * taps + 1
 
     def matrix(self, x: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
         """(N, F), of samples (N, in) or (N, c, H, W)."""
@@ -130,8 +138,11 @@ class InitialFeatures:
         constant = share * math.sqrt(right + self.biases / self.scale / self.scale)
         yield torch.full((len(x), 1), constant, dtype=dtype, device=x.device)
         size = max(1, _BLOCK_BYTES // max(1, images[:, 0].numel() * images.element_size()))
-        units = (first, self.middle_first, self.middle_first_bias), (others, self.middle, self.middle_bias)
-        for h, weight, bias in units:
+        units = (
+            (first, self.middle_first, self.middle_first_bias, share),
+            (others, self.middle, self.middle_bias, share * math.sqrt(self.every)),
+        )
+        for h, weight, bias, share in units:
             if self.kernel_size == 1:
                 patches = h.flatten(2).transpose(1, 2)
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -20,6 +21,9 @@ from narrowdeep.optim.systems import FeatureSystem, ProductSystem, SampleSystem,
 _BLOCK_BYTES = 1 << 28
 """What the features, or the rows of a kernel, of one block of samples may take."""
 
+
+_FEW = 4096
+"""Features of the system that conjugate gradients start from, about."""
 
 _ROWS = 1024
 """Of a Gram matrix, computed at a time."""
@@ -55,8 +59,11 @@ class FeatureKernel:
                     kernel[begin:end, :end].addmm_(block[begin:end], block[:end].T)
             return SampleSystem(kernel.tril_().add_(kernel.tril(-1).T))
         _say_too_large(min(samples, count), budget)
-        mean = sum(float(self.features.matrix(part).square().sum()) for part in x.split(self._rows(count))) / samples
-        return ProductSystem(lambda v: self.product(x, x, v), mean)
+        # Some of the layers make a system that is near enough to start from.
+        few = self.features.thinned(-(-count // min(_FEW, 1 + math.isqrt(budget // 16))))
+        near = FeatureSystem(few.matrix, x.split(self._rows(few.count(x.shape[1]))))
+        mean = sum(float(block.square().sum()) for block in self.features.blocks(x)) / samples
+        return ProductSystem(lambda v: self.product(x, x, v), mean, near)
 
     def product(self, x1: Tensor, x2: Tensor, v: Tensor) -> Tensor:
         both = x1 if x1 is x2 else torch.cat([x1, x2])

@@ -15,7 +15,11 @@ from torch import Tensor, nn
 
 from narrowdeep import DeepNarrowCNN, DeepNarrowMLP
 from narrowdeep.ntk import features, limit_ntk_cnn, limit_ntk_mlp
+from narrowdeep.ntk.features import InitialFeatures
+from narrowdeep.ntk.network import find
 from narrowdeep.optim import GramGaussNewton
+from narrowdeep.optim.kernels import FeatureKernel
+from narrowdeep.optim.systems import ProductSystem, SampleSystem
 
 # torch.func.jvp of torch 2.15 imports a module that scripts functions.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning")
@@ -110,6 +114,34 @@ def test_features_are_taken_where_they_are_fewer(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("narrowdeep.optim.kernels._BLOCK_BYTES", 1000)  # a few samples a block
     step = GramGaussNewton(model, damping=1e-3, kernel="features").step(x, y)
     assert step.measured == pytest.approx(step.predicted, rel=0.2)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+def test_some_of_the_layers_start_conjugate_gradients_off(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same solution in far fewer products, by a system of a part of the features."""
+    torch.manual_seed(0)
+    shape = (3,) if kind == "mlp" else (1, 4, 4)
+    model = DeepNarrowMLP(3, 2, 2000, rho=4.0) if kind == "mlp" else DeepNarrowCNN(1, 2, 300, rho=1.0)
+    x, right = torch.rand(600, *shape), torch.randn(600, 2, dtype=torch.float64)
+    found = InitialFeatures.of(model, find(model))
+    matrix = features(model, x) @ features(model, x).T
+    exact = SampleSystem(matrix)
+    expected = exact.solve(right, 1e-4)
+    counts = []
+    for few in [500, 1]:
+        monkeypatch.setattr("narrowdeep.optim.kernels._FEW", few)
+        kernel = FeatureKernel(found)
+        with pytest.warns(UserWarning, match="conjugate gradients"):
+            system: Any = kernel.system(x, 2, 16 * 599**2)
+        assert system.mean == pytest.approx(exact.mean, rel=1e-12)
+        if few == 1:
+            system = ProductSystem(system._product, system.mean)
+        products: list[int] = []
+        monkeypatch.setattr(system, "_product", lambda v, p=products: p.append(1) or matrix @ v)
+        solution = system.solve(right, 1e-4)
+        assert (solution - expected).norm() <= 1e-3 * expected.norm()
+        counts.append(len(products))
+    assert counts[0] < counts[1] / 2
 
 
 @pytest.mark.parametrize("kind", ["mlp", "cnn"])
