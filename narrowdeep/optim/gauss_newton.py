@@ -18,6 +18,7 @@ from narrowdeep.ntk.empirical import _samples
 from narrowdeep.ntk.features import InitialFeatures
 from narrowdeep.ntk.modes import check_alike, exact
 from narrowdeep.ntk.network import check_module, find, function_of, reading
+from narrowdeep.optim.fused_sgd import STEPPED
 from narrowdeep.optim.kernels import EmpiricalKernel, FeatureKernel, FunctionKernel, Kernel, limit_kernel
 from narrowdeep.optim.systems import EPS, System
 
@@ -101,6 +102,8 @@ class GramGaussNewton:
         self._params = [param for param in model.parameters() if param.requires_grad]
         if not self._params:
             raise ValueError("model must have a parameter that requires gradients, got none")
+        if any(id(param) in STEPPED for param in self._params):
+            raise ValueError("model must not have parameters of a FusedSGD: call remove() on that one first")
         self._kernel = self._make_kernel()
         self._growth = 2.0
         self._warned = False
@@ -224,7 +227,7 @@ class GramGaussNewton:
         """``.grad = J^T coefficients``."""
         self._drop_gradients()
         with torch.enable_grad():
-            for part, rows in zip(x.split(self.batch_size), coefficients.split(self.batch_size), strict=True):
+            for part, rows in zip(x.detach().split(self.batch_size), coefficients.split(self.batch_size), strict=True):
                 out = self.model(part)
                 out.backward(rows.to(out.dtype).reshape(out.shape))
                 advance(len(part))

@@ -17,7 +17,7 @@ from narrowdeep import DeepNarrowCNN, DeepNarrowMLP
 from narrowdeep.ntk import features, limit_ntk_cnn, limit_ntk_mlp
 from narrowdeep.ntk.features import InitialFeatures
 from narrowdeep.ntk.network import find
-from narrowdeep.optim import GramGaussNewton
+from narrowdeep.optim import FusedSGD, GramGaussNewton
 from narrowdeep.optim.kernels import FeatureKernel
 from narrowdeep.optim.systems import ProductSystem, SampleSystem
 
@@ -364,6 +364,22 @@ def test_a_state_of_another_network_changes_nothing() -> None:
         with pytest.raises(ValueError, match=message):
             optimizer.load_state_dict({**state, "damping": 3.0} if state else state)
     assert optimizer.damping == 1e-4
+
+
+def test_inputs_that_require_gradients_get_none() -> None:
+    model, x, y = task("mlp")
+    x.requires_grad_()
+    GramGaussNewton(model, damping=1e-2).step(x, y)
+    assert x.grad is None
+
+
+def test_parameters_of_a_fused_optimizer_are_refused() -> None:
+    model, x, y = task("mlp")
+    fused = FusedSGD(model, lr=0.1)
+    with pytest.raises(ValueError, match=r"must not have parameters of a FusedSGD: call remove\(\)"):
+        GramGaussNewton(model)
+    fused.remove()
+    GramGaussNewton(model, damping=1e-2).step(x, y)
 
 
 def test_a_model_that_draws_random_numbers_is_refused() -> None:
