@@ -23,6 +23,9 @@ from narrowdeep.optim.kernels import EmpiricalKernel, FeatureKernel, FunctionKer
 from narrowdeep.optim.systems import EPS, System
 
 KernelName = Literal["features", "empirical", "limit"]
+_BLOCK = 1 << 24
+"""Entries of a parameter that move at a time."""
+
 _LEAST_RAISED = 1e-6
 """What a damping of 0 is raised from."""
 
@@ -66,8 +69,8 @@ class GramGaussNewton:
         model: as in ``narrowdeep.ntk.empirical_ntk``; parameters with ``requires_grad=False`` stay as they are.
         damping: lambda over the mean of K's diagonal, finite and not negative.
         adaptive: lower and raise the damping by the measured decrease against the predicted one (Levenberg and
-            Marquardt, by the rule of Nielsen, 1999), and take a step back that has not lowered the loss, for which
-            a copy of the parameters is kept during a step. False: take every step, with this damping.
+            Marquardt, by the rule of Nielsen, 1999), and take a step back that has not lowered the loss. False: take
+            every step, with this damping.
         kernel: "features", the kernel at initialisation, which the model must be at now (``narrowdeep.ntk.features``);
             "empirical", the kernel as it is at each step, from a backward for each output; "limit", that of infinite
             depth; or ``kernel(x1, x2)``, (N1, N2) for every output or (N1, N2, out, out).
@@ -159,13 +162,12 @@ class GramGaussNewton:
                 outputs = self._outputs(at, lambda _: None) + self._kernel.product(others, samples, coefficients)
             try:
                 self._backward(x, coefficients, advance)
-                kept = [param.detach().clone() for param in self._params] if self.adaptive else []
                 self._move()
                 after = self._outputs(x, advance)
                 measured = _loss(targets - after)
                 accepted = not self.adaptive or measured < loss
                 if not accepted:
-                    self._restore(kept)
+                    self._restore()
             finally:
                 self._drop_gradients()
         predicted = _loss(damping * system.mean * coefficients)  # what the system leaves of the residual
@@ -236,14 +238,20 @@ class GramGaussNewton:
 
     @torch.no_grad()
     def _move(self) -> None:
+        """Take the step. ``.grad`` holds the parameters before it from then on, so that no third copy is needed."""
         for param in self._params:
             if param.grad is not None:
-                param.add_(param.grad, alpha=self._rate)
+                rows = max(1, _BLOCK // max(1, param[:1].numel())) if param.dim() else 1
+                for now, grad in zip(_rows(param, rows), _rows(param.grad, rows), strict=True):
+                    after = torch.add(now, grad, alpha=self._rate)
+                    grad.copy_(now)
+                    now.copy_(after)
 
     @torch.no_grad()
-    def _restore(self, kept: list[Tensor]) -> None:
-        for param, value in zip(self._params, kept, strict=True):
-            param.copy_(value)
+    def _restore(self) -> None:
+        for param in self._params:
+            if param.grad is not None:
+                param.copy_(param.grad)
 
     def _drop_gradients(self) -> None:
         for param in self._params:
@@ -298,6 +306,10 @@ class GramGaussNewton:
             kernel = FeatureKernel(kernel.features.like(found))
         self.damping, self._growth, self._warned = damping, growth, bool(state_dict["warned"])
         self._kernel, self._solved = kernel, None
+
+
+def _rows(tensor: Tensor, count: int) -> tuple[Tensor, ...]:
+    return tensor.split(count) if tensor.dim() else (tensor,)
 
 
 def _loss(residual: Tensor) -> float:

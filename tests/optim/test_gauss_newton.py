@@ -278,6 +278,26 @@ def test_the_kernel_of_other_samples_and_of_samples_changed_in_place_is_computed
         assert step.measured == pytest.approx(step.predicted, rel=1e-3)
 
 
+def test_a_parameter_moves_in_blocks_and_one_may_be_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``2 a x`` at a = 1 with targets 6 x: no damping needs no second step."""
+
+    class Slope(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Parameter(torch.tensor(1.0))
+            self.b = nn.Parameter(torch.zeros(5, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * self.a * x + (self.b * torch.arange(2.0)).sum() * x
+
+    monkeypatch.setattr("narrowdeep.optim.gauss_newton._BLOCK", 2)
+    model, x = Slope(), torch.tensor([[1.0]])
+    GramGaussNewton(model, damping=0.0).step(x, 6 * x)
+    # The gradient (2, five times 1) has the square 9, and 4 are missing.
+    assert model.a.item() == pytest.approx(1 + 8 / 9)
+    torch.testing.assert_close(model.b.detach(), torch.tensor([[0.0, 4 / 9]]).repeat(5, 1))
+
+
 def test_progress_counts_samples() -> None:
     model, x, y = task("mlp", samples=5)
     seen: list[tuple[int, int]] = []
