@@ -112,11 +112,11 @@ def main() -> None:
         for name, config in reversed(configurations(arguments, task).items()):
             first = curves["Gauss-Newton"][1][2] if curves else 0.0
             curves[name] = learn(config, task, first)
+            if arguments.json:
+                arguments.json.write_text(json.dumps(curves))
             passes, seconds, loss, accuracy = curves[name][-1]
             reached = f"loss {loss:.3g}, test accuracy {accuracy:.2%}"
             print(f"{name}: {reached} after {passes} passes, {seconds:.1f} s", flush=True)
-        if arguments.json:
-            arguments.json.write_text(json.dumps(curves))
     passes, seconds, loss, _ = curves["Gauss-Newton"][1]
     print(f"Gauss-Newton: loss {loss:.3g} after one pass, {seconds:.1f} s")
     if arguments.plot:

@@ -62,8 +62,8 @@ class GramGaussNewton:
     again. Narrow models are linear in this sense up to about 1/C_L (thesis section 3.2). For other modules there is no
     L C_L^2 in either formula.
 
-    The loss is ``1/(2N) sum ||f - y||^2``. ``.grad`` is None after a step. float32 leaves a residual of about
-    ``1e-7 lambda_max / lambda``, which the next step takes up.
+    The loss is ``1/(2N) sum ||f - y||^2``. ``.grad`` is None after a step. In float32 the residual is a little above
+    the predicted one; the next step takes it up.
 
     Arguments:
         model: as in ``narrowdeep.ntk.empirical_ntk``; parameters with ``requires_grad=False`` stay as they are.
