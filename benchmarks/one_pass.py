@@ -1,4 +1,4 @@
-"""``python -m benchmarks.one_pass --plot one_pass.png``: training loss against passes and seconds, three optimizers.
+"""``python -m benchmarks.one_pass --plot one_pass.png``: training loss against passes of three optimizers, and seconds.
 
 SGD and SGD with momentum take what ``narrowdeep train --lr auto`` predicts for the number of epochs, the third is
 ``--optimizer gauss-newton``. Losses are those of the whole training set after each pass.
@@ -75,17 +75,16 @@ def learn(config: TrainConfig, task: Task, enough: float) -> Curve:
 def plot(curves: dict[str, Curve], path: Path, title: str) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10.4, 3.8), layout="constrained")
-    for ax, column, label in zip(figure.subplots(1, 2, sharey=True), (0, 1), ("passes", "seconds"), strict=True):
-        for name, curve in curves.items():
-            style: dict[str, Any] = {"marker": "o", "linewidth": 2} if name == "Gauss-Newton" else {}
-            ax.plot([point[column] for point in curve], [point[2] for point in curve], label=name, **style)
-        ax.set_xlabel(label)
-        ax.set_yscale("log")
-        ax.grid(alpha=0.3)
-        if column == 0:
-            ax.set_ylabel(r"training loss  $\frac{1}{2N}\sum_n\|f(x_n)-y_n\|^2$")
-            ax.legend()
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    ax = figure.subplots()
+    for name, curve in curves.items():
+        style: dict[str, Any] = {"marker": "o", "linewidth": 2} if name == "Gauss-Newton" else {}
+        ax.plot([point[0] for point in curve], [point[2] for point in curve], label=name, **style)
+    ax.set_xlabel("passes over the data")
+    ax.set_ylabel(r"training loss  $\frac{1}{2N}\sum_n\|f(x_n)-y_n\|^2$")
+    ax.set_yscale("log")
+    ax.grid(alpha=0.3)
+    ax.legend()
     figure.suptitle(title)
     figure.savefig(path, dpi=150)
 

@@ -73,7 +73,7 @@ class GramGaussNewton:
             every step, with this damping.
         kernel: "features", the kernel at initialisation, which the model must be at now (``narrowdeep.ntk.features``);
             "empirical", the kernel as it is at each step, from a backward for each output; "limit", that of infinite
-            depth; or ``kernel(x1, x2)``, (N1, N2) for every output or (N1, N2, out, out).
+            depth; or ``kernel(x1, x2)``, (N1, N2) for every output or (N1, N2, out, out), called at every step.
         batch_size: samples of one forward or backward.
         budget: bytes that a matrix and its factor may take, as an int or text ("4GiB"). Smaller systems go by Cholesky,
             in features where they are fewer than the samples; larger ones by conjugate gradients.
@@ -114,7 +114,7 @@ class GramGaussNewton:
 
     def _make_kernel(self) -> Kernel:
         if callable(self.kernel):
-            return FunctionKernel(self.kernel)
+            return FunctionKernel(self.kernel, constant=False)
         if self.kernel == "features":
             return FeatureKernel(InitialFeatures.of(self.model, self._ours))
         if self.kernel == "empirical":

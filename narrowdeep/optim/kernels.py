@@ -98,10 +98,8 @@ class EmpiricalKernel:
 class FunctionKernel:
     """``function(x1, x2)``, (N1, N2) or (N1, N2, out, out), scaled as the model's own kernel."""
 
-    constant = True
-
-    def __init__(self, function: Callable[[Tensor, Tensor], Any]) -> None:
-        self.function = function
+    def __init__(self, function: Callable[[Tensor, Tensor], Any], *, constant: bool) -> None:
+        self.function, self.constant = function, constant
 
     def system(self, x: Tensor, outputs: int, budget: int) -> System:
         first = self._evaluate(x[:1], x[:1])
@@ -138,7 +136,7 @@ def limit_kernel(ours: Ours) -> FunctionKernel:
             return limit_ntk_cnn(x1, x2, kernel_size=model.kernel_size, out_channels=model.out_channels, **settings)
         return limit_ntk_mlp(x1, x2, out_features=model.out_features, **settings)
 
-    return FunctionKernel(kernel)
+    return FunctionKernel(kernel, constant=True)
 
 
 def _factorised(size: int) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from narrowdeep import DeepNarrowCNN, DeepNarrowMLP
-from narrowdeep.ntk import features, limit_ntk_cnn, limit_ntk_mlp
+from narrowdeep.ntk import empirical_ntk, features, limit_ntk_cnn, limit_ntk_mlp
 from narrowdeep.ntk.features import InitialFeatures
 from narrowdeep.ntk.network import find
 from narrowdeep.optim import FusedSGD, GramGaussNewton
@@ -276,6 +276,17 @@ def test_the_kernel_of_other_samples_and_of_samples_changed_in_place_is_computed
         inputs = x if number == 0 else x.mul_(0.5) if number == 1 else x.flip(0)
         step = optimizer.step(inputs, y)
         assert step.measured == pytest.approx(step.predicted, rel=1e-3)
+
+
+def test_a_function_is_called_at_every_step() -> None:
+    """The kernel of the model as it is then, as "empirical" takes it."""
+    steps = []
+    for own in [True, False]:
+        model, x, y = task("mlp", scale=200.0)
+        kernel: Any = (lambda a, b, m=model: empirical_ntk(m, a, b)) if own else "empirical"
+        optimizer = GramGaussNewton(model, damping=1e-2, kernel=kernel)
+        steps.append([optimizer.step(x, y).measured for _ in range(3)])
+    assert steps[0] == pytest.approx(steps[1], rel=1e-9)
 
 
 def test_a_parameter_moves_in_blocks_and_one_may_be_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
