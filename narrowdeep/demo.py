@@ -1,4 +1,4 @@
-"""``make demo``: two 20,000-layer networks learn digits in about a minute each, and are timed against eager PyTorch."""
+"""``make demo``: two 20,000-layer networks learn digits in one pass each, and are timed against eager PyTorch."""
 
 from __future__ import annotations
 
