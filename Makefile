@@ -13,7 +13,7 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' 2>/dev/null)
 .DELETE_ON_ERROR:
 
 help:
-	@echo 'make demo    train two very deep networks on digits (about a minute each)'
+	@echo 'make demo    train two very deep networks on digits, in one pass each'
 	@echo 'make test    run the tests'
 	@echo 'make bench   time the library and its peers (about 5 minutes)'
 	@echo 'make lint    ruff, mypy and clang-format'

@@ -131,6 +131,32 @@ def test_a_prediction_does_not_outlive_its_number_of_epochs(tmp_path):
     assert "lr must be 1e-05 as in the run" in refused("--out", tmp_path / "given", "--resume", "--lr", "auto")
 
 
+def test_gauss_newton(tmp_path):
+    arguments = ["--optimizer", "gauss-newton", "--depth", 200, "--scale", 1e6, "--pool", 4]
+    arguments += ["--no-plot", "--out", tmp_path]
+    first = train(*arguments)
+    assert (first["config"]["epochs"], first["config"]["damping"], first["step"]) == (1, 1e-4, 1)
+    train(*arguments[:-1], tmp_path / "other", "--damping", 0.01)
+    assert first["metrics"]["train_loss"] == pytest.approx(first["metrics"]["predicted_train_loss"], rel=0.05)
+    result = run("--resume", "--epochs", 2, "--out", tmp_path / "other", "--no-plot")
+    assert result.exit_code == 0, result.output
+    assert re.search(r"epoch 2 of 2: train loss .*; the kernel predicted \S+, \S+, \d+\.\d+%;", result.stderr)
+    assert len(training.read_metrics(tmp_path / "other")) == 2
+
+
+@pytest.mark.parametrize(("option", "value"), [("lr", "auto"), ("tau", 0.1), ("momentum", 0.5), ("decay", "linear")])
+def test_gauss_newton_takes_no_step_size(tmp_path, option, value):
+    text = refused("--optimizer", "gauss-newton", f"--{option}", value, "--out", tmp_path)
+    assert text == f"error: {option} is not used by optimizer 'gauss-newton': leave it out, got {value}"
+    assert "damping must be left out for optimizer 'sgd'" in refused(*FAST, "--damping", 1, "--out", tmp_path)
+
+
+def test_a_singular_system_is_one_line(tmp_path):
+    arguments = ["--optimizer", "gauss-newton", "--damping", 0, "--depth", 4, "--pool", 4, "--no-plot", "--json"]
+    text = refused(*arguments, "--out", tmp_path, status=1)
+    assert "numerically singular with damping=0: the smallest that works is about damping=" in text
+
+
 def test_without_matplotlib_the_plot_is_left_out(tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "matplotlib" else find(name, *a))

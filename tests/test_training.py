@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sklearn.kernel_ridge import KernelRidge
 
 from narrowdeep import DeepNarrowCNN, DeepNarrowMLP, training
 from narrowdeep.data import Task, load_task
+from narrowdeep.ntk import empirical_ntk
 from narrowdeep.training import CHECKPOINT, CURVES, METRICS, DamagedFileError, TrainConfig, Trainer, fit, thesis_loss
 
 CONFIG = TrainConfig(
@@ -458,6 +460,64 @@ def test_plot_is_a_picture(digits, toy, tmp_path):
         width, height = (int.from_bytes(content[i : i + 4], "big") for i in (16, 20))
         assert width / height == pytest.approx(5.2 * panels / 3.8, rel=0.01)
         assert not list((tmp_path / name).glob("*.tmp"))
+
+
+GAUSS_NEWTON = dataclasses.replace(
+    CONFIG, depth=200, scale=1e6, optimizer="gauss-newton", damping=1e-3, momentum=0.0, lr=1 / 200 / 1e6 / 1e6
+)
+
+
+def test_a_pass_of_gauss_newton_is_ridge_regression_with_the_networks_kernel(digits, tmp_path):
+    trainer = Trainer(GAUSS_NEWTON, digits)
+    kernel = empirical_ntk(trainer.model, digits.x_train, reduce="trace").numpy() / 10
+    cross = empirical_ntk(trainer.model, digits.x_test, digits.x_train, reduce="trace").numpy() / 10
+    alpha = 1e-3 * kernel.diagonal().mean()
+    ridge = KernelRidge(kernel="precomputed", alpha=alpha).fit(kernel, digits.y_train.numpy())
+    metrics = trainer.step()
+    for predicted, got, x, y in [
+        (metrics.predicted_train_loss, metrics.train_loss, kernel, digits.y_train),
+        (metrics.predicted_test_loss, metrics.test_loss, cross, digits.y_test),
+    ]:
+        loss = thesis_loss(torch.from_numpy(ridge.predict(x)), y).item()
+        assert predicted == pytest.approx(loss, rel=1e-4)
+        assert got == pytest.approx(loss, rel=1e-3)
+    expected = digits.correct(torch.from_numpy(ridge.predict(cross)), digits.y_test) / len(digits.y_test)
+    assert metrics.predicted_test_accuracy == pytest.approx(float(expected))
+    assert metrics.test_accuracy == pytest.approx(float(expected), abs=1.01 / len(digits.y_test))
+    outputs = trainer.model(digits.x_train).detach()
+    assert metrics.train_accuracy == digits.correct(outputs, digits.y_train) / len(outputs)
+    assert (metrics.epoch, metrics.step) == (1, 1)
+
+
+def test_gauss_newton_resumes_bitwise(digits, tmp_path):
+    whole = Trainer(GAUSS_NEWTON, digits)
+    fit(whole, tmp_path / "whole", plot=False)
+    first = Trainer(GAUSS_NEWTON, digits)
+    first.step()
+    first.save(tmp_path / "state")
+    second = Trainer.load(tmp_path / "state", digits)
+    while not second.finished:
+        second.step()
+    assert_same(weights(second), weights(whole))
+    assert second.gauss_newton.state_dict()["damping"] == whole.gauss_newton.state_dict()["damping"] != 1e-3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"damping": None}, "damping must be given for optimizer 'gauss-newton', got None"),
+        ({"damping": -1.0}, "damping must be .*got -1.0"),
+        ({"momentum": 0.9}, "momentum must be 0.0 for optimizer 'gauss-newton', got 0.9"),
+        ({"lr": 1.0}, "lr must be .* for optimizer 'gauss-newton', got 1.0"),
+        ({"decay": "linear"}, "decay must be 'none' for optimizer 'gauss-newton', got 'linear'"),
+        ({"init": "kaiming"}, "init must be 'ntk' for optimizer 'gauss-newton', got 'kaiming'"),
+        ({"optimizer": "sgd"}, "damping must be left out for optimizer 'sgd', got 0.001"),
+        ({"optimizer": "adam"}, "optimizer must be sgd or gauss-newton, got 'adam'"),
+    ],
+)
+def test_bad_settings_of_gauss_newton(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(GAUSS_NEWTON, **change)
 
 
 @pytest.mark.parametrize(

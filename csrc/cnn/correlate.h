@@ -99,13 +99,16 @@ void correlate_block3(const Filter<T>& filter, int64_t channels, const Plane& pl
   ND_UNROLL for (int a = 0; a < O; ++a) {
     ND_UNROLL for (int b = 0; b < X; ++b) sum[a][b] = Vec<T>{};
   }
+  const int64_t channel = in.channel, line = plane.width * lanes, out_stride = filter.out_stride;
+  const T* const weights = filter.start + o * out_stride;
+  const T* const rows = in.start + (y - 1) * line + x * lanes;
   for (int64_t c = 0; c < channels; ++c) {
     for (int64_t i = row_begin; i < row_end; ++i) {
-      const T* weight = filter.start + o * filter.out_stride + c * filter.in_stride + i * 3 * filter.tap_stride;
-      const T* row = in.start + c * in.channel + ((y + i - 1) * plane.width + x) * lanes;
+      const T* weight = weights + c * filter.in_stride + i * 3 * filter.tap_stride;
+      const T* row = rows + c * channel + i * line;
       ND_UNROLL for (int j = 0; j < 3; ++j) {
         Vec<T> w[O];
-        ND_UNROLL for (int a = 0; a < O; ++a) w[a] = broadcast(weight[a * filter.out_stride + j * filter.tap_stride]);
+        ND_UNROLL for (int a = 0; a < O; ++a) w[a] = broadcast(weight[a * out_stride + j * filter.tap_stride]);
         ND_UNROLL for (int b = 0; b < X; ++b) {
           if ((b + j == 0 && at_left) || (b + j == X + 1 && at_right)) continue;
           const Vec<T> h = load(row + (b + j - 1) * lanes);

@@ -34,6 +34,7 @@ HELP = {
     "budget": "Memory of a whole step, such as 2GiB, 500MB or bytes.",
     "checkpoint": "auto, none, or the layers between two saved states; --budget chooses it.",
     "chunks": "Parameters that the hidden layers are divided into; the fused optimizers gain by it.",
+    "damping": "Of gauss-newton, over the mean of the kernel's diagonal; adapted from pass to pass.",
     "data": "Folder that holds MNIST/raw, where MNIST is needed.",
     "decay": "Of the learning rate over all epochs; linear: to 0, which averages noise out.",
     "depth": "L, the number of affine layers.",
@@ -47,6 +48,8 @@ HELP = {
     "json": "Print one JSON object and nothing else on standard output.",
     "kernel-size": "Side of a CNN's filters, odd.",
     "lr": "Learning rate of SGD; auto: predicted, with the momentum, from the spectrum of the network's own kernel.",
+    "method": "gauss-newton: each pass over the data is one step to what the network's kernel predicts, without a "
+    "learning rate.",
     "momentum": "Of SGD.",
     "optimizer": f"What the update keeps: {', '.join(OPTIMIZER_TENSORS)}.",
     "outputs": "Outputs of the network.",
@@ -62,16 +65,17 @@ HELP = {
 _SETTINGS: dict[str, dict[str, Any]] = {"data": {"envvar": "NARROWDEEP_DATA"}, "seed": {"min": 0}}
 
 
-def option(name: str, default: str = "", *, several: bool = False) -> Any:
+def option(name: str, default: str = "", *, several: bool = False, flag: str = "") -> Any:
     """The option ``--name``, for ``Annotated``.
 
     Arguments:
         default: in words, where the command finds it out itself.
+        flag: what it is called, where that means something else to another command.
         several: whether it may be given more than once.
     """
     more = " Give it more than once to compare." if several else ""
     text = f"{HELP[name]}{more}{f' [default: {default}]' if default else ''}"
-    return typer.Option(f"--{name}", help=text, **_SETTINGS.get(name, {}))
+    return typer.Option(f"--{flag or name}", help=text, **_SETTINGS.get(name, {}))
 
 
 JsonOption = Annotated[bool, option("json")]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 import typer
 from rich.console import Console
@@ -81,12 +83,20 @@ def _by_task(field: str) -> str:
     return "; with --arch cnn ".join(groups)
 
 
+GAUSS_NEWTON = {"epochs": 1, "batch_size": 256, "momentum": 0.0, "damping": 1e-4}
+"""What --optimizer gauss-newton takes when nothing else is asked for."""
+
 TaskChoice = Enum("TaskChoice", {name: name for name in TASKS}, type=str)  # type: ignore[misc] # names known at run time
 
 
 class Decay(str, Enum):
     none = "none"
     linear = "linear"
+
+
+class Optimizer(str, Enum):
+    sgd = "sgd"
+    gauss_newton = "gauss-newton"
 
 
 class Init(str, Enum):
@@ -106,8 +116,10 @@ def train(
     checkpoint: Annotated[str | None, option("checkpoint", "auto")] = None,
     budget: Annotated[str | None, option("budget")] = None,
     pool: Annotated[int | None, option("pool", "1")] = None,
-    epochs: Annotated[int | None, option("epochs", _by_task("epochs"))] = None,
-    batch_size: Annotated[int | None, option("batch-size", _by_task("batch_size"))] = None,
+    optimizer: Annotated[Optimizer | None, option("method", "sgd", flag="optimizer")] = None,
+    damping: Annotated[float | None, option("damping", "1e-4")] = None,
+    epochs: Annotated[int | None, option("epochs", f"{_by_task('epochs')}; 1 for gauss-newton")] = None,
+    batch_size: Annotated[int | None, option("batch-size", f"{_by_task('batch_size')}; 256 for gauss-newton")] = None,
     lr: Annotated[str | None, option("lr", "tau / (L C_L^2)")] = None,
     tau: Annotated[float | None, option("tau", _by_task("tau"))] = None,
     momentum: Annotated[float | None, option("momentum", _by_task("momentum"))] = None,
@@ -124,7 +136,7 @@ def train(
     config: ConfigOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Train a network with SGD on 1/(2N) sum ||f - y||^2.
+    """Train a network with SGD or Gauss-Newton on 1/(2N) sum ||f - y||^2.
 
     The run's folder holds checkpoint.safetensors (its whole state), metrics.jsonl, settings.toml (for --config) and
     curves.png, and takes one run at a time. Ctrl-C finishes the step in progress and keeps every step done; --resume
@@ -142,6 +154,8 @@ def train(
         "form": form and form.value,
         "checkpoint": checkpoint and parse_checkpoint(checkpoint),
         "pool": pool,
+        "optimizer": optimizer and optimizer.value,
+        "damping": damping,
         "epochs": epochs,
         "batch_size": batch_size,
         "momentum": momentum,
@@ -234,6 +248,11 @@ def _start(
         "dtype": "float32",
         **asked,
     }
+    if asked.get("optimizer") == "gauss-newton":
+        for unused, value in {"tau": tau, **{name: asked.get(name) for name in ("lr", "momentum", "decay")}}.items():
+            if value is not None:
+                raise ValueError(f"{unused} is not used by optimizer 'gauss-newton': leave it out, got {value}")
+        settings = {**settings, **GAUSS_NEWTON, "lr": _step(settings, 1.0), **asked}
     task = _load_task(settings, data, download)
     if settings["rho"] is None:
         settings["rho"] = 2 * math.sqrt(task.in_features)
@@ -319,7 +338,9 @@ def _fit(trainer: Trainer, folder: Path, *, save_every: float, plot: bool, quiet
         TextColumn("{task.fields[loss]}{task.fields[rate]:.0f} samples/s"),
         TimeRemainingColumn(),
     )
-    total = trainer.config.epochs * trainer.steps_per_epoch
+    # A step of Gauss-Newton is long: what its passes over the samples have done is shown.
+    unit = 1 if trainer.gauss_newton is None else 3 * trainer.task.x_train.shape[0]
+    total = trainer.config.epochs * trainer.steps_per_epoch * unit
     samples_per_step = trainer.task.x_train.shape[0] / trainer.steps_per_epoch
     first, start, shown = trainer.step_count, time.monotonic(), 0.0
     console = Console(stderr=True)
@@ -330,7 +351,7 @@ def _fit(trainer: Trainer, folder: Path, *, save_every: float, plot: bool, quiet
     on_epoch = None if quiet or console.is_terminal else say
     with Progress(*columns, console=console, disable=quiet) as bar:
         epoch = min(trainer.epoch + 1, trainer.config.epochs)
-        line = bar.add_task("", total=total, completed=min(first, total), epoch=epoch, loss="", rate=0.0)
+        line = bar.add_task("", total=total, completed=min(first * unit, total), epoch=epoch, loss="", rate=0.0)
 
         def show(trainer: Trainer) -> None:
             nonlocal shown
@@ -341,23 +362,30 @@ def _fit(trainer: Trainer, folder: Path, *, save_every: float, plot: bool, quiet
             loss = f"loss {trainer.running_loss():.4g}  "
             rate = (trainer.step_count - first) * samples_per_step / (now - start)
             epoch = min(trainer.epoch + 1, trainer.config.epochs)
-            bar.update(line, completed=trainer.step_count, epoch=epoch, rate=rate, loss=loss)
+            bar.update(line, completed=trainer.step_count * unit, epoch=epoch, rate=rate, loss=loss)
 
+        trainer.on_batch = lambda done, _: bar.update(line, completed=trainer.step_count * unit + done)
         try:
-            with memory_errors():
+            with memory_errors(), warnings.catch_warnings():
+                warnings.showwarning = lambda message, *_: typer.echo(f"warning: {message}", err=True)
                 on_step = None if quiet else show
                 return training.fit(
                     trainer, folder, save_every=save_every, plot=plot, on_step=on_step, on_epoch=on_epoch
                 )
-        except (training.DivergedError, OSError) as error:
+        except (training.DivergedError, np.linalg.LinAlgError, OSError) as error:
             bar.stop()
             fail(str(error), status=1)
 
 
 def _numbers(metrics: training.EpochMetrics) -> str:
     accuracy = "" if metrics.test_accuracy is None else f", accuracy {metrics.test_accuracy:.2%}"
+    predicted = ""
+    if metrics.predicted_train_loss is not None:
+        share = metrics.predicted_test_accuracy
+        predicted = f"; the kernel predicted {metrics.predicted_train_loss:.4g}, {metrics.predicted_test_loss:.4g}"
+        predicted += "" if share is None else f", {share:.2%}"
     return (
-        f"train loss {metrics.train_loss:.4g}, test loss {metrics.test_loss:.4g}{accuracy}; "
+        f"train loss {metrics.train_loss:.4g}, test loss {metrics.test_loss:.4g}{accuracy}{predicted}; "
         f"{metrics.samples_per_second:.0f} samples/s"
     )
 

@@ -9,15 +9,23 @@ from typing import TYPE_CHECKING, Any
 
 from narrowdeep.ntk.diagnostics import kernel_drift, layer_contributions, layer_deviation, zero_crossings
 from narrowdeep.ntk.empirical import empirical_ntk, jacobian, ntk_vector_product
+from narrowdeep.ntk.features import features
 from narrowdeep.ntk.limit import limit_ntk_cnn, limit_ntk_mlp
+from narrowdeep.ntk.linear import LinearizedModel, linearize
 
 if TYPE_CHECKING:
+    from narrowdeep.ntk.classification import NTKClassifier
+    from narrowdeep.ntk.gaussian_process import LimitNTK
     from narrowdeep.ntk.regression import NTKRegressor
     from narrowdeep.ntk.spectrum import heavy_ball, loss_curve, max_learning_rate
 
 __all__ = [
+    "LimitNTK",
+    "LinearizedModel",
+    "NTKClassifier",
     "NTKRegressor",
     "empirical_ntk",
+    "features",
     "heavy_ball",
     "jacobian",
     "kernel_drift",
@@ -25,6 +33,7 @@ __all__ = [
     "layer_deviation",
     "limit_ntk_cnn",
     "limit_ntk_mlp",
+    "linearize",
     "loss_curve",
     "max_learning_rate",
     "ntk_vector_product",
@@ -32,6 +41,8 @@ __all__ = [
 ]
 
 _LATER = {
+    "LimitNTK": "gaussian_process",
+    "NTKClassifier": "classification",
     "NTKRegressor": "regression",
     "heavy_ball": "spectrum",
     "loss_curve": "spectrum",

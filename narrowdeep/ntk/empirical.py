@@ -292,7 +292,7 @@ def ntk_vector_product(
                     cotangent[name] += torch.einsum("jb...,jb->...", part, v[rows])
             for rows, chunk in _jacobian_chunks(function, left):
                 for name, part in chunk.items():
-                    product[rows] += part.flatten(2) @ cotangent[name].flatten()
+                    product[rows] += _flat(part) @ cotangent[name].flatten()
     return product * factor
 
 
@@ -319,6 +319,11 @@ def _jacobian_chunks(function: Function, x: Tensor, first: int = 0) -> Iterator[
         else:
             parts = [_by_backward(of_one, params, sample) for sample in x[rows]]
             yield rows, {name: torch.stack([part[name] for part in parts]) for name in params}
+
+
+def _flat(jacobian: Tensor) -> Tensor:
+    """(N, out, entries), of a parameter without dimensions as well."""
+    return jacobian.unsqueeze(-1).flatten(2)
 
 
 def _by_backward(
@@ -351,7 +356,7 @@ def _generic_ntk(function: Function, x1: Tensor, x2: Tensor | None, reduce: int)
         for others, right in pairs:
             block = torch.zeros((), dtype=torch.float64, device=x1.device)
             for name in left:
-                a, b = left[name].flatten(2).double(), right[name].flatten(2).double()
+                a, b = _flat(left[name]).double(), _flat(right[name]).double()
                 if reduce == reference.FULL:
                     block = block + torch.einsum("iap,jbp->ijab", a, b)
                 elif reduce == reference.TRACE:

@@ -35,10 +35,11 @@ Filter = Callable[[Array], Array]
 class _System:
     """``K coefficients = y``, solved; a K that is singular says so when the solution is asked for.
 
-    ``matrix`` is the caller's no more: it is symmetric to the last bit, and kept for what is asked later.
+    ``matrix`` is the caller's no more: it is symmetric to the last bit, and kept for what is asked later. ``samples``
+    is N of the loss, the sum of the weights where there are some.
     """
 
-    def __init__(self, matrix: Array, targets: Array, samples: int, ridge: float) -> None:
+    def __init__(self, matrix: Array, targets: Array, samples: float, ridge: float) -> None:
         self.matrix, self.targets, self.samples, self.ridge = (matrix + matrix.T) / 2, targets, samples, ridge
         factor, self._rcond = self._factorised()
         # The solution at the end of time; that on the way needs no inverse, and exists for a singular matrix too.
@@ -76,7 +77,7 @@ class _System:
         size = len(self.matrix)
         hint = 16 * size * np.finfo(np.float64).eps * largest + 2 * max(0.0, -self._smallest)
         return np.linalg.LinAlgError(
-            f"the kernel matrix of {self.samples} samples is numerically singular (reciprocal condition number "
+            f"the kernel matrix of {self.samples:g} samples is numerically singular (reciprocal condition number "
             f"{self._rcond:.1e}, ridge={self.ridge:g}): pass a larger ridge (for example "
             f"ridge={max(hint, 2 * self.ridge):.1e}), drop samples that coincide, compute the kernel in float64, or "
             "predict at a finite time (t=... or n_steps=..., tau=...), which needs no inverse"
@@ -143,7 +144,8 @@ class NTKRegressor(RegressorMixin, BaseEstimator):
 
     Passes scikit-learn's ``check_estimator`` where ridge is positive. Without one, ``predict`` raises LinAlgError for a
     kernel matrix that is singular, as it should, and so do the checks that predict from one: with ``limit_ntk_mlp``
-    ``check_fit_idempotent`` alone, with "precomputed" all 13 that fit a linear kernel of more samples than features.
+    ``check_fit_idempotent`` and ``check_sample_weight_equivalence_on_dense_data``, which repeats samples; with
+    "precomputed" all 13 that fit a linear kernel of more samples than features.
 
     Examples:
         >>> import numpy as np
@@ -196,7 +198,9 @@ class NTKRegressor(RegressorMixin, BaseEstimator):
         finally:
             CAST_SAMPLES.reset(token)
 
-    def fit(self, X: ArrayLike, y: ArrayLike, initial: Any = None) -> NTKRegressor:
+    def fit(
+        self, X: ArrayLike, y: ArrayLike, initial: Any = None, sample_weight: ArrayLike | None = None
+    ) -> NTKRegressor:
         """Evaluate the kernel on the training set, and solve for its coefficients. Keeps none of the caller's arrays.
 
         Arguments:
@@ -204,6 +208,9 @@ class NTKRegressor(RegressorMixin, BaseEstimator):
             y: (N,) or (N, out).
             initial: outputs f0 before training: of the shape of y; or an nn.Module or another callable that maps X to
                 them, which ``predict`` calls as well. None: 0, what narrow networks start from.
+            sample_weight: (N,), not negative: the loss is ``1/(2 sum w) sum_n w_n ||f(x_n) - y_n||^2``, so that a
+                weight of 2 stands for two samples and 0 for none, and sample n is observed with variance ridge/w_n. At
+                the end of training without a ridge, weights above 0 change nothing.
 
         Raises: TypeError for a setting that is not a number; ValueError for shapes, a ridge below 0 or a kernel that is
         not finite or not symmetric. A singular kernel raises in ``predict(X)``, the one prediction that needs the
@@ -252,8 +259,31 @@ class NTKRegressor(RegressorMixin, BaseEstimator):
         check_symmetric(matrix)
         if callable(self.kernel):
             self.X_fit_ = data.copy()
-        self._system = _System(matrix, targets, n, ridge)
+        self._rows = matrix.shape[0]
+        self._outputs = matrix.shape[0] // n
+        self._weighted = None if sample_weight is None else self._check_weights(sample_weight, data)
+        total: float = n
+        if self._weighted is not None:
+            kept, roots = self._weighted
+            matrix, targets = matrix[np.ix_(kept, kept)] * roots * roots[:, None], targets[kept] * roots[:, None]
+            total = float(np.square(roots).sum()) / self._outputs
+        self._system = _System(matrix, targets, total, ridge)
         return self
+
+    def _check_weights(self, sample_weight: ArrayLike, data: Array) -> tuple[Any, Array]:
+        """Rows of K with a weight above 0, and the roots of their weights."""
+        weights = as_array("sample_weight", sample_weight)
+        if weights.shape != (len(data),):
+            raise ValueError(f"sample_weight must have shape ({len(data)},), got {weights.shape}")
+        if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.any()):
+            raise ValueError("sample_weight must be finite, not negative, and not zero for every sample")
+        rows = np.repeat(weights, self._outputs)
+        kept = np.flatnonzero(rows)
+        return kept, np.sqrt(rows[kept])
+
+    def _cross(self, matrix: Array) -> Array:
+        """k(x, X_train) as the system takes it."""
+        return matrix if self._weighted is None else matrix[:, self._weighted[0]] * self._weighted[1]
 
     def predict(
         self,
@@ -319,17 +349,15 @@ class NTKRegressor(RegressorMixin, BaseEstimator):
         start = self._start(data, initial if self._needs_initial else self._initial)
         out = np.empty((samples, math.prod(self._output_shape)))
         rows_kept = []
-        size = max(1, _BLOCK // self._system.matrix.shape[0])
+        size = max(1, _BLOCK // self._rows)
         for first in range(0, samples, size):
             rows = data[first : first + size]
             kernel = self._evaluate(rows, self.X_fit_ if callable(self.kernel) else None)
             matrix = kernel_matrix(kernel)
-            if matrix.shape[1] != coefficients.shape[0] or matrix.shape[0] * coefficients.shape[1] != (
-                len(rows) * out.shape[1]
-            ):
-                raise ValueError(
-                    f"kernel must give {len(rows)} rows and {self._system.samples} columns, got {_shape(kernel)}"
-                )
+            if matrix.shape[1] != self._rows or matrix.shape[0] * coefficients.shape[1] != len(rows) * out.shape[1]:
+                columns = self._rows // self._outputs
+                raise ValueError(f"kernel must give {len(rows)} rows and {columns} columns, got {_shape(kernel)}")
+            matrix = self._cross(matrix)
             out[first : first + size] = (matrix @ coefficients).reshape(len(rows), -1)
             if return_std:
                 taken = self._system.explained(weights, matrix, True)
@@ -355,7 +383,7 @@ class NTKRegressor(RegressorMixin, BaseEstimator):
         if callable(self.kernel):
             return kernel_matrix(self._evaluate(rows, None))
         matrix = kernel_matrix(prior, "prior")
-        outputs = self._system.matrix.shape[0] // self._system.samples
+        outputs = self._outputs
         if matrix.shape != (samples * outputs,) * 2:
             raise ValueError(
                 f"prior must be the kernel of the {samples} samples of X with themselves, got {_shape(prior)}"

@@ -228,14 +228,14 @@ def residuals(matrix: Array, n: int, y: Tensor | ArrayLike, initial: Tensor | Ar
     return difference.reshape(-1, 1)
 
 
-def flow_filter(eigenvalues: Array, n: int, t: float) -> Array:
+def flow_filter(eigenvalues: Array, n: float, t: float) -> Array:
     """``(1 - exp(-lambda t / N)) / lambda``, with its limit t / N at lambda = 0."""
     x = np.asarray(eigenvalues) * (t / n)
     safe = np.where(x == 0, 1.0, x)
     return (t / n) * np.where(x == 0, 1.0, -np.expm1(-safe) / safe)
 
 
-def descent_filter(eigenvalues: Array, n: int, n_steps: int, tau: float) -> Array:
+def descent_filter(eigenvalues: Array, n: float, n_steps: int, tau: float) -> Array:
     """``(1 - (1 - tau lambda / N)^n_steps) / lambda``, with its limit n_steps tau / N at lambda = 0."""
     x = np.asarray(eigenvalues) * (tau / n)
     small = np.where((x == 0) | (x > 0.5), 0.25, x)

@@ -1,4 +1,5 @@
-"""Train a deep narrow network on a task: SGD on the thesis's loss, in runs that can be stopped and resumed exactly.
+"""Train a deep narrow network on a task: SGD or Gauss-Newton on the thesis's loss, in runs that can be stopped and
+resumed exactly.
 
 A run lives in one folder: ``checkpoint.safetensors``, its state (everything needed to go on, bit for bit),
 ``metrics.jsonl`` (one line an epoch) and ``curves.png``. safetensors files hold numbers only: loading one never

@@ -11,7 +11,6 @@ import torch
 from narrowdeep.data import Task
 from narrowdeep.extras import optional
 from narrowdeep.functional import Form
-from narrowdeep.memory.planning import Optimizer
 from narrowdeep.modules import DeepNarrowCNN, DeepNarrowMLP
 from narrowdeep.modules.base import Checkpoint, Init
 from narrowdeep.schema import Count, Finite, Integer, NotNegative, Pair, Positive, Rule, Share, check_fields
@@ -52,6 +51,7 @@ _Momentum = Annotated[Finite, Field(ge=0, lt=1), Rule("must be at least 0 and be
 _Seed = Annotated[Integer, Field(ge=0, lt=2**63), Rule("must be at least 0 and below 2**63")]
 _Dtype = Annotated[Literal["float32", "float64"], Rule("must be one of float32, float64")]
 _Decay = Annotated[Decay, Rule("must be none or linear")]
+_Optimizer = Annotated[Literal["sgd", "gauss-newton"], Rule("must be sgd or gauss-newton")]
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,9 @@ class TrainConfig:
     ``predicted_loss`` is the training loss that ``--lr auto`` predicted for the end of ``epochs``, None where it
     predicted none or for another number of epochs; ``lr_predicted`` says that ``lr`` came from there. ``budget`` is in
     bytes (``narrowdeep.memory.plan``). The other fields are the arguments of ``narrowdeep train`` of the same name.
+
+    With ``optimizer`` "gauss-newton" a step is one pass over all training samples, ``batch_size`` of them at a time,
+    and ``lr`` is 1/(L C_L^2), a part of the method; ``damping`` is the one that it starts with, None for SGD.
 
     Raises: ValueError naming the field, the rule and the value.
 
@@ -97,16 +100,24 @@ class TrainConfig:
     decay: _Decay = "none"
     lr_predicted: Annotated[bool, Rule("must be true or false")] = False
     budget: Count | None = None
+    optimizer: _Optimizer = "sgd"
+    damping: NotNegative | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
         if self.budget is not None and self.checkpoint != "auto":
             raise ValueError(f"budget needs checkpoint 'auto', got {self.checkpoint!r}")
-
-    @property
-    def optimizer(self) -> Optimizer:
-        """What a plan of the run's memory counts (``narrowdeep.memory.plan``)."""
-        return "momentum" if self.momentum > 0 else "sgd"
+        if self.optimizer == "sgd":
+            if self.damping is not None:
+                raise ValueError(f"damping must be left out for optimizer 'sgd', got {self.damping}")
+            return
+        needed = {"init": "ntk", "momentum": 0.0, "decay": "none", "budget": None}
+        needed["lr"] = 1 / self.depth / self.scale / self.scale
+        for name, value in needed.items():
+            if getattr(self, name) != value:
+                raise ValueError(f"{name} must be {value!r} for optimizer 'gauss-newton', got {getattr(self, name)!r}")
+        if self.damping is None:
+            raise ValueError("damping must be given for optimizer 'gauss-newton', got None")
 
     def for_epochs(self, epochs: int) -> TrainConfig:
         """The same run for another number of epochs: what was predicted for the end of the old number is dropped."""
@@ -126,7 +137,8 @@ class EpochMetrics:
 
     Training loss and accuracy are means over the epoch's steps, each measured before its update; test loss and
     accuracy are measured after the last. Losses are ``1/(2N) sum ||f - y||^2``; accuracies are None for a regression
-    task. ``seconds`` is the time of the training steps alone.
+    task. ``seconds`` is the time of the training steps alone. An epoch of Gauss-Newton is one step, whose training loss
+    and accuracy are those after it; ``predicted_...`` is what the kernel said before it, None for SGD.
 
     Raises: ValueError naming the field, the rule and the value.
 
@@ -148,6 +160,9 @@ class EpochMetrics:
     test_accuracy: Share | None
     seconds: NotNegative
     samples_per_second: NotNegative
+    predicted_train_loss: NotNegative | None = None
+    predicted_test_loss: NotNegative | None = None
+    predicted_test_accuracy: Share | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -188,7 +203,7 @@ def drawn(
         form=config.form,
         checkpoint=config.checkpoint,
         budget=config.budget,
-        optimizer=config.optimizer,
+        optimizer="momentum" if config.momentum > 0 else "sgd",
         dtype=DTYPES[config.dtype],
     )
     model.reset_parameters(generator)
@@ -202,7 +217,7 @@ def untouched(arch: str, inputs: int, outputs: int, **settings: Any) -> DeepNarr
 
 
 def steps_per_epoch(config: TrainConfig, task: Task) -> int:
-    """Steps of one pass over the training samples, the last one on what is left.
+    """Steps of one pass over the training samples, the last one on what is left; one of Gauss-Newton.
 
     Examples:
         >>> from narrowdeep.data import load_task
@@ -214,6 +229,8 @@ def steps_per_epoch(config: TrainConfig, task: Task) -> int:
         >>> steps_per_epoch(config, load_task("toy"))  # 200 samples in batches of 200
         1
     """
+    if config.optimizer == "gauss-newton":
+        return 1
     return -(-task.x_train.shape[0] // config.batch_size)
 
 

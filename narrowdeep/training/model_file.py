@@ -143,6 +143,10 @@ class RunPosition:
     step_in_epoch: Index
     seconds: NotNegative
     threads: Count | None = None
+    damping: NotNegative | None = None
+    """Of Gauss-Newton, as its steps have adapted it."""
+    growth: Positive | None = None
+    """Of the damping, at the next step that does not lower the loss."""
 
     def model_settings(self) -> ModelSettings:
         return ModelSettings.of_run(self.config, self.in_features, self.out_features)

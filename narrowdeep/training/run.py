@@ -107,7 +107,8 @@ def _fit(
         log.sync()
         trainer.save(folder / CHECKPOINT)
     if plot and lines:
-        plot_metrics(lines, folder / CURVES, title=_title(trainer.config), predicted=trainer.config.predicted_loss)
+        predicted = trainer.config.predicted_loss or lines[-1].predicted_train_loss
+        plot_metrics(lines, folder / CURVES, title=_title(trainer.config), predicted=predicted)
     return trainer.finished
 
 

@@ -1,17 +1,20 @@
-"""One run of SGD: model, optimizer, random state and position, and the file that keeps them."""
+"""One run: model, optimizer, random state and position, and the file that keeps them."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from narrowdeep.data import Task
 from narrowdeep.memory import plan
+from narrowdeep.optim import GramGaussNewton
 from narrowdeep.step_size import decay_factor
 from narrowdeep.training.config import EpochMetrics, TrainConfig, drawn, inputs_for, steps_per_epoch
 from narrowdeep.training.model_file import (
@@ -84,6 +87,8 @@ class Trainer:
         ...     metrics = trainer.step()
         >>> metrics.epoch, metrics.step
         (2, 2)
+    is the number of threads of the process that saved a loaded run, None for a new one. ``on_batch`` is called with
+    (samples done, samples in all) within a step of Gauss-Newton.
     """
 
     def __init__(self, config: TrainConfig, task: Task, *, device: torch.device | str = "cpu") -> None:
@@ -95,6 +100,11 @@ class Trainer:
         self.generator = torch.Generator().manual_seed(config.seed)
         self.model = drawn(config, task, device, self.generator)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=config.lr, momentum=config.momentum, fused=True)
+        self.gauss_newton: GramGaussNewton | None = None
+        if config.damping is not None:
+            options: dict[str, Any] = {"damping": config.damping, "batch_size": config.batch_size}
+            self.gauss_newton = GramGaussNewton(self.model, kernel="features", **options)
+        self.on_batch: Callable[[int, int], None] | None = None
         self.epoch = 0
         self.saved_threads: int | None = None
         self._last_loss = math.nan
@@ -135,11 +145,14 @@ class Trainer:
         return self._sums[0].item() / self.samples_seen if self.samples_seen else self._last_loss
 
     def step(self) -> EpochMetrics | None:
-        """One SGD step; the epoch's metrics after its last step, otherwise None.
+        """One step; the epoch's metrics after its last step, otherwise None.
 
-        Raises: DivergedError at the end of an epoch whose loss is not finite.
+        Raises: DivergedError at the end of an epoch whose loss is not finite; numpy.linalg.LinAlgError where the system
+        of a step of Gauss-Newton is singular.
         """
         start = time.perf_counter()
+        if self.gauss_newton is not None:
+            return self._gauss_newton_step(self.gauss_newton, start)
         batch = self._order[self.samples_seen :][: self.config.batch_size]
         target = self.task.y_train[batch]
         prediction = self.model(self.task.x_train[batch])
@@ -158,6 +171,23 @@ class Trainer:
         self.step_in_epoch += 1
         self._seconds += time.perf_counter() - start
         return self._end_epoch() if self.step_in_epoch == self.steps_per_epoch else None
+
+    def _gauss_newton_step(self, optimizer: GramGaussNewton, start: float) -> EpochMetrics:
+        task = self.task
+        step = optimizer.step(task.x_train, task.y_train, at=task.x_test, on_batch=self.on_batch)
+        assert step.outputs is not None
+        self._sums[0] = (step.measured if step.accepted else step.loss) * len(step.fitted)
+        accuracy = None
+        if task.accuracy_kind is not None:
+            self._sums[1] = task.correct(step.fitted, task.y_train)
+            accuracy = float(task.correct(step.outputs, task.y_test)) / len(step.outputs)
+        self._seconds += time.perf_counter() - start
+        return dataclasses.replace(
+            self._end_epoch(),
+            predicted_train_loss=step.predicted,
+            predicted_test_loss=float(thesis_loss(step.outputs, task.y_test)),
+            predicted_test_accuracy=accuracy,
+        )
 
     def _end_epoch(self) -> EpochMetrics:
         start = time.perf_counter()
@@ -228,6 +258,8 @@ class Trainer:
             step_in_epoch=self.step_in_epoch,
             seconds=self._seconds,
             threads=torch.get_num_threads(),
+            damping=None if self.gauss_newton is None else self.gauss_newton.damping,
+            growth=None if self.gauss_newton is None else self.gauss_newton.state_dict()["growth"],
         )
         write_tensors(path, tensors, dataclasses.asdict(position))
 
@@ -263,6 +295,9 @@ class Trainer:
                 if f"momentum.{i}" in tensors:
                     buffer = torch.empty_like(parameter).copy_(tensors[f"momentum.{i}"])
                     trainer.optimizer.state[parameter]["momentum_buffer"] = buffer
+            if trainer.gauss_newton is not None:  # made for the network as it was drawn: its features are there
+                kept = {"damping": position.damping, "growth": position.growth}
+                trainer.gauss_newton.load_state_dict({**trainer.gauss_newton.state_dict(), **kept})
             trainer.epoch = position.epoch
             trainer.saved_threads = position.threads
             trainer._begin_epoch(tensors["random_state"])

@@ -388,3 +388,20 @@ def test_hooks_on_a_narrow_model_are_refused(kind: str) -> None:
             call()
     handle.remove()
     assert empirical_ntk(model, x).shape == (3, 3, 1, 1)
+
+
+def test_a_parameter_without_dimensions() -> None:
+    """f = a^2 x: df/da = 2 a x."""
+
+    class Square(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Parameter(torch.tensor(3.0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a.square() * x
+
+    x = torch.tensor([[1.0], [2.0]])
+    kernel = 36 * torch.tensor([[1.0, 2.0], [2.0, 4.0]])
+    assert torch.equal(empirical_ntk(Square(), x)[:, :, 0, 0], kernel.double())
+    assert torch.equal(ntk_vector_product(Square(), x, x, torch.ones(2, 1)), kernel.sum(1, keepdim=True))

@@ -58,10 +58,11 @@ def failed_checks(estimator: NTKRegressor) -> dict[str, Exception]:
 
 
 @pytest.mark.filterwarnings("ignore:X has negative entries")
-def test_the_only_check_that_fails_without_ridge_is_the_documented_one() -> None:
+def test_the_only_checks_that_fail_without_ridge_are_the_documented_ones() -> None:
     failed = failed_checks(NTKRegressor(limit_ntk_mlp))
-    assert set(failed) == {"check_fit_idempotent"}
-    assert isinstance(failed["check_fit_idempotent"], np.linalg.LinAlgError)
+    assert set(failed) == {"check_fit_idempotent", "check_sample_weight_equivalence_on_dense_data"}
+    for error in failed.values():
+        assert isinstance(error, np.linalg.LinAlgError)
 
 
 def test_precomputed_kernels_without_ridge_fail_the_checks_that_give_singular_ones() -> None:
@@ -458,3 +459,55 @@ def test_time_and_initialisation_are_settings(data) -> None:
         NTKRegressor("precomputed", rho=1.0).fit(X @ X.T, y)
     with pytest.raises(ValueError, match="t must be finite and not negative .*got -2"):
         NTKRegressor(limit_ntk_mlp, t=-2).fit(X, y)
+
+
+# --- Weights ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", [{}, {"t": 30.0}, {"n_steps": 40, "tau": 0.5}])
+@pytest.mark.parametrize("precomputed", [False, True])
+def test_a_weight_counts_samples(data, way: dict[str, Any], precomputed: bool) -> None:
+    """Weights 0, 1, 2, 3 against that many copies of each sample, with their covariance."""
+    x, y, points = data
+    times = np.arange(20) % 4
+    copies = np.repeat(np.arange(20), times)
+
+    def fitted(rows: np.ndarray, **weights: Any) -> Any:
+        if not precomputed:
+            model = NTKRegressor(limit_ntk_mlp, ridge=0.1).fit(x[rows], y[rows], **weights)
+            return model.predict(points, return_cov=True, **way)
+        kernel, cross = (limit_ntk_mlp(a, x[rows]).numpy() for a in (x[rows], points))
+        prior = limit_ntk_mlp(points).numpy()
+        model = NTKRegressor("precomputed", ridge=0.1).fit(kernel, y[rows], **weights)
+        return model.predict(cross, return_cov=True, prior=prior, **way)
+
+    expected, covariance = fitted(copies)
+    got, with_weights = fitted(np.arange(20), sample_weight=times)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-9)
+    np.testing.assert_allclose(with_weights, covariance, rtol=0, atol=1e-9)
+
+
+def test_weights_of_a_matrix_kernel_and_an_initial_output(data) -> None:
+    x, y, points = data
+
+    def kernel(a: torch.Tensor, b: torch.Tensor | None = None) -> torch.Tensor:
+        return limit_ntk_mlp(a, b)[:, :, None, None] * torch.tensor([[2.0, 0.5], [0.5, 1.0]], dtype=torch.float64)
+
+    weights = np.arange(20) % 4
+    copies = np.repeat(np.arange(20), weights)
+    settings: dict[str, Any] = {"initial": lambda a: a[:, :2]}
+    expected = NTKRegressor(kernel, ridge=0.1).fit(x[copies], y[copies], **settings).predict(points)
+    model = NTKRegressor(kernel, ridge=0.1).fit(x, y, sample_weight=torch.tensor(weights), **settings)
+    np.testing.assert_allclose(model.predict(points), expected, rtol=0, atol=1e-9)
+
+
+def test_bad_weights(data) -> None:
+    x, y, _ = data
+    for weights, message in [
+        (np.zeros(20), "sample_weight must be finite, not negative, and not zero for every sample"),
+        (np.arange(20) - 1, "sample_weight must be finite, not negative"),
+        (np.full(20, np.nan), "sample_weight must be finite, not negative"),
+        (np.ones(19), r"sample_weight must have shape \(20,\), got \(19,\)"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            NTKRegressor(limit_ntk_mlp, ridge=0.1).fit(x, y, sample_weight=weights)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from narrowdeep.checks import shown
 
-_STEPPED: set[int] = set()
+STEPPED: set[int] = set()
 """The ids of parameters that a FusedSGD steps. Its hooks hold those parameters, so no id is taken by another tensor.
 
 Not an attribute of the parameter: a model that is being trained can be pickled and copied.
@@ -39,7 +39,7 @@ def _refuse_clipping(name: str) -> None:
     @functools.wraps(clip)
     def refusing(parameters: Tensor | Iterable[Tensor], *args: Any, **kwargs: Any) -> Any:
         parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-        if any(id(p) in _STEPPED for p in parameters):
+        if any(id(p) in STEPPED for p in parameters):
             raise RuntimeError(
                 f"{name.removeprefix('_')} cannot clip parameters that FusedSGD steps inside backward: their gradients "
                 "are gone before all of them are known (take torch.optim.SGD to clip)"
@@ -57,7 +57,7 @@ def _refuse_scaling() -> None:
 
     @functools.wraps(scale)
     def refusing(scaler: torch.amp.GradScaler, outputs: Any) -> Any:
-        if _STEPPED and scaler.is_enabled() and _reaches_stepped(outputs):
+        if STEPPED and scaler.is_enabled() and _reaches_stepped(outputs):
             raise RuntimeError(_NO_SCALING)
         return scale(scaler, outputs)
 
@@ -72,11 +72,11 @@ def _reaches_stepped(outputs: Any) -> bool:
         node = nodes.pop()
         if node is None or node in seen:
             continue
-        if id(getattr(node, "variable", None)) in _STEPPED:  # of AccumulateGrad
+        if id(getattr(node, "variable", None)) in STEPPED:  # of AccumulateGrad
             return True
         seen.add(node)
         nodes.extend(following for following, _ in node.next_functions)
-    return any(id(t) in _STEPPED for t in tensors)
+    return any(id(t) in STEPPED for t in tensors)
 
 
 @functools.cache
@@ -104,7 +104,7 @@ def _check(name: str, value: Any) -> float:
 def _release(hooks: list[tuple[Tensor, Any]]) -> None:
     for param, handle in hooks:
         handle.remove()
-        _STEPPED.discard(id(param))
+        STEPPED.discard(id(param))
     hooks.clear()
 
 
@@ -173,7 +173,7 @@ class FusedSGD(torch.optim.Optimizer):
                 raise ValueError(
                     f"params must require gradients, got a parameter of shape {tuple(param.shape)} that does not"
                 )
-            if id(param) in _STEPPED:
+            if id(param) in STEPPED:
                 self.param_groups.pop()
                 raise ValueError(
                     f"params must not belong to another FusedSGD, got a parameter of shape {tuple(param.shape)} that "
@@ -190,7 +190,7 @@ class FusedSGD(torch.optim.Optimizer):
 
         for param in params:
             self._hooks.append((param, param.register_post_accumulate_grad_hook(update)))
-            _STEPPED.add(id(param))
+            STEPPED.add(id(param))
 
     @torch.no_grad()
     def _update(self, param: Tensor, index: int) -> None:

@@ -1,0 +1,90 @@
+"""A model's first-order expansion in its parameters, to be trained in its place."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from narrowdeep.ntk.empirical import _samples
+from narrowdeep.ntk.network import check_module, find, function_of, plain, reading, trained
+from narrowdeep.ops.autograd import differentiated_once
+
+
+class _FirstOrder(torch.autograd.Function):
+    """forward(model, x, starts, *parameters) -> f(x) + J(x) (parameters - starts), f and J at ``starts``.
+
+    Forward mode gives the value and a backward of the model its gradient: the model itself is differentiated once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, model: nn.Module, x: Tensor, starts: dict[str, Tensor], *params: Tensor) -> Tensor:
+        ctx.model, ctx.starts = model, starts
+        ctx.save_for_backward(x)
+        with reading(model):
+            call = function_of(model, find(model)).call
+            change = {name: plain(param) - start for (name, start), param in zip(starts.items(), params, strict=True)}
+            found: Any = torch.func.jvp(lambda values: call(values, x), (starts,), (change,))
+            return found[0] + found[1]
+
+    @staticmethod
+    @differentiated_once
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        (x,) = ctx.saved_tensors
+        with reading(ctx.model):
+            call = function_of(ctx.model, find(ctx.model)).call
+            (grads,) = torch.func.vjp(lambda values: call(values, x), ctx.starts)[1](plain(grad))
+        return (None, None, None, *(grads[name] for name in ctx.starts))
+
+
+class LinearizedModel(nn.Module):
+    """``f(x; start) + J(x; start) (theta - start)``, linear in its parameters theta; see ``linearize``.
+
+    Attributes: ``model``, a copy whose parameters are theta, by their own names.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = copy.deepcopy(model)
+        ours = find(self.model)
+        with reading(self.model):
+            if not function_of(self.model, ours).transformable:
+                raise ValueError(
+                    "model must have narrow models with one chunk alone where it is more than one at its end: forward "
+                    f"mode goes through nothing else, got {type(model).__name__}"
+                )
+        for i, value in enumerate(trained(self.model).values()):
+            self.register_buffer(f"start_{i}", value.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Outputs of samples (N, ...). Raises: as ``empirical_ntk``; ValueError where a gradient for x is asked for."""
+        if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
+            raise ValueError("x must not require gradients: a linearized model has them for its parameters alone")
+        ours = find(self.model)
+        with reading(self.model):
+            samples = _samples(self.model, ours, "x", x)
+            function_of(self.model, ours).outputs(samples)  # which checks them
+        params = {name: param for name, param in self.model.named_parameters() if param.requires_grad}
+        starts = {name: self.get_buffer(f"start_{i}") for i, name in enumerate(params)}
+        return _FirstOrder.apply(self.model, samples, starts, *params.values())
+
+
+def linearize(model: nn.Module) -> LinearizedModel:
+    """The first-order expansion of a model about its parameters as they are now, as a module that can be trained.
+
+    Gradient flow on it is exactly that of the tangent kernel (``NTKRegressor`` with the model and ``initial=model``):
+    what the trained model does otherwise is feature learning (Lee et al., "Wide neural networks of any depth evolve as
+    linear models", NeurIPS 2019). A call costs a forward and a jvp of the model, a backward another of each.
+
+    Arguments:
+        model: as in ``empirical_ntk``; it is copied. Parameters with ``requires_grad=False`` now stay as they are.
+
+    Returns: a module with the parameters of the copy, under ``model.``; it maps (N, ...) as the model does.
+    Differentiable once, in its parameters.
+
+    Raises: TypeError or ValueError naming the argument, the rule and the value.
+    """
+    check_module("model", model)
+    return LinearizedModel(model)

@@ -1,0 +1,153 @@
+"""The kernels that GramGaussNewton can step with: each makes a system that fits in a budget, and products."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from narrowdeep.memory.planning import format_bytes
+from narrowdeep.modules import DeepNarrowCNN
+from narrowdeep.ntk.empirical import empirical_ntk, ntk_vector_product
+from narrowdeep.ntk.features import InitialFeatures
+from narrowdeep.ntk.limit import limit_ntk_cnn, limit_ntk_mlp
+from narrowdeep.ntk.network import Ours
+from narrowdeep.optim.systems import FeatureSystem, ProductSystem, SampleSystem, System
+
+_BLOCK_BYTES = 1 << 28
+"""What the features, or the rows of a kernel, of one block of samples may take."""
+
+
+_FEW = 4096
+"""Features of the system that conjugate gradients start from, about."""
+
+_ROWS = 1024
+"""Of a Gram matrix, computed at a time."""
+
+
+class Kernel(Protocol):
+    constant: bool
+    """Whether it stays the same while the model is trained."""
+
+    def system(self, x: Tensor, outputs: int, budget: int) -> System: ...
+
+    def product(self, x1: Tensor, x2: Tensor, v: Tensor) -> Tensor:
+        """``K(x1, x2) v``, (N1, out), float64."""
+
+
+class FeatureKernel:
+    """The kernel at initialisation, in its features, which stay while the model is trained."""
+
+    constant = True
+
+    def __init__(self, features: InitialFeatures) -> None:
+        self.features = features
+
+    def system(self, x: Tensor, outputs: int, budget: int) -> System:
+        samples, count = x.shape[0], self.features.count(x.shape[1])
+        if count < samples and _factorised(count) <= budget:
+            return FeatureSystem(self.features.matrix, x.split(self._rows(count)))
+        if _factorised(samples) <= budget:
+            kernel = torch.zeros(samples, samples, dtype=torch.float64, device=x.device)
+            for block in self.features.blocks(x):
+                for begin in range(0, samples, _ROWS):  # the half below the diagonal
+                    end = min(begin + _ROWS, samples)
+                    kernel[begin:end, :end].addmm_(block[begin:end], block[:end].T)
+            return SampleSystem(kernel.tril_().add_(kernel.tril(-1).T))
+        _say_too_large(min(samples, count), budget)
+        # Some of the layers make a system that is near enough to start from.
+        few = self.features.thinned(-(-count // min(_FEW, 1 + math.isqrt(budget // 16))))
+        near = FeatureSystem(few.matrix, x.split(self._rows(few.count(x.shape[1]))))
+        mean = sum(float(block.square().sum()) for block in self.features.blocks(x)) / samples
+        return ProductSystem(lambda v: self.product(x, x, v), mean, near)
+
+    def product(self, x1: Tensor, x2: Tensor, v: Tensor) -> Tensor:
+        both = x1 if x1 is x2 else torch.cat([x1, x2])
+        out = v.new_zeros(len(x1), v.shape[1], dtype=torch.float64)
+        for block in self.features.blocks(both):
+            out.addmm_(block[: len(x1)], block[len(block) - len(x2) :].T @ v.double())
+        return out
+
+    def _rows(self, count: int) -> int:
+        return max(1, _BLOCK_BYTES // (8 * count))
+
+
+class EmpiricalKernel:
+    """The kernel of the model as it is now."""
+
+    constant = False
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def system(self, x: Tensor, outputs: int, budget: int) -> System:
+        if _factorised(len(x) * outputs) <= budget:
+            return SampleSystem(empirical_ntk(self.model, x))
+        _say_too_large(len(x) * outputs, budget)
+        few = empirical_ntk(self.model, x[:: max(1, len(x) // 16)], reduce="trace")
+        return ProductSystem(lambda v: self.product(x, x, v), float(few.diagonal().mean()) / outputs)
+
+    def product(self, x1: Tensor, x2: Tensor, v: Tensor) -> Tensor:
+        return ntk_vector_product(self.model, x1, x2, v.to(x2.dtype)).double()
+
+
+class FunctionKernel:
+    """``function(x1, x2)``, (N1, N2) or (N1, N2, out, out), scaled as the model's own kernel."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Any], *, constant: bool) -> None:
+        self.function, self.constant = function, constant
+
+    def system(self, x: Tensor, outputs: int, budget: int) -> System:
+        first = self._evaluate(x[:1], x[:1])
+        size = len(x) * (outputs if first.dim() == 4 else 1)
+        if _factorised(size) <= budget:
+            return SampleSystem(self._evaluate(x, x))
+        _say_too_large(size, budget)
+        diagonal = [self._evaluate(one, one).flatten().sum() for one in x[:: max(1, len(x) // 16)].split(1)]
+        mean = float(torch.stack(diagonal).mean()) / (outputs if first.dim() == 4 else 1)
+        return ProductSystem(lambda v: self.product(x, x, v), mean)
+
+    def product(self, x1: Tensor, x2: Tensor, v: Tensor) -> Tensor:
+        v, parts = v.double(), []
+        for rows in x1.split(max(1, _BLOCK_BYTES // (8 * v.numel()))):
+            kernel = self._evaluate(rows, x2)
+            parts.append(torch.einsum("ijab,jb->ia", kernel, v) if kernel.dim() == 4 else kernel @ v)
+        return torch.cat(parts)
+
+    def _evaluate(self, x1: Tensor, x2: Tensor) -> Tensor:
+        kernel = torch.as_tensor(self.function(x1, x2), device=x1.device).detach()
+        if kernel.dim() not in (2, 4) or kernel.shape[:2] != (len(x1), len(x2)):
+            sizes = f"{len(x1)}, {len(x2)}"
+            raise ValueError(f"kernel must give ({sizes}) or ({sizes}, out, out), got {tuple(kernel.shape)}")
+        return kernel.double()
+
+
+def limit_kernel(ours: Ours) -> FunctionKernel:
+    """The kernel of infinite depth with the model's rho and beta."""
+    model = ours.model
+    settings: dict[str, Any] = {"rho": model.rho, "beta": model.beta}
+
+    def kernel(x1: Tensor, x2: Tensor) -> Tensor:
+        if isinstance(model, DeepNarrowCNN):
+            return limit_ntk_cnn(x1, x2, kernel_size=model.kernel_size, out_channels=model.out_channels, **settings)
+        return limit_ntk_mlp(x1, x2, out_features=model.out_features, **settings)
+
+    return FunctionKernel(kernel, constant=True)
+
+
+def _factorised(size: int) -> int:
+    """Bytes of a matrix and of its Cholesky factor."""
+    return 16 * size * size
+
+
+def _say_too_large(size: int, budget: int) -> None:
+    warnings.warn(
+        f"the system of {size} unknowns would take {format_bytes(_factorised(size))}, more than budget="
+        f"{format_bytes(budget)}: it is solved by conjugate gradients",
+        UserWarning,
+        stacklevel=5,
+    )
