@@ -41,7 +41,7 @@ def test_every_public_name_has_examples() -> None:
 
 
 def test_every_public_name_is_in_the_reference() -> None:
-    for module in (narrowdeep, narrowdeep.ntk, narrowdeep.memory, narrowdeep.training):
+    for module in (narrowdeep, narrowdeep.ntk, narrowdeep.memory, narrowdeep.optim, narrowdeep.training):
         page = (DOCS / "api" / f"{module.__name__.rpartition('.')[2]}.md").read_text(encoding="utf-8").splitlines()
         listed = {line.rpartition(".")[2] for line in page if line.startswith("::: ")}
         values = {name: getattr(module, name) for name in module.__all__}

@@ -96,7 +96,11 @@ class CnnLayer {
                 T* scratch) const {
     const Buffer margins(margins_bytes(columns)), cleared(tiles_.padded() ? rows * tiles_.row * int64_t(sizeof(T)) : 0);
     if (tiles_.padded()) full = with_margin(rows, full, 0, cleared.as<T>()).start;
-    weight_sums(rows, columns, shape_.size, tiles_.plane, full, input(columns, h, margins), scratch);
+    if (tiles_.strips == 1) {
+      weight_sums(rows, columns, shape_.size, tiles_.plane, full, Image<T>{h}, scratch);
+    } else {
+      weight_sums(rows, columns, shape_.size, tiles_.plane, full, strip(columns, h, margins), scratch);
+    }
     sum_samples(rows * columns * taps_, valid, scratch, weight, add);
     bias_sums(rows, tiles_.positions, full, scratch);
     sum_samples(rows, valid, scratch, bias, add);
@@ -157,7 +161,7 @@ class CnnLayer {
   T *const above_, *const below_, *const inside_;  // lanes that have a strip above, and below; lanes inside, a row
 
   // `from` with `margin` rows more above and below: those of the strips there, 0 at the ends of an image and past them.
-  Input<T> with_margin(int64_t channels, const T* from, int64_t margin, T* to) const {
+  Strip<T> with_margin(int64_t channels, const T* from, int64_t margin, T* to) const {
     const int64_t line = tiles_.plane.width * kLanes<T>, rows = tiles_.plane.height,
                   channel = (rows + 2 * margin) * line;
     for (int64_t c = 0; c < channels; ++c, from += rows * line) {
@@ -173,29 +177,31 @@ class CnnLayer {
         store(start + (margin + rows) * line + e, keep_if(below, from_lane<T, -1>(load(start + margin * line + e))));
       }
     }
-    return {to + margin * line, channel, margin};
+    return {to, margin};
   }
   int64_t margins_bytes(int64_t channels) const {
     if (tiles_.strips == 1) return 0;
     return channels * (tiles_.plane.height + 2 * (shape_.size / 2)) * tiles_.plane.width * kLanes<T> *
            int64_t(sizeof(T));
   }
-  Input<T> input(int64_t channels, const T* h, const Buffer& margins) const {
-    if (tiles_.strips == 1) return {h, tiles_.row, 0};
+  Strip<T> strip(int64_t channels, const T* h, const Buffer& margins) const {
     return with_margin(channels, h, shape_.size / 2, margins.as<T>());
   }
 
   template <class Epilogue>
   void product(const T* weight, int64_t rows, int64_t columns, const T* h, const Epilogue& epilogue) const {
-    const Buffer margins(margins_bytes(columns));
-    const Input<T> in = input(columns, h, margins);
-    correlate(forward_filter(weight, columns, shape_.size), columns, rows, tiles_.plane, in, epilogue);
+    any_correlation(forward_filter(weight, columns, shape_.size), columns, rows, h, epilogue);
   }
   template <class Epilogue>
   void transposed(const T* weight, int64_t rows, int64_t columns, const T* full, const Epilogue& epilogue) const {
-    const Buffer margins(margins_bytes(rows));
-    const Input<T> in = input(rows, full, margins);
-    correlate(transposed_filter(weight, columns, shape_.size), rows, columns, tiles_.plane, in, epilogue);
+    any_correlation(transposed_filter(weight, columns, shape_.size), rows, columns, full, epilogue);
+  }
+  template <class Epilogue>
+  void any_correlation(const Filter<T>& filter, int64_t channels, int64_t out_channels, const T* from,
+                       const Epilogue& epilogue) const {
+    if (tiles_.strips == 1) return correlate(filter, channels, out_channels, tiles_.plane, Image<T>{from}, epilogue);
+    const Buffer margins(margins_bytes(channels));
+    correlate(filter, channels, out_channels, tiles_.plane, strip(channels, from, margins), epilogue);
   }
   // z = what the identity part of the last layer passes on, without the base, and the bias; the sums are added to it.
   void start_output(const State<T>& state, const T* bias, T* z) const {

@@ -130,7 +130,7 @@ class CnnGramSum {
       for (int64_t k = t; k > t - count; --k, to += jacobian_size) {
         const T* const h = is_first ? x : states.as<T>() + (tile * held + k - 1 - begin) * size;
         const T* const gradient = is_last ? r : full;
-        if (kind.weight) weight_sums(kind.rows, kind.channels, s.size, s.plane, gradient, {h, tiles.row, 0}, to);
+        if (kind.weight) weight_sums(kind.rows, kind.channels, s.size, s.plane, gradient, Image<T>{h}, to);
         if (kind.bias) bias_sums(kind.rows, positions, gradient, to + kind.weights() * kLanes<T>);
         if (is_first) continue;
         if (is_last) {

@@ -28,6 +28,14 @@ class NTKClassifier(ClassifierMixin, BaseEstimator):
     Arguments: as of ``NTKRegressor``.
 
     Attributes: ``classes_``, sorted; ``regressor_``, fitted; ``n_features_in_``.
+
+    Examples:
+        >>> import numpy as np
+        >>> from narrowdeep.ntk import NTKClassifier, limit_ntk_mlp
+        >>> X = np.random.default_rng(0).random((100, 2))
+        >>> classifier = NTKClassifier(limit_ntk_mlp, ridge=1e-3).fit(X, np.where(X[:, 0] > X[:, 1], "right", "left"))
+        >>> classifier.predict(np.array([[0.9, 0.1], [0.1, 0.9]])).tolist()
+        ['right', 'left']
     """
 
     def __init__(

@@ -207,6 +207,15 @@ def features(model: nn.Module, x: Tensor, *, dtype: torch.dtype = torch.float64)
     filter.
 
     Raises: TypeError or ValueError naming the argument, the rule and the value; ValueError for a model that is trained.
+
+    Examples:
+        >>> import torch
+        >>> from narrowdeep import DeepNarrowMLP
+        >>> from narrowdeep.ntk import empirical_ntk, features
+        >>> model, x = DeepNarrowMLP(2, 1, depth=100, dtype=torch.float64), torch.rand(5, 2, dtype=torch.float64)
+        >>> phi = features(model, x)
+        >>> torch.allclose(phi @ phi.T, empirical_ntk(model, x, reduce="trace", scaled=True))
+        True
     """
     check_module("model", model)
     if dtype not in (torch.float32, torch.float64):

@@ -32,6 +32,15 @@ class LimitNTK(Kernel):
         out_features: outputs (for images, output channels) of the network.
         image_shape: (C, H, W) of the images that the rows of X hold; None: the MLP's kernel.
         kernel_size: of the filters; used for images.
+
+    Examples:
+        >>> import numpy as np
+        >>> from sklearn.kernel_ridge import KernelRidge
+        >>> from narrowdeep.ntk import LimitNTK
+        >>> X = np.random.default_rng(0).random((50, 2))
+        >>> ridge = KernelRidge(kernel=LimitNTK(), alpha=1e-6).fit(X, X[:, 0] * X[:, 1])
+        >>> round(float(ridge.predict(np.array([[0.5, 0.5]]))[0]), 2)
+        0.25
     """
 
     def __init__(

@@ -43,6 +43,12 @@ class LinearizedModel(nn.Module):
     """``f(x; start) + J(x; start) (theta - start)``, linear in its parameters theta; see ``linearize``.
 
     Attributes: ``model``, a copy whose parameters are theta, by their own names.
+
+    Examples:
+        >>> from narrowdeep import DeepNarrowMLP
+        >>> from narrowdeep.ntk import LinearizedModel
+        >>> [name for name, _ in LinearizedModel(DeepNarrowMLP(2, 1, depth=10)).named_parameters()][:2]
+        ['model.first_weight', 'model.first_bias']
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -85,6 +91,18 @@ def linearize(model: nn.Module) -> LinearizedModel:
     Differentiable once, in its parameters.
 
     Raises: TypeError or ValueError naming the argument, the rule and the value.
+
+    Examples:
+        >>> import torch
+        >>> from narrowdeep import DeepNarrowMLP
+        >>> from narrowdeep.ntk import linearize
+        >>> model, x = DeepNarrowMLP(2, 1, depth=100), torch.rand(5, 2)
+        >>> linear = linearize(model)
+        >>> torch.allclose(linear(x), model(x))  # where it starts
+        True
+        >>> linear(x).sum().backward()
+        >>> linear.model.last_bias.grad
+        tensor([5.])
     """
     check_module("model", model)
     return LinearizedModel(model)

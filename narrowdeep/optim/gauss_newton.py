@@ -38,6 +38,15 @@ class GaussNewtonStep:
     the loss has not fallen, an adaptive step takes the parameters back: ``accepted`` is False, and ``measured`` the
     loss that was rejected. ``fitted`` are the model's outputs at x now, and ``outputs`` those that the kernel predicted
     for the samples ``at``; (N, out), float64.
+
+    Examples:
+        >>> import torch
+        >>> from narrowdeep import DeepNarrowMLP
+        >>> from narrowdeep.optim import GramGaussNewton
+        >>> model, x = DeepNarrowMLP(2, 1, depth=1000), torch.rand(50, 2)
+        >>> step = GramGaussNewton(model, kernel="features").step(x, x.prod(1, keepdim=True))
+        >>> step.accepted, step.measured < 0.01 * step.loss
+        (True, True)
     """
 
     loss: float
@@ -79,6 +88,16 @@ class GramGaussNewton:
             in features where they are fewer than the samples; larger ones by conjugate gradients.
 
     Raises: TypeError or ValueError naming the argument, the rule and the value.
+
+    Examples:
+        >>> import torch
+        >>> from narrowdeep import DeepNarrowMLP
+        >>> from narrowdeep.optim import GramGaussNewton
+        >>> model, x = DeepNarrowMLP(2, 1, depth=1000), torch.rand(50, 2)
+        >>> optimizer = GramGaussNewton(model, kernel="features", damping=1e-6)
+        >>> step = optimizer.step(x, x.prod(1, keepdim=True))
+        >>> bool((model(x) - x.prod(1, keepdim=True)).abs().max() < 0.05)
+        True
     """
 
     def __init__(

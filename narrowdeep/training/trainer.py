@@ -7,14 +7,13 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from narrowdeep.data import Task
 from narrowdeep.memory import plan
-from narrowdeep.optim import GramGaussNewton
 from narrowdeep.step_size import decay_factor
 from narrowdeep.training.config import EpochMetrics, TrainConfig, drawn, inputs_for, steps_per_epoch
 from narrowdeep.training.model_file import (
@@ -28,6 +27,9 @@ from narrowdeep.training.model_file import (
 )
 
 _EVALUATION_BATCH = 1024
+
+if TYPE_CHECKING:
+    from narrowdeep.optim import GramGaussNewton
 
 
 class DivergedError(RuntimeError):
@@ -102,6 +104,8 @@ class Trainer:
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=config.lr, momentum=config.momentum, fused=True)
         self.gauss_newton: GramGaussNewton | None = None
         if config.damping is not None:
+            from narrowdeep.optim import GramGaussNewton  # which needs scipy
+
             options: dict[str, Any] = {"damping": config.damping, "batch_size": config.batch_size}
             self.gauss_newton = GramGaussNewton(self.model, kernel="features", **options)
         self.on_batch: Callable[[int, int], None] | None = None
