@@ -59,6 +59,10 @@ ConfigOption = Annotated[
 
 def write_settings(folder: Path, config: TrainConfig) -> None:
     """Write what ``--config`` needs to start the run again, in another folder."""
-    values = dataclasses.asdict(config)
-    lines = [f"{name} = {json.dumps(value)}" for name, value in values.items() if "predicted" not in name]
+    unused = ("lr", "momentum", "decay") if config.optimizer == "gauss-newton" else ()
+    lines = [
+        f"{name} = {json.dumps(value)}"
+        for name, value in dataclasses.asdict(config).items()
+        if value is not None and "predicted" not in name and name not in unused
+    ]
     files.write(folder / SETTINGS, "\n".join(lines) + "\n")

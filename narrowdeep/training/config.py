@@ -119,6 +119,11 @@ class TrainConfig:
         if self.damping is None:
             raise ValueError("damping must be given for optimizer 'gauss-newton', got None")
 
+    @property
+    def planned_optimizer(self) -> Literal["sgd", "momentum"]:
+        """What a plan of the run's memory counts (``narrowdeep.memory.plan``)."""
+        return "momentum" if self.momentum > 0 else "sgd"
+
     def for_epochs(self, epochs: int) -> TrainConfig:
         """The same run for another number of epochs: what was predicted for the end of the old number is dropped."""
         if epochs == self.epochs:
@@ -203,7 +208,7 @@ def drawn(
         form=config.form,
         checkpoint=config.checkpoint,
         budget=config.budget,
-        optimizer="momentum" if config.momentum > 0 else "sgd",
+        optimizer=config.planned_optimizer,
         dtype=DTYPES[config.dtype],
     )
     model.reset_parameters(generator)

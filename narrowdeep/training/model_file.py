@@ -98,8 +98,8 @@ class ModelSettings:
 
     @classmethod
     def of_run(cls, config: TrainConfig, in_features: int, out_features: int) -> ModelSettings:
-        names = ("arch", "depth", "scale", "rho", "beta", "init", "form", "checkpoint", "budget", "optimizer")
-        settings = {name: getattr(config, name) for name in names}
+        names = ("arch", "depth", "scale", "rho", "beta", "init", "form", "checkpoint", "budget")
+        settings = {name: getattr(config, name) for name in names} | {"optimizer": config.planned_optimizer}
         return cls(in_features=in_features, out_features=out_features, **settings)
 
     def count(self) -> int:

@@ -75,7 +75,8 @@ class Trainer:
 
     ``position`` is (epochs finished, steps done in the current epoch). The order of an epoch's samples follows from
     the random state at its start, so a run can stop after any step and go on with the same numbers. ``saved_threads``
-    is the number of threads of the process that saved a loaded run, None for a new one.
+    is the number of threads of the process that saved a loaded run, None for a new one. ``on_batch`` is called with
+    (samples done, samples in all) within a step of Gauss-Newton.
 
     Examples:
         >>> from narrowdeep.data import load_task
@@ -89,8 +90,6 @@ class Trainer:
         ...     metrics = trainer.step()
         >>> metrics.epoch, metrics.step
         (2, 2)
-    is the number of threads of the process that saved a loaded run, None for a new one. ``on_batch`` is called with
-    (samples done, samples in all) within a step of Gauss-Newton.
     """
 
     def __init__(self, config: TrainConfig, task: Task, *, device: torch.device | str = "cpu") -> None:

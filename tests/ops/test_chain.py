@@ -58,6 +58,9 @@ CONV_CASES = [
     Case(2, 9, 5, 17, 3, (5, 13)),
     Case(2, 29, 3, 2, 3, (3, 32)),  # 32 channels
     Case(1, 2, 300, 3, 3, (2, 3)),  # a segment of all its layers is divided again
+    Case(2, 1, 40, 1, 3, (17, 3)),  # few images, in strips of rows: the last ones reach past the image
+    Case(1, 2, 6, 2, 5, (9, 6)),
+    Case(1, 1, 6, 3, 7, (13, 3)),
 ]
 CASES = MLP_CASES + CONV_CASES
 PLAIN_CASES = [  # the offset form has width in + 1 + out, the plain form any width

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.ops.chains import CONV, Case, arguments
+from tests.ops.chains import CONV, Case, arguments, assert_close
 
 
 def test_an_infinite_sample_in_the_last_tile_leaves_no_trace_in_the_lanes_without_samples() -> None:
@@ -29,3 +29,37 @@ def test_the_engine_checks_filters_and_images() -> None:
         CONV.ops.forward(*args[:3], args[3][..., :2], *args[4:], 1.0, True, 4)
     with pytest.raises(RuntimeError, match="at least 1x1 pixels, got 4x0"):
         CONV.ops.forward(args[0][..., :0], *args[1:], 1.0, True, 4)
+
+
+@pytest.mark.parametrize("offset", [True, False], ids=["offset", "plain"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize(
+    ("size", "image"), [(3, (7, 7)), (3, (16, 5)), (5, (9, 6)), (7, (13, 3)), (1, (3, 4)), (3, (1, 8))]
+)
+def test_a_sample_gives_the_same_whoever_is_with_it(
+    size: int, image: tuple[int, int], dtype: torch.dtype, offset: bool
+) -> None:
+    """Few images are cut in strips, a lane each; many have a lane each: the outputs agree to the bit."""
+    x, *params = arguments(Case(2, 1, 37, 70, size, image), dtype, offset)
+    together, saved = CONV.ops.forward(x, *params, 3.0, offset, 8)
+    grad_out, threads = torch.randn(70, 1, dtype=dtype), torch.get_num_threads()
+    grads = CONV.ops.backward(grad_out, x, *params, saved, 3.0, offset, 8, True, True)
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            sums = [torch.zeros_like(p, dtype=torch.float64) for p in params]
+            begin = 0
+            for batch in (1, 2, 3, 5, 8, 19, 32):
+                part = slice(begin, begin + batch)
+                begin += batch
+                out, states = CONV.ops.forward(x[part], *params, 3.0, offset, 8)
+                assert torch.equal(out, together[part])
+                got = CONV.ops.backward(grad_out[part], x[part], *params, states, 3.0, offset, 8, True, True)
+                assert torch.equal(states, saved[..., part])
+                assert torch.equal(got[0], grads[0][part])
+                for total, g in zip(sums, got[1:], strict=True):
+                    total += g.double()
+            for total, g in zip(sums, grads[1:], strict=True):
+                assert_close(g, total, 1e-5 if dtype == torch.float32 else 1e-13)
+    finally:
+        torch.set_num_threads(threads)
