@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 
 SHORT = {
+    "authors_toy": ["--layers", "30", "--steps", "5"],
     "training_loop": ["--depth", "30", "--steps", "5"],
     "ntk_regression": ["--samples", "10"],
     "compare_with_kernel": ["--depth", "30", "--steps", "5"],
@@ -48,6 +49,15 @@ def test_the_network_does_what_its_kernel_says(
     words = capsys.readouterr().out.replace(",", "").replace(";", "").split()
     last, predicted = float(words[2]), float(words[4])
     assert last == pytest.approx(predicted, rel=0.02)
+
+
+def test_the_authors_network_and_ours_take_the_same_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["x", "--layers", "40", "--steps", "8", "--out", str(tmp_path / "picture.png")])
+    runpy.run_path(str(EXAMPLES / "authors_toy.py"), run_name="__main__")
+    difference = capsys.readouterr().out.partition("more than ")[2].partition(";")[0]
+    assert float(difference) < 1e-11
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.ipynb")), ids=lambda path: path.name)
