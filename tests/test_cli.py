@@ -17,8 +17,9 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from narrowdeep import DeepNarrowCNN, demo, training
+from narrowdeep import DeepNarrowCNN, training
 from narrowdeep.cli import COMMANDS, app
+from narrowdeep.commands import demo
 from narrowdeep.data import load_task
 from narrowdeep.step_size import predict_step_size
 
