@@ -367,6 +367,7 @@ def _fit(trainer: Trainer, folder: Path, *, save_every: float, plot: bool, quiet
         trainer.on_batch = lambda done, _: bar.update(line, completed=trainer.step_count * unit + done)
         try:
             with memory_errors(), warnings.catch_warnings():
+                warnings.simplefilter("default")
                 warnings.showwarning = lambda message, *_: typer.echo(f"warning: {message}", err=True)
                 on_step = None if quiet else show
                 return training.fit(

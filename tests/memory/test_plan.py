@@ -213,8 +213,10 @@ def test_saving_every_state_is_slower_the_less_a_number_costs_to_compute() -> No
     assert slow_downs[2] > 1.2  # all but the cost of running it again
 
 
+@pytest.mark.usefixtures("threads")
 def test_a_schedule_is_chosen_where_it_wins() -> None:
     """The choice under a budget is the fastest of all that fit, by the numbers of the plans themselves."""
+    torch.set_num_threads(2)  # each thread has room of its own
     model = DeepNarrowMLP(64, 10, 400)
 
     def planned(checkpoint: Any, **arguments: Any) -> MemoryPlan:

@@ -129,10 +129,12 @@ def test_a_budget_holds_with_chunks() -> None:
         model(x)
 
 
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize("share", [0.01, 0.2, 1.0])
 def test_a_budget_holds(share: float, optimizer: str) -> None:
     """What is measured and what the optimizer keeps fit, from schedules of few states to every state."""
+    torch.set_num_threads(2)  # each thread has room of its own
     models = [(DeepNarrowMLP(64, 10, 600, optimizer=optimizer), torch.rand(2048, 64))]
     models.append((DeepNarrowCNN(1, 1, 1000, optimizer=optimizer), torch.rand(512, 1, 7, 7)))  # type: ignore[arg-type]
     for model, x in models:
