@@ -274,6 +274,8 @@ def descent(rng: random.Random) -> Call:
         with Relus() as relus:
             steps(lambda: net.eager(x, *leaves), torch.optim.SGD(leaves, lr, momentum), target.double())
         relus.check(net.dtype)
+        if not all(leaf.isfinite().all() for leaf in leaves):  # descent that diverges, in eager layers as here
+            raise network.Skip
         return tuple(leaf.detach() for leaf in leaves)
 
     return Call("FusedSGD", run, {"x": net.x, "lr": lr, "momentum": momentum}, expected, net.dtype)
