@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import narrowdeep
 from narrowdeep.__main__ import main, shorten, stop_at_once
+from narrowdeep.checks import LARGEST
 from narrowdeep.extras import optional
 
 with optional():
@@ -19,7 +20,7 @@ with optional():
     from typer.core import TyperCommand, TyperGroup
 
 COMMANDS = {
-    "train": "Train a network with SGD on 1/(2N) sum ||f - y||^2.",
+    "train": "Train a network with SGD or Gauss-Newton on 1/(2N) sum ||f - y||^2.",
     "ntk": "Scaled NTK of networks beside its limit of infinite depth, against the angle or of any inputs.",
     "plan": "Memory of one training step by part, and the checkpointing that fits --budget.",
     "profile": "Peak memory of a forward and backward: planned, measured, and of the same layers run eagerly.",
@@ -29,9 +30,6 @@ COMMANDS = {
     "info": "Versions, backends, instruction sets and threads.",
 }
 """What ``narrowdeep --help`` says of each."""
-
-_LARGEST = 2**63 - 1
-"""No size, count or seed is larger: torch keeps them in 64 bits."""
 
 
 class Command(TyperCommand):
@@ -109,7 +107,7 @@ def _root(
 
 def _check_number(name: str, value: object) -> None:
     rule = None
-    if isinstance(value, int) and abs(value) > _LARGEST:
+    if isinstance(value, int) and abs(value) > LARGEST:
         rule = "must be below 2**63 in size"
     elif isinstance(value, float) and math.isnan(value):
         rule = "must be a number"

@@ -11,7 +11,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from narrowdeep.checks import check_count, shown
 from narrowdeep.functional import check_tensor
 
 Array = NDArray[np.float64]
@@ -28,25 +27,6 @@ def as_real(name: str, value: Any) -> float:
         return float(value)
     except OverflowError:
         return math.inf if value == abs(value) else -math.inf
-
-
-def as_not_negative(name: str, value: Any) -> float:
-    number = as_real(name, value)
-    if not (math.isfinite(number) and number >= 0):
-        raise ValueError(f"{name} must be finite and not negative, got {shown(value)}")
-    return number
-
-
-def as_positive(name: str, value: Any) -> float:
-    number = as_real(name, value)
-    if not (math.isfinite(number) and number > 0):
-        raise ValueError(f"{name} must be finite and positive, got {shown(value)}")
-    return number
-
-
-def as_count(name: str, value: Any, least: int = 1) -> int:
-    """An integer of any type, from ``least``."""
-    return check_count(name, value, least)
 
 
 def as_array(name: str, value: Any) -> Array:

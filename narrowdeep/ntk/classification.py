@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from torch import Tensor, nn
+from torch import Tensor
 
 from narrowdeep.extras import optional
 from narrowdeep.ntk.checks import Array, as_array
-from narrowdeep.ntk.regression import NTKRegressor
+from narrowdeep.ntk.regression import KernelEstimator, NTKRegressor
 
 with optional():
-    from sklearn.base import BaseEstimator, ClassifierMixin
+    from sklearn.base import ClassifierMixin
     from sklearn.preprocessing import LabelBinarizer
     from sklearn.utils.multiclass import check_classification_targets
     from sklearn.utils.validation import check_is_fitted, validate_data
 
 
-class NTKClassifier(ClassifierMixin, BaseEstimator):
+class NTKClassifier(ClassifierMixin, KernelEstimator):
     """The class with the largest output of an ``NTKRegressor`` on targets 1 for a sample's class and -1 for the others.
 
     With two classes there is one output, whose sign decides; as in scikit-learn's ``RidgeClassifier``.
@@ -37,27 +36,6 @@ class NTKClassifier(ClassifierMixin, BaseEstimator):
         >>> classifier.predict(np.array([[0.9, 0.1], [0.1, 0.9]])).tolist()
         ['right', 'left']
     """
-
-    def __init__(
-        self,
-        kernel: Callable[..., Any] | nn.Module | Literal["precomputed"],
-        *,
-        ridge: float = 0.0,
-        t: float | None = None,
-        rho: float | None = None,
-        beta: float | None = None,
-    ) -> None:
-        self.kernel = kernel
-        self.ridge = ridge
-        self.t = t
-        self.rho = rho
-        self.beta = beta
-
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        tags.input_tags.pairwise = isinstance(self.kernel, str) and self.kernel == "precomputed"
-        tags.input_tags.three_d_array = True
-        return tags
 
     def fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> NTKClassifier:
         """Arguments: X and ``sample_weight`` as of ``NTKRegressor.fit``; y (N,), labels of any kind.

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from narrowdeep.checks import check_count
 from narrowdeep.modules import DeepNarrowCNN, DeepNarrowMLP
-from narrowdeep.ntk.checks import as_count
-from narrowdeep.ntk.empirical import _factor, _pair, _samples, empirical_ntk
+from narrowdeep.ntk.empirical import _factor, _pair, checked_samples, empirical_ntk
 from narrowdeep.ntk.network import Ours, check_batch, check_module, find, reading
 from narrowdeep.ops.gram import reference
 from narrowdeep.ops.reference import base_and_rest, column, initial, skip_mask, skipped, states
@@ -147,7 +147,7 @@ def _preactivations(
 def _both(initial: nn.Module, model: nn.Module, x: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """(base, z - base in ``initial``, z - base in ``model``) of every hidden layer, after all checks."""
     first, second, family = _check_states(initial, model)
-    samples = [_samples(module, ours, "x", x) for module, ours in ((initial, first), (model, second))]
+    samples = [checked_samples(module, ours, "x", x) for module, ours in ((initial, first), (model, second))]
     states = [_preactivations(ours.model, family, z) for ours, z in zip((first, second), samples, strict=True)]
     for (base, before), (_, after) in zip(*states, strict=True):
         yield base, before, after
@@ -209,7 +209,7 @@ def layer_deviation(
     _, after, _ = _check_states(initial, model)
     scale, depth = after.model.scale, after.model.depth
     check_batch(model, "x", x)
-    power = as_count("power", power)
+    power = check_count("power", power, 1)
     if x.shape[0] == 0:
         raise ValueError("x must hold at least one sample, got 0")
 

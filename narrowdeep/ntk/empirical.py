@@ -48,7 +48,7 @@ _CHUNK_BYTES = 1 << 27
 """What the Jacobians of one chunk of samples may take in the fallback through torch.func."""
 
 
-def _samples(model: nn.Module, ours: Ours | None, name: str, x: Tensor) -> Tensor:
+def checked_samples(model: nn.Module, ours: Ours | None, name: str, x: Tensor) -> Tensor:
     """x as what is differentiated takes it: after the modules before a narrow model, as it is for any other model.
 
     Raises: TypeError or ValueError for a wrong type, shape, dtype or device.
@@ -66,11 +66,11 @@ def _samples(model: nn.Module, ours: Ours | None, name: str, x: Tensor) -> Tenso
 
 
 def _pair(model: nn.Module, ours: Ours | None, x1: Tensor, x2: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Both sets of samples, checked, as ``_samples`` gives them."""
-    left = _samples(model, ours, "x1", x1)
+    """Both sets of samples, checked, as ``checked_samples`` gives them."""
+    left = checked_samples(model, ours, "x1", x1)
     if x2 is None:
         return left, None
-    right = _samples(model, ours, "x2", x2)
+    right = checked_samples(model, ours, "x2", x2)
     if x1.shape[1:] != x2.shape[1:]:
         raise ValueError(
             f"x1 and x2 must have the same shape after the first dimension, got {tuple(x1.shape)} and {tuple(x2.shape)}"
@@ -206,7 +206,7 @@ def jacobian(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     check_module("model", model)
     ours = find(model)
     with reading(model):
-        samples = _samples(model, ours, "x", x)
+        samples = checked_samples(model, ours, "x", x)
         if ours is None or ours.family is None:
             chunks = [chunk for _, chunk in _jacobian_chunks(function_of(model, ours), samples)]
             return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}

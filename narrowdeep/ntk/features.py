@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from narrowdeep.modules.base import PARAMETER_NAMES
-from narrowdeep.ntk.empirical import _samples
+from narrowdeep.ntk.empirical import checked_samples
 from narrowdeep.ntk.network import Narrow, Ours, check_module, find, reading
 
 _BLOCK_BYTES = 1 << 27
@@ -223,4 +223,4 @@ def features(model: nn.Module, x: Tensor, *, dtype: torch.dtype = torch.float64)
     ours = find(model)
     with reading(model):
         found = InitialFeatures.of(model, ours)
-        return found.matrix(_samples(model, ours, "x", x), dtype)
+        return found.matrix(checked_samples(model, ours, "x", x), dtype)

@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from narrowdeep.ntk.checks import as_count, as_not_negative, as_samples
+from narrowdeep.checks import check_count, check_number
+from narrowdeep.ntk.checks import as_samples
 from narrowdeep.ntk.modes import check_alike, exact
 from narrowdeep.ops.chain import loop_vmap
 
@@ -219,8 +220,8 @@ def limit_ntk_mlp(
                 [1.5441, 2.7500]])
     """
     left, right = _pair(x1, x2, "(N, in)")
-    rho, beta = as_not_negative("rho", rho), as_not_negative("beta", beta)
-    out_features = as_count("out_features", out_features)
+    rho, beta = check_number("rho", rho), check_number("beta", beta)
+    out_features = check_count("out_features", out_features, 1)
     a = left.relu()[:, None]
     b = a if right is None else right.relu()[:, None]
     one = a.new_ones(1, 1)
@@ -273,8 +274,8 @@ def limit_ntk_cnn(
         torch.Size([3, 2])
     """
     left, right = _pair(x1, x2, "(N, C, H, W)")
-    rho, beta = as_not_negative("rho", rho), as_not_negative("beta", beta)
-    kernel_size, out_channels = as_count("kernel_size", kernel_size), as_count("out_channels", out_channels)
+    rho, beta = check_number("rho", rho), check_number("beta", beta)
+    kernel_size, out_channels = check_count("kernel_size", kernel_size, 1), check_count("out_channels", out_channels, 1)
     if kernel_size % 2 == 0:
         raise ValueError(f"kernel_size must be odd, got {kernel_size}")
     height, width = left.shape[2:]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from narrowdeep.ntk.empirical import _samples
+from narrowdeep.ntk.empirical import checked_samples
 from narrowdeep.ntk.network import check_module, find, function_of, plain, reading, trained
 from narrowdeep.ops.autograd import differentiated_once
 
@@ -70,7 +70,7 @@ class LinearizedModel(nn.Module):
             raise ValueError("x must not require gradients: a linearized model has them for its parameters alone")
         ours = find(self.model)
         with reading(self.model):
-            samples = _samples(self.model, ours, "x", x)
+            samples = checked_samples(self.model, ours, "x", x)
             function_of(self.model, ours).outputs(samples)  # which checks them
         params = {name: param for name, param in self.model.named_parameters() if param.requires_grad}
         starts = {name: self.get_buffer(f"start_{i}") for i, name in enumerate(params)}

@@ -13,8 +13,9 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
+from narrowdeep.checks import check_count, check_number
 from narrowdeep.extras import optional
-from narrowdeep.ntk.checks import Array, as_array, as_count, as_not_negative, as_positive, as_real
+from narrowdeep.ntk.checks import Array, as_array, as_real
 from narrowdeep.ntk.empirical import empirical_ntk
 from narrowdeep.ntk.limit import CLIPPED
 from narrowdeep.ntk.network import CAST_SAMPLES, reading
@@ -112,7 +113,35 @@ class _System:
         return np.square(half) @ g if diagonal else (half * g) @ half.T
 
 
-class NTKRegressor(RegressorMixin, BaseEstimator):
+class KernelEstimator(BaseEstimator):
+    """The settings of an ``NTKRegressor``, and what scikit-learn is to know of them."""
+
+    def __init__(
+        self,
+        kernel: Callable[..., Any] | nn.Module | Literal["precomputed"],
+        *,
+        ridge: float = 0.0,
+        t: float | None = None,
+        rho: float | None = None,
+        beta: float | None = None,
+    ) -> None:
+        self.kernel = kernel
+        self.ridge = ridge
+        self.t = t
+        self.rho = rho
+        self.beta = beta
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.pairwise = self._precomputed()
+        tags.input_tags.three_d_array = True
+        return tags
+
+    def _precomputed(self) -> bool:
+        return isinstance(self.kernel, str) and self.kernel == "precomputed"
+
+
+class NTKRegressor(RegressorMixin, KernelEstimator):
     """Kernel regression, and the gradient flow that leads to it (thesis sections 2.1 and 3.2).
 
     With K = k(X, X) = Q diag(lambda) Q^T, a network that starts from f = f0 and has the constant NTK k learns
@@ -157,31 +186,11 @@ class NTKRegressor(RegressorMixin, BaseEstimator):
         (0.25, True)
     """
 
-    def __init__(
-        self,
-        kernel: Callable[..., Any] | nn.Module | Literal["precomputed"],
-        *,
-        ridge: float = 0.0,
-        t: float | None = None,
-        rho: float | None = None,
-        beta: float | None = None,
-    ) -> None:
-        self.kernel = kernel
-        self.ridge = ridge
-        self.t = t
-        self.rho = rho
-        self.beta = beta
-
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
-        tags.input_tags.pairwise = self._precomputed()
-        tags.input_tags.three_d_array = True
         tags.target_tags.multi_output = True
         tags.target_tags.single_output = True
         return tags
-
-    def _precomputed(self) -> bool:
-        return isinstance(self.kernel, str) and self.kernel == "precomputed"
 
     def _evaluate(self, left: Array, right: Array | None) -> Any:
         if not callable(self.kernel):
@@ -218,11 +227,11 @@ class NTKRegressor(RegressorMixin, BaseEstimator):
         """
         if not callable(self.kernel) and not self._precomputed():
             raise ValueError(f"kernel must be a callable or 'precomputed', got {self.kernel!r}")
-        ridge = as_not_negative("ridge", self.ridge)
+        ridge = check_number("ridge", self.ridge)
         self._time(None)
         for name in ("rho", "beta"):
             if getattr(self, name) is not None:
-                as_not_negative(name, getattr(self, name))
+                check_number(name, getattr(self, name))
                 if not callable(self.kernel) or isinstance(self.kernel, nn.Module):
                     raise ValueError(f"{name} must be None where the kernel is no function of it, got {self.kernel!r}")
         if self._precomputed():
@@ -426,7 +435,7 @@ class NTKRegressor(RegressorMixin, BaseEstimator):
         if n_steps is not None and tau is not None:
             if t is not None:
                 raise ValueError(f"t must be None when n_steps is given, got t={t} and n_steps={n_steps}")
-            steps, step = as_count("n_steps", n_steps, 0), as_positive("tau", tau)
+            steps, step = check_count("n_steps", n_steps, 0), check_number("tau", tau, positive=True)
             largest = system.modes[0][-1]
             if not np.isfinite(descent_filter(largest, system.samples, steps, step)):
                 raise ValueError(

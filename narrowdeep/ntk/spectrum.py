@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from narrowdeep.checks import check_count, check_number
 from narrowdeep.extras import optional
-from narrowdeep.ntk.checks import Array, as_array, as_count, as_positive, as_real
+from narrowdeep.ntk.checks import Array, as_array, as_real
 
 with optional():
     import scipy.linalg  # type: ignore[import-untyped]
@@ -185,15 +186,15 @@ def loss_curve(
         >>> loss_curve(np.eye(2), np.array([1.0, 1.0]), 2, tau=1.0)  # each step of tau / N = 1/2 halves the residual
         array([0.5    , 0.125  , 0.03125])
     """
-    momentum, n_steps = as_momentum(momentum), as_count("n_steps", n_steps, 0)
+    momentum, n_steps = as_momentum(momentum), check_count("n_steps", n_steps, 0)
     if isinstance(tau, Tensor) or (isinstance(tau, np.ndarray) and tau.ndim):
         tau = as_array("tau", tau).reshape(-1).tolist()
     if isinstance(tau, (list, tuple)):
         if len(tau) != n_steps:
             raise ValueError(f"tau must be a number, or one for each of the {n_steps} steps, got {len(tau)}")
-        taus = [as_positive("tau", value) for value in tau]
+        taus = [check_number("tau", value, positive=True) for value in tau]
     else:
-        taus = [as_positive("tau", tau)] * n_steps
+        taus = [check_number("tau", tau, positive=True)] * n_steps
     matrix, n = _square(kernel)
     eigenvalues, modes = scipy.linalg.eigh(matrix)
     check_semidefinite(matrix, float(eigenvalues[0]))

@@ -71,7 +71,7 @@ def alone() -> bool:
     )
 
 
-def _call(op: Callable[..., Any], *args: Any) -> Any:
+def below_autograd(op: Callable[..., Any], *args: Any) -> Any:
     """The op from inside its own node: not by way of the Autograd key again, which costs a third of a small call."""
     if torch._C._are_functorch_transforms_active():
         return op(*args)
@@ -157,7 +157,7 @@ def register_without_derivative(library: torch.library.Library, name: str) -> No
 
         @staticmethod
         def forward(*args: Any) -> Any:
-            return op(*args)
+            return below_autograd(op, *args)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -182,7 +182,7 @@ def register_chain(library: torch.library.Library, family: str, title: str, ops:
 
         @staticmethod
         def forward(*args: Any) -> tuple[Tensor, Tensor]:
-            return _call(ops.forward, *args)
+            return below_autograd(ops.forward, *args)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -200,7 +200,7 @@ def register_chain(library: torch.library.Library, family: str, title: str, ops:
             *inputs, saved = ctx.saved_tensors
             rest = saved, *ctx.settings, needed[0], any(needed[1:])
             if alone():
-                grads = _call(ops.backward, grad_out, *inputs, *rest)
+                grads = below_autograd(ops.backward, grad_out, *inputs, *rest)
             else:
                 grads = apply_backward(grad_out, *inputs, *rest)
             return (*(g if n else None for g, n in zip(grads, needed, strict=True)), *[None] * _SETTINGS)
@@ -216,7 +216,7 @@ def register_chain(library: torch.library.Library, family: str, title: str, ops:
 
         @staticmethod
         def forward(*args: Any) -> tuple[Tensor, ...]:
-            return _call(ops.backward, *args)
+            return below_autograd(ops.backward, *args)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
@@ -250,7 +250,7 @@ def register_chain(library: torch.library.Library, family: str, title: str, ops:
 
         @staticmethod
         def forward(*args: Any) -> Tensor:
-            return _call(ops.jvp, *args)
+            return below_autograd(ops.jvp, *args)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:

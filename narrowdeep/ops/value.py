@@ -38,7 +38,7 @@ class _Value(Function):
 
     @staticmethod
     def forward(state: Tensor) -> Tensor:
-        return _op(state)
+        return autograd.below_autograd(_op, state)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:

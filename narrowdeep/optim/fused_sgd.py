@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
-import numbers
 import weakref
 from collections.abc import Callable, Iterable
 from itertools import chain
@@ -14,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from narrowdeep.checks import shown
+from narrowdeep.checks import check_number
 
 STEPPED: set[int] = set()
 """The ids of parameters that a FusedSGD steps. Its hooks hold those parameters, so no id is taken by another tensor.
@@ -89,18 +87,6 @@ def _refuse_what_comes_after() -> None:
     _refuse_scaling()
 
 
-def _check(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not 0 <= number < math.inf:
-        raise ValueError(f"{name} must be finite and not negative, got {shown(value)}")
-    return number
-
-
 def _release(hooks: list[tuple[Tensor, Any]]) -> None:
     for param, handle in hooks:
         handle.remove()
@@ -153,7 +139,7 @@ class FusedSGD(torch.optim.Optimizer):
         *,
         local: bool = False,
     ) -> None:
-        lr, momentum = _check("lr", lr), _check("momentum", momentum)
+        lr, momentum = check_number("lr", lr), check_number("momentum", momentum)
         _refuse_what_comes_after()
         self.local = local
         if isinstance(params, nn.Module):

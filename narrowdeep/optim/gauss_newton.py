@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from narrowdeep.checks import check_count, check_number, shown
 from narrowdeep.functional import check_tensor
 from narrowdeep.memory.planning import parse_bytes
-from narrowdeep.ntk.empirical import _samples
+from narrowdeep.ntk.empirical import checked_samples
 from narrowdeep.ntk.features import InitialFeatures
 from narrowdeep.ntk.modes import check_alike, exact
 from narrowdeep.ntk.network import check_module, find, function_of, reading
@@ -201,8 +201,8 @@ class GramGaussNewton:
         """What the kernel takes of x and of ``at``, and y as (N, out) in float64."""
         ours = self._ours
         with reading(self.model):
-            samples = _samples(self.model, ours, "x", x)
-            others = None if at is None else _samples(self.model, ours, "at", at)
+            samples = checked_samples(self.model, ours, "x", x)
+            others = None if at is None else checked_samples(self.model, ours, "at", at)
             if not len(x):
                 raise ValueError("x must have at least one sample, got none")
             if ours is None or ours.family is None:
