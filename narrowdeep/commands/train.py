@@ -1,4 +1,7 @@
-"""``narrowdeep train``: train a network on a task, in a run that can be stopped and resumed exactly."""
+"""``narrowdeep train``: train a network on a task, in a run that can be stopped and resumed exactly.
+
+More than 400 lines, because each option and each setting that it may start from takes one.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What DeepNarrowMLP and DeepNarrowCNN share: settings, stacked parameters, initialisation, layers."""
+"""What DeepNarrowMLP and DeepNarrowCNN share: settings, stacked parameters, initialisation, layers.
+
+More than 400 lines with the examples of its docstrings.
+"""
 
 from __future__ import annotations
 

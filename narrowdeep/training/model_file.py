@@ -1,6 +1,7 @@
 """safetensors files with a header that a schema describes, checksums, and no tensor that the header does not mean.
 
 Nothing of a file is used before its header, and the name, shape and dtype of every tensor in it, are what they must be.
+More than 400 lines with the examples of its docstrings.
 """
 
 from __future__ import annotations
