@@ -225,7 +225,11 @@ struct Span {
   }
 
   const char* input_name() const { return params.first_weight.has_value() ? "x" : "state"; }
-  const char* grad_name() const { return params.last_weight.has_value() ? "grad_out" : "grad"; }
+  void check_grad(const Tensor& grad) const {
+    const char* const name = params.last_weight.has_value() ? "grad_out" : "grad";
+    check_shape(name, grad, output());
+    check_like(name, grad, input_name(), input);
+  }
 
   std::vector<std::pair<const char*, const Tensor*>> given() const {
     std::vector<std::pair<const char*, const Tensor*>> list;
@@ -303,57 +307,123 @@ std::tuple<Tensor, Tensor> forward(Tensor input, MaybeTensor first_weight, Maybe
   return {output, saved};
 }
 
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// Uninitialised gradients of a span's input and parameters, empty where not needed; zeros of no samples.
+struct NewGradients {
+  Gradients all;
+  const bool need_input;
+
+  template <class Span>
+  NewGradients(const Span& span, bool need_input, bool need_params)
+      : all{of(span, span.input, need_input),
+            of(span, span.params.first_weight, need_params),
+            of(span, span.params.first_bias, need_params),
+            of(span, span.params.hidden_weight, need_params),
+            of(span, span.params.hidden_bias, need_params),
+            of(span, span.params.last_weight, need_params),
+            of(span, span.params.last_bias, need_params)},
+        need_input(need_input) {}
+
+  template <class T>
+  T* input() const {
+    return need_input ? std::get<0>(all).template mutable_data_ptr<T>() : nullptr;
+  }
+  template <class T>
+  ChainParams<T> params() const {
+    return {std::get<1>(all).template mutable_data_ptr<T>(), std::get<2>(all).template mutable_data_ptr<T>(),
+            std::get<3>(all).template mutable_data_ptr<T>(), std::get<4>(all).template mutable_data_ptr<T>(),
+            std::get<5>(all).template mutable_data_ptr<T>(), std::get<6>(all).template mutable_data_ptr<T>()};
+  }
+
+ private:
+  template <class Span>
+  static Tensor of(const Span& span, const MaybeTensor& like, bool needed) {
+    if (!needed || !like.has_value()) return torch::stable::new_empty(span.input, {0});
+    Tensor gradient = new_large(*like, sizes_of(*like));
+    if (span.shape.batch == 0) torch::stable::zero_(gradient);
+    return gradient;
+  }
+};
+
 template <class Family>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    Tensor grad_any, Tensor input, MaybeTensor first_weight, MaybeTensor first_bias, Tensor hidden_weight,
-    Tensor hidden_bias, MaybeTensor last_weight, MaybeTensor last_bias, Tensor saved_any, double scale, bool offset,
-    int64_t outputs, int64_t start, int64_t segment, bool need_input, bool need_params) {
+Gradients backward(Tensor grad_any, Tensor input, MaybeTensor first_weight, MaybeTensor first_bias,
+                   Tensor hidden_weight, Tensor hidden_bias, MaybeTensor last_weight, MaybeTensor last_bias,
+                   Tensor saved_any, double scale, bool offset, int64_t outputs, int64_t start, int64_t segment,
+                   bool need_input, bool need_params) {
   Span<Family> span(input, {first_weight, first_bias, hidden_weight, hidden_bias, last_weight, last_bias},
                     {scale, offset, outputs, start, segment});
   const Tensor grad = ready(grad_any);
   Tensor saved = ready(saved_any);
-  check_shape(span.grad_name(), grad, span.output());
-  check_like(span.grad_name(), grad, span.input_name(), span.input);
+  span.check_grad(grad);
   check_like("saved", saved, span.input_name(), span.input);
   check_shape("saved", saved, span.saved());
-  const ChainShape& s = span.shape;
+  const bool any = span.shape.batch > 0 && (need_input || need_params);
   if (segment == 0) {
     span.shape.segment = kDefaultSegment;
     span.bound_segment();
-    if (s.batch > 0 && (need_input || need_params)) {
+    if (any) {
       saved = new_large(span.input, span.saved());
       run_forward(span, new_large(span.input, span.output()), saved);
     }
   }
-  const auto gradient_of = [&](const MaybeTensor& like) {
-    if (!need_params || !like.has_value()) return torch::stable::new_empty(span.input, {0});
-    Tensor gradient = new_large(*like, sizes_of(*like));
-    if (s.batch == 0) torch::stable::zero_(gradient);
-    return gradient;
-  };
-  const Params& p = span.params;
-  const Tensor grads[6] = {gradient_of(p.first_weight), gradient_of(p.first_bias),  gradient_of(p.hidden_weight),
-                           gradient_of(p.hidden_bias),  gradient_of(p.last_weight), gradient_of(p.last_bias)};
-  Tensor grad_input =
-      need_input ? new_large(span.input, sizes_of(span.input)) : torch::stable::new_empty(span.input, {0});
-  if (s.batch > 0 && (need_input || need_params)) {
+  const NewGradients results(span, need_input, need_params);
+  if (any) {
     dispatch(span.input, [&](auto zero) {
       using T = decltype(zero);
-      T* to[6];
-      for (int i = 0; i < 6; ++i) to[i] = grads[i].mutable_data_ptr<T>();
-      kernels_of<T>(Family()).backward({s,
-                                        p.pointers<T>(),
-                                        grad.const_data_ptr<T>(),
-                                        span.input.template const_data_ptr<T>(),
-                                        saved.const_data_ptr<T>(),
-                                        need_input ? grad_input.mutable_data_ptr<T>() : nullptr,
-                                        need_params,
-                                        {to[0], to[1], to[2], to[3], to[4], to[5]}},
+      kernels_of<T>(Family()).backward({span.shape, span.params.template pointers<T>(), grad.const_data_ptr<T>(),
+                                        span.input.template const_data_ptr<T>(), saved.const_data_ptr<T>(),
+                                        results.template input<T>(), need_params, results.template params<T>()},
                                        pool());
     });
   }
-  return {grad_input, grads[0], grads[1], grads[2], grads[3], grads[4], grads[5]};
+  return results.all;
 }
+
+// Tangents of a span's input and parameters, null where there are none.
+template <class Family>
+class Tangents {
+ public:
+  Tangents(const Span<Family>& span, const std::vector<MaybeTensor>& given) : span_(span) {
+    const Params& p = span.params;
+    const MaybeTensor primals[] = {span.input,    p.first_weight, p.first_bias, p.hidden_weight,
+                                   p.hidden_bias, p.last_weight,  p.last_bias};
+    const char* const names[] = {span.shape.first ? "x_t" : "state_t",
+                                 "first_weight_t",
+                                 "first_bias_t",
+                                 "hidden_weight_t",
+                                 "hidden_bias_t",
+                                 "last_weight_t",
+                                 "last_bias_t"};
+    for (int i = 0; i < 7; ++i) data_.push_back(data(names[i], given[i], primals[i]));
+  }
+  // The data of a tangent, checked against its primal; null when there is none.
+  const void* data(const char* name, const MaybeTensor& tangent, const MaybeTensor& primal) {
+    if (!tangent.has_value()) return nullptr;
+    check(primal.has_value(), name, " is the tangent of what is not given");
+    check_like(name, *tangent, span_.input_name(), span_.input);
+    check(sizes_of(*tangent) == sizes_of(*primal), name, " must have the shape of its primal");
+    owners_.push_back(ready(*tangent));
+    return owners_.back().const_data_ptr();
+  }
+  template <class T>
+  const T* input() const {
+    return at<T>(0);
+  }
+  template <class T>
+  ChainParams<const T> params() const {
+    return {at<T>(1), at<T>(2), at<T>(3), at<T>(4), at<T>(5), at<T>(6)};
+  }
+
+ private:
+  const Span<Family>& span_;
+  std::vector<Tensor> owners_;
+  std::vector<const void*> data_;
+  template <class T>
+  const T* at(int i) const {
+    return static_cast<const T*>(data_[i]);
+  }
+};
 
 template <class Family>
 Tensor jvp(Tensor input, MaybeTensor first_weight, MaybeTensor first_bias, Tensor hidden_weight, Tensor hidden_bias,
@@ -362,38 +432,46 @@ Tensor jvp(Tensor input, MaybeTensor first_weight, MaybeTensor first_bias, Tenso
            MaybeTensor last_bias_t, double scale, bool offset, int64_t outputs, int64_t start) {
   const Span<Family> span(input, {first_weight, first_bias, hidden_weight, hidden_bias, last_weight, last_bias},
                           {scale, offset, outputs, start, 0});
-  std::vector<Tensor> owners;
-  // The data of a tangent, checked against its primal; null when there is none.
-  const auto tangent = [&](const char* name, const MaybeTensor& t, const MaybeTensor& primal) -> const void* {
-    if (!t.has_value()) return nullptr;
-    check(primal.has_value(), name, " is the tangent of what is not given");
-    check_like(name, *t, span.input_name(), span.input);
-    check(sizes_of(*t) == sizes_of(*primal), name, " must have the shape of its primal");
-    owners.push_back(ready(*t));
-    return owners.back().const_data_ptr();
-  };
-  const Params& p = span.params;
-  const void* const data[] = {tangent(span.shape.first ? "x_t" : "state_t", input_t, span.input),
-                              tangent("first_weight_t", first_weight_t, p.first_weight),
-                              tangent("first_bias_t", first_bias_t, p.first_bias),
-                              tangent("hidden_weight_t", hidden_weight_t, p.hidden_weight),
-                              tangent("hidden_bias_t", hidden_bias_t, p.hidden_bias),
-                              tangent("last_weight_t", last_weight_t, p.last_weight),
-                              tangent("last_bias_t", last_bias_t, p.last_bias)};
+  const Tangents<Family> tangents(
+      span, {input_t, first_weight_t, first_bias_t, hidden_weight_t, hidden_bias_t, last_weight_t, last_bias_t});
   Tensor output = new_large(span.input, span.output());
   if (span.shape.batch == 0) return output;
   dispatch(span.input, [&](auto zero) {
     using T = decltype(zero);
-    const auto at = [&](int i) { return static_cast<const T*>(data[i]); };
-    kernels_of<T>(Family()).jvp({span.shape,
-                                 p.pointers<T>(),
-                                 {at(1), at(2), at(3), at(4), at(5), at(6)},
-                                 span.input.template const_data_ptr<T>(),
-                                 at(0),
-                                 output.mutable_data_ptr<T>()},
-                                pool());
+    kernels_of<T>(Family()).jvp(
+        {span.shape, span.params.template pointers<T>(), tangents.template params<T>(),
+         span.input.template const_data_ptr<T>(), tangents.template input<T>(), output.mutable_data_ptr<T>()},
+        pool());
   });
   return output;
+}
+
+template <class Family>
+Gradients backward_jvp(Tensor grad_any, MaybeTensor grad_t, Tensor input, MaybeTensor first_weight,
+                       MaybeTensor first_bias, Tensor hidden_weight, Tensor hidden_bias, MaybeTensor last_weight,
+                       MaybeTensor last_bias, MaybeTensor input_t, MaybeTensor first_weight_t, MaybeTensor first_bias_t,
+                       MaybeTensor hidden_weight_t, MaybeTensor hidden_bias_t, MaybeTensor last_weight_t,
+                       MaybeTensor last_bias_t, double scale, bool offset, int64_t outputs, int64_t start,
+                       bool need_input, bool need_params) {
+  const Span<Family> span(input, {first_weight, first_bias, hidden_weight, hidden_bias, last_weight, last_bias},
+                          {scale, offset, outputs, start, 0});
+  const Tensor grad = ready(grad_any);
+  span.check_grad(grad);
+  Tangents<Family> tangents(
+      span, {input_t, first_weight_t, first_bias_t, hidden_weight_t, hidden_bias_t, last_weight_t, last_bias_t});
+  const void* const grad_tangent = tangents.data(span.shape.last ? "grad_out_t" : "grad_t", grad_t, grad);
+  const NewGradients results(span, need_input, need_params);
+  if (span.shape.batch > 0 && (need_input || need_params)) {
+    dispatch(span.input, [&](auto zero) {
+      using T = decltype(zero);
+      kernels_of<T>(Family()).backward_jvp(
+          {span.shape, span.params.template pointers<T>(), tangents.template params<T>(), grad.const_data_ptr<T>(),
+           static_cast<const T*>(grad_tangent), span.input.template const_data_ptr<T>(), tangents.template input<T>(),
+           results.template input<T>(), need_params, results.template params<T>()},
+          pool());
+    });
+  }
+  return results.all;
 }
 
 // Theta(x1, x2): narrowdeep/ops/gram/reference.py
@@ -472,9 +550,11 @@ STABLE_TORCH_LIBRARY_IMPL(narrowdeep, CPU, m) {
   m.impl("mlp_forward", ND_OP(forward<Mlp>));
   m.impl("mlp_backward", ND_OP(backward<Mlp>));
   m.impl("mlp_jvp", ND_OP(jvp<Mlp>));
+  m.impl("mlp_backward_jvp", ND_OP(backward_jvp<Mlp>));
   m.impl("mlp_gram", ND_OP(gram<Mlp>));
   m.impl("cnn_forward", ND_OP(forward<Cnn>));
   m.impl("cnn_backward", ND_OP(backward<Cnn>));
   m.impl("cnn_jvp", ND_OP(jvp<Cnn>));
+  m.impl("cnn_backward_jvp", ND_OP(backward_jvp<Cnn>));
   m.impl("cnn_gram", ND_OP(gram<Cnn>));
 }

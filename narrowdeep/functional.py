@@ -1,8 +1,9 @@
 """Differentiable deep narrow chains, as functions of their data and parameters.
 
 One graph node for all layers, or one a chunk, on every device (``narrowdeep.chain.span``). It works under ``backward``,
-``torch.autograd.grad``, ``torch.func.{grad, vjp, jvp, jacrev, jacfwd, linearize, vmap}``, ``make_fx`` and
-``torch.compile(fullgraph=True)``. First derivatives only: a second one raises an error that says so.
+``torch.autograd.grad``, ``torch.func.{grad, vjp, jvp, jacrev, jacfwd, hessian, linearize, vmap}``, ``make_fx`` and
+``torch.compile(fullgraph=True)``. First and second derivatives, with the ReLUs' masks as constants; a third raises an
+error that says so.
 
 Under autocast a chain takes x of any lower floating dtype, cast up to that of its parameters, in which it computes.
 """
@@ -218,7 +219,7 @@ def mlp_chain(
     Returns: (*, out), dtype and device of the parameters.
 
     Raises: TypeError for dtypes, ValueError for shapes, devices, scale, form and segment; NotImplementedError when
-        differentiated twice.
+        differentiated three times.
     """
     params = {
         "first_weight": first_weight,

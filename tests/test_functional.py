@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
+from torch.func import functional_call, grad, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
 
 from narrowdeep import DeepNarrowCNN, DeepNarrowMLP
 from narrowdeep.functional import conv_chain, mlp_chain
@@ -241,39 +241,6 @@ def test_exports(case: Case) -> None:
     torch.testing.assert_close(program.module()(x), model(x))
     targets = [str(node.target) for node in program.graph.nodes]
     assert sum("narrowdeep" in target for target in targets) == 1, targets
-
-
-MESSAGE = r"narrowdeep differentiates its chains once: second derivatives .* use model.to_sequential\(\)"
-
-
-@both_families
-@both_forms
-def test_second_derivatives_are_refused(case: Case, form: str) -> None:
-    args = leaves(case, form)
-    out = chain(case, *args, form=form)
-    first = torch.autograd.grad(out.square().sum(), args, create_graph=True)
-    with pytest.raises(NotImplementedError, match=MESSAGE):
-        first[3].square().sum().backward()
-    x, *params = doubles(case, form)
-
-    def loss(x: Tensor) -> Tensor:
-        return chain(case, x, *params, form=form).square().sum()
-
-    for second in (hessian, lambda f: jacrev(jacrev(f)), lambda f: jacrev(jacfwd(f)), lambda f: jacfwd(jacfwd(f))):
-        with pytest.raises(NotImplementedError, match=MESSAGE):
-            second(loss)(x)
-    with pytest.raises(NotImplementedError, match=MESSAGE):
-        jvp(grad(loss), (x,), (x,))
-
-
-@both_families
-def test_first_derivatives_of_a_gradient_penalty_name_the_way_out(case: Case) -> None:
-    """The way that the message names works: the eager network has second derivatives."""
-    model, x = model_of(case), doubles(case)[0].requires_grad_()
-    (first,) = torch.autograd.grad(model.to_sequential()(x).square().sum(), x, create_graph=True)
-    first.square().sum().backward()
-    assert x.grad is not None
-    assert x.grad.abs().max() > 0
 
 
 @both_families

@@ -88,9 +88,13 @@ class CnnLayer {
     transposed(params_.first_weight, shape_.width, shape_.in, full, AddEpilogue<T>{grad_x, tiles_.row});
   }
 
-  int64_t gradient_scratch() const {
-    return shape_.width * max_of(shape_.width, max_of(shape_.in, shape_.out)) * taps_ * kLanes<T>;
+  // W^T full, of a weight (rows, columns)[tap].
+  template <class Epilogue>
+  void transposed(const T* weight, int64_t rows, int64_t columns, const T* full, const Epilogue& epilogue) const {
+    any_correlation(transposed_filter(weight, columns, shape_.size), rows, columns, full, epilogue);
   }
+
+  int64_t gradient_scratch(int64_t rows, int64_t columns) const { return rows * columns * taps_ * kLanes<T>; }
   // Of the weight (rows, columns)[tap] and the bias of a layer; added to what is there, or written over it.
   void gradient(int64_t rows, int64_t columns, int64_t valid, const T* full, const T* h, T* weight, T* bias, bool add,
                 T* scratch) const {
@@ -149,6 +153,10 @@ class CnnLayer {
   static constexpr bool in_registers() { return false; }
   void forward_in_registers(int64_t, int64_t, const State<T>&, T*) const {}
   void backward_in_registers(int64_t, int64_t, const State<T>&, const T*, T*) const {}
+  void forward_tangent_in_registers(int64_t, int64_t, const ChainParams<const T>&, const State<T>&, const State<T>&, T*,
+                                    T*) const {}
+  void backward_tangent_in_registers(int64_t, int64_t, const ChainParams<const T>&, const State<T>&, const State<T>&,
+                                     const T*, const T*, T*) const {}
   static constexpr int64_t packed_size() { return 0; }
   void unpack(const T*, int64_t, int64_t, int64_t, int64_t, T*, T*) const {}
 
@@ -191,10 +199,6 @@ class CnnLayer {
   template <class Epilogue>
   void product(const T* weight, int64_t rows, int64_t columns, const T* h, const Epilogue& epilogue) const {
     any_correlation(forward_filter(weight, columns, shape_.size), columns, rows, h, epilogue);
-  }
-  template <class Epilogue>
-  void transposed(const T* weight, int64_t rows, int64_t columns, const T* full, const Epilogue& epilogue) const {
-    any_correlation(transposed_filter(weight, columns, shape_.size), rows, columns, full, epilogue);
   }
   template <class Epilogue>
   void any_correlation(const Filter<T>& filter, int64_t channels, int64_t out_channels, const T* from,

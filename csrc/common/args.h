@@ -65,6 +65,17 @@ struct ChainJvp {
   T* output;
 };
 
+// The tangent of what ChainBackward gives, from those of all that it reads.
+template <class T>
+struct ChainBackwardJvp {
+  ChainShape shape;
+  ChainParams<const T> params, tangents;  // a null tangent is zero
+  const T *grad, *grad_tangent, *input, *input_tangent;
+  T* grad_input;  // null when not needed
+  bool need_params;
+  ChainParams<T> grads;  // not read unless need_params; all of it is written
+};
+
 // For plans: bytes that a backward takes beside its results, kept from its begin to its end and within a segment; and the
 // states of its longest segment, and how many of them it holds at once (fewer: it runs the segment's layers once more).
 struct BackwardCosts {
@@ -79,6 +90,7 @@ struct ChainKernels {
   void (*forward)(const ChainForward<T>&, const Parallel&);
   void (*backward)(const ChainBackward<T>&, const Parallel&);
   void (*jvp)(const ChainJvp<T>&, const Parallel&);
+  void (*backward_jvp)(const ChainBackwardJvp<T>&, const Parallel&);
   BackwardCosts (*backward_costs)(const ChainShape&, int64_t threads, bool need_params);
 };
 

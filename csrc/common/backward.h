@@ -21,6 +21,56 @@ struct GradientSizes {
   }
 };
 
+// `from` is added to `to`, or written there: their elements of share `share` of `shares`.
+template <class T>
+inline void sum_gradients(const GradientSizes& g, const ChainParams<T>& from, const ChainParams<T>& to, bool add,
+                          int64_t share, int64_t shares) {
+  const T* const source[6] = {from.first_weight, from.first_bias,  from.hidden_weight,
+                              from.hidden_bias,  from.last_weight, from.last_bias};
+  T* const target[6] = {to.first_weight, to.first_bias, to.hidden_weight, to.hidden_bias, to.last_weight, to.last_bias};
+  for (int i = 0; i < 6; ++i) {
+    const int64_t begin = g.sizes[i] * share / shares, count = g.sizes[i] * (share + 1) / shares - begin;
+    if (add) {
+      ND_ISA::add(count, source[i] + begin, target[i] + begin);
+    } else {
+      copy(count, source[i] + begin, target[i] + begin);
+    }
+  }
+}
+
+// The gradient that a tile begins with: r, that of the outputs, or all words of the last state's. Null is zero.
+template <class T>
+inline void load_gradient(const Tiles<T>& tiles, int64_t tile, const T* grad, T* r, T* hi, T* lo) {
+  const ChainShape& s = tiles.shape;
+  fill(tiles.size, T(0), hi);
+  fill(tiles.size, T(0), lo);
+  if (!grad) return fill(s.out * tiles.row, T(0), r);
+  if (s.last) {
+    load_outputs(tiles, tile, 1, s.out, grad, r);
+  } else if (s.offset) {
+    const int64_t row = tiles.image * s.batch;  // the same at every position
+    load_outputs(tiles, tile, row, 1, grad + tiles.right() * row, r);
+    restore(tiles, tile, true, grad + tiles.state(), State<T>(nullptr, hi, nullptr, lo));
+  } else {
+    return restore(tiles, tile, true, grad, State<T>(nullptr, hi, nullptr, lo));
+  }
+  // Every position has the same share in the mean. From the last, as they take the place of one position each.
+  const T share = s.last ? T(tiles.image) : T(1);
+  for (int64_t i = s.out; i-- > 0;)
+    for (int64_t p = tiles.positions; p-- > 0;)
+      for (int64_t e = 0; e < tiles.samples; ++e)
+        r[i * tiles.row + p * tiles.samples + e] = r[i * tiles.samples + e] / share;
+  clear_outside(tiles, s.out, r);
+}
+
+// base = R = [0; 0; r] of a gradient, and its floor.
+template <class T>
+inline void set_root(const Tiles<T>& tiles, const T* r, const State<T>& gradient) {
+  fill(tiles.size, T(0), gradient.base);
+  if (tiles.shape.offset) copy(tiles.shape.out * tiles.row, r, gradient.base + tiles.right() * tiles.row);
+  gradient.set_floor(tiles.size);
+}
+
 template <class Layer>
 class ChainBackwardRun {
   using T = typename Layer::Element;
@@ -90,8 +140,14 @@ class ChainBackwardRun {
     T *base, *floor, *full, *full_next, *states, *inner, *scratch;
     State<T> gradient(const Kept& kept) const { return {base, kept.hi, floor, kept.lo}; }
   };
+  int64_t scratch_elements() const {
+    if (layer.in_registers()) return 0;
+    const int64_t hidden = layer.gradient_scratch(s.width, s.width);
+    if (Layer::kEndsTogether) return hidden;
+    return max_of(hidden, max_of(layer.gradient_scratch(s.width, s.in), layer.gradient_scratch(s.out, s.width)));
+  }
   int64_t room_elements() const {
-    return (State<T>::kArrays + 2 + held + pieces * tiles.words()) * size + 2 * room + layer.gradient_scratch();
+    return (State<T>::kArrays + 2 + held + pieces * tiles.words()) * size + 2 * room + scratch_elements();
   }
   Room room_at(T* memory) const {
     const State<T> state(memory, size);
@@ -139,22 +195,6 @@ class ChainBackwardRun {
     for (int64_t n : g.sizes) g.total += n;
     return g;
   }
-  // `from` is added to `to`, or written there: their elements of share `share` of `shares`.
-  static void sum(const GradientSizes& g, const ChainParams<T>& from, const ChainParams<T>& to, bool add, int64_t share,
-                  int64_t shares) {
-    const T* const source[6] = {from.first_weight, from.first_bias,  from.hidden_weight,
-                                from.hidden_bias,  from.last_weight, from.last_bias};
-    T* const target[6] = {to.first_weight, to.first_bias,  to.hidden_weight,
-                          to.hidden_bias,  to.last_weight, to.last_bias};
-    for (int i = 0; i < 6; ++i) {
-      const int64_t begin = g.sizes[i] * share / shares, count = g.sizes[i] * (share + 1) / shares - begin;
-      if (add) {
-        ND_ISA::add(count, source[i] + begin, target[i] + begin);
-      } else {
-        copy(count, source[i] + begin, target[i] + begin);
-      }
-    }
-  }
 
   // Every worker takes its tiles through steps [first, last), backwards; then the sums of all workers are added up.
   void group(int64_t first, int64_t last, T* memory) const {
@@ -190,7 +230,7 @@ class ChainBackwardRun {
           take_step(tile, n * step, min_of((n + 1) * step, s.layers), k, room, sums, first_layer, add);
         if (first == 0) leave(tile, k, room, sums, add);
         if (blocked && args.need_params && ((i + 1) % block == 0 || i + 1 == share.count))
-          sum(g, sums, total, i >= block, 0, 1);
+          sum_gradients(g, sums, total, i >= block, 0, 1);
       }
     });
     if (!args.need_params) return;
@@ -204,40 +244,20 @@ class ChainBackwardRun {
       });
     } else if (workers > 1) {
       parallel_for(parallel, workers, [&](int64_t task) {
-        for (int64_t worker = 1; worker < workers; ++worker) sum(g, total_of(worker), total_of(0), true, task, workers);
+        for (int64_t worker = 1; worker < workers; ++worker)
+          sum_gradients(g, total_of(worker), total_of(0), true, task, workers);
       });
     }
   }
 
-  // The gradient that a tile begins with: that of the outputs, or of the last state.
   void load(int64_t tile, const Kept& k) const {
     if (s.first) load_images(tiles, tile, s.in, false, args.input, k.x);
-    if (s.last) {
-      load_outputs(tiles, tile, 1, s.out, args.grad, k.r);
-      fill(size, T(0), k.hi);
-      fill(size, T(0), k.lo);
-    } else if (s.offset) {
-      const int64_t row = tiles.image * s.batch;  // the same at every position
-      load_outputs(tiles, tile, row, 1, args.grad + tiles.right() * row, k.r);
-      restore(tiles, tile, true, args.grad + tiles.state(), State<T>(nullptr, k.hi, nullptr, k.lo));
-    } else {
-      restore(tiles, tile, true, args.grad, State<T>(nullptr, k.hi, nullptr, k.lo));
-      return;
-    }
-    // Every position has the same share in the mean. From the last, as they take the place of one position each.
-    const T share = s.last ? T(tiles.image) : T(1);
-    for (int64_t i = s.out; i-- > 0;)
-      for (int64_t p = tiles.positions; p-- > 0;)
-        for (int64_t e = 0; e < tiles.samples; ++e)
-          k.r[i * tiles.row + p * tiles.samples + e] = k.r[i * tiles.samples + e] / share;
-    clear_outside(tiles, s.out, k.r);
+    load_gradient(tiles, tile, args.grad, k.r, k.hi, k.lo);
   }
 
   // What stays the same on the way: base = R = [0; 0; r] of the gradient and its floor, and the base of the states.
   void set_bases(int64_t tile, const Kept& k, const Room& room) const {
-    fill(size, T(0), room.base);
-    if (s.offset) copy(s.out * tiles.row, k.r, room.base + tiles.right() * tiles.row);
-    room.gradient(k).set_floor(size);
+    set_root(tiles, k.r, room.gradient(k));
     if (s.first) {
       set_base(tiles, k.x, room.state.base);
     } else {

@@ -195,6 +195,63 @@ void chain_forward(const ChainForward<T>& args, const Parallel& parallel) {
   });
 }
 
+// Tangent of state 0 of a tile, `full` its value, `h` that of the state. A null tangent is zero, also in `x_tangent`.
+template <class Layer, class T>
+inline void enter_tangent(const Tiles<T>& tiles, const Layer& layer, int64_t tile, const T* input_tangent,
+                          const ChainParams<const T>& tangents, const T* x, T* x_tangent, const T* h,
+                          const State<T>& tangent, T* full) {
+  if (tiles.shape.first) {
+    if (input_tangent) {
+      load_images(tiles, tile, tiles.shape.in, false, input_tangent, x_tangent);
+    } else {
+      fill(tiles.shape.in * tiles.row, T(0), x_tangent);
+    }
+    layer.first_tangent(x, input_tangent ? x_tangent : nullptr, tangents, h, tangent, full);
+    return;
+  }
+  if (input_tangent) {
+    load_state(tiles, tile, false, input_tangent, tangent);
+  } else {
+    fill(tiles.size, T(0), tangent.base);
+    fill(tiles.size, T(0), tangent.hi);
+    fill(tiles.size, T(0), tangent.lo);
+  }
+  tangent.set_floor(tiles.size);
+  tangent.total(tiles.size, full);
+}
+
+// `run` of a state and its tangent, whose value is `full`.
+template <class Layer, class T>
+inline void run_with_tangent(const Tiles<T>& tiles, const Layer& layer, int64_t begin, int64_t end,
+                             const ChainParams<const T>& tangents, const State<T>& state, const State<T>& tangent,
+                             T*& h, T*& spare, T*& full, T*& full_spare) {
+  while (begin < end) {
+    const int64_t stop = tiles.next_renormalisation(begin, end);
+    const bool due = tiles.renormalises(stop), registers = layer.in_registers();
+    if (registers) {
+      layer.forward_tangent_in_registers(begin, stop, tangents, state, tangent, spare ? nullptr : h,
+                                         spare ? nullptr : full);
+      if (!spare) h += (stop - begin) * tiles.size, full += (stop - begin) * tiles.size;
+    }
+    for (int64_t l = begin; l < stop && !registers; ++l) {
+      T *const next = spare ? spare : h + tiles.size, *const full_next = spare ? full_spare : full + tiles.size;
+      layer.step(l, state, h, next);
+      layer.step_tangent(l, tangents, h, next, full, tangent, full_next);
+      if (spare) spare = h, full_spare = full;
+      h = next, full = full_next;
+    }
+    if (due) {
+      renormalise(tiles, state);
+      renormalise(tiles, tangent);
+      if (!spare || !registers) {
+        state.total(tiles.size, h);
+        tangent.total(tiles.size, full);
+      }
+    }
+    begin = stop;
+  }
+}
+
 template <class Layer, class T = typename Layer::Element>
 void chain_jvp(const ChainJvp<T>& args, const Parallel& parallel) {
   const Tiles<T> tiles(args.shape, Layer::kMostVectors, parallel.threads, Layer::strips(args.shape, parallel.threads));
@@ -216,32 +273,11 @@ void chain_jvp(const ChainJvp<T>& args, const Parallel& parallel) {
     for (int64_t i = 0; i < share.count; ++i) {
       const int64_t tile = share[i];
       enter(tiles, layer, tile, args.input, x, state, h);
-      if (s.first) {
-        if (args.input_tangent) load_images(tiles, tile, s.in, false, args.input_tangent, x_tangent);
-        layer.first_tangent(x, args.input_tangent ? x_tangent : nullptr, args.tangents, h, tangent, full);
-      } else {
-        if (args.input_tangent) {
-          load_state(tiles, tile, false, args.input_tangent, tangent);
-        } else {
-          fill(State<T>::kArrays * size, T(0), tangent.base);
-        }
-        tangent.set_floor(size);
+      enter_tangent(tiles, layer, tile, args.input_tangent, args.tangents, x, x_tangent, h, tangent, full);
+      run_with_tangent(tiles, layer, 0, s.layers, args.tangents, state, tangent, h, h_next, full, full_next);
+      if (layer.in_registers()) {
+        state.total(size, h);
         tangent.total(size, full);
-      }
-      for (int64_t l = 0; l < s.layers; ++l) {
-        layer.step(l, state, h, h_next);
-        const bool due = tiles.renormalises(l + 1);
-        if (due) {
-          renormalise(tiles, state);
-          state.total(size, h_next);
-        }
-        layer.step_tangent(l, args.tangents, h, h_next, full, tangent, full_next);
-        if (due) {
-          renormalise(tiles, tangent);
-          tangent.total(size, full_next);
-        }
-        swap(h, h_next);
-        swap(full, full_next);
       }
       if (s.last) {
         layer.last_tangent(args.tangents, h, full, tangent, z);

@@ -3,7 +3,7 @@
 
 #include "common/epilogue.h"
 #include "common/state.h"
-#include "mlp/narrow.h"
+#include "mlp/narrow_tangent.h"
 
 namespace narrowdeep {
 namespace ND_ISA {
@@ -174,7 +174,13 @@ class MlpLayer {
                InputEpilogue<T>{full, shape_.offset ? shape_.in : 0, T(shape_.scale), grad_x, tiles_.samples});
   }
 
-  int64_t gradient_scratch() const { return in_registers() ? 0 : tiles_.samples * padded_columns<T>(shape_.width); }
+  // W^T full, of a weight (rows, columns).
+  template <class Epilogue>
+  void transposed(const T* weight, int64_t rows, int64_t columns, const T* full, const Epilogue& epilogue) const {
+    multiply<T>(int(tiles_.vectors), columns, weight, 1, columns, full, tiles_.samples, rows, epilogue);
+  }
+
+  int64_t gradient_scratch(int64_t, int64_t columns) const { return tiles_.samples * padded_columns<T>(columns); }
   // Of the weight (rows, columns) and the bias of a layer; added to what is there, or written over it.
   void gradient(int64_t rows, int64_t columns, int64_t valid, const T* full, const T* h, T* weight, T* bias, bool add,
                 T* scratch) const {
@@ -274,6 +280,26 @@ class MlpLayer {
                                      packed);
     });
   }
+  // The same beside tangents.
+  void forward_tangent_in_registers(int64_t begin, int64_t end, const ChainParams<const T>& tangents,
+                                    const State<T>& state, const State<T>& tangent, T* states,
+                                    T* tangent_values) const {
+    with_tangents(tangents, [&](auto width, auto offset, auto weight_t, const NarrowTangents<T>& of) {
+      constexpr int N = decltype(width)::value;
+      for_vectors<kTangentVectors<N>>(
+          int(tiles_.vectors), kLanes<T>,
+          NarrowForwardTangent<T, N, decltype(offset)::value, decltype(weight_t)::value>{
+              of, begin, end, tiles_.samples, tiles_.skip, words(state, tangent), states, tangent_values});
+    });
+  }
+  void backward_tangent_in_registers(int64_t begin, int64_t end, const ChainParams<const T>& tangents,
+                                     const State<T>& g, const State<T>& g_t, const T* states, const T* tangent_values,
+                                     T* packed) const {
+    with_tangents(tangents, [&](auto width, auto offset, auto weight_t, const NarrowTangents<T>& of) {
+      narrow_backward_tangent<T, decltype(width)::value, decltype(offset)::value, decltype(weight_t)::value>(
+          of, begin, end, int(tiles_.vectors), tiles_.skip, words(g, g_t), states, tangent_values, packed);
+    });
+  }
   int64_t packed_size() const {
     int64_t size = 0;
     of_width([&](auto width) { size = NarrowEntries<T, decltype(width)::value>::kSize; });
@@ -309,6 +335,24 @@ class MlpLayer {
   struct Width {
     static constexpr int value = N;
   };
+  template <bool B>
+  struct Flag {
+    static constexpr bool value = B;
+  };
+  static NarrowWords<T> words(const State<T>& state, const State<T>& tangent) {
+    return {state.floor, tangent.floor, state.lo, tangent.lo};
+  }
+  // body(width, offset form, whether there is a tangent of the weight, parameters and tangents)
+  template <class Body>
+  ND_INLINE void with_tangents(const ChainParams<const T>& t, const Body& body) const {
+    const NarrowTangents<T> of{params_.hidden_weight, params_.hidden_bias, t.hidden_weight, t.hidden_bias};
+    of_width([&](auto width) {
+      if (shape_.offset && t.hidden_weight) return body(width, Flag<true>(), Flag<true>(), of);
+      if (shape_.offset) return body(width, Flag<true>(), Flag<false>(), of);
+      if (t.hidden_weight) return body(width, Flag<false>(), Flag<true>(), of);
+      body(width, Flag<false>(), Flag<false>(), of);
+    });
+  }
   template <int N = kNarrowest, class Body>
   ND_INLINE void of_width(const Body& body) const {
     if constexpr (N <= kWidestNarrow) {
@@ -319,10 +363,6 @@ class MlpLayer {
   template <class Epilogue>
   void product(const T* weight, int64_t rows, int64_t columns, const T* h, const Epilogue& epilogue) const {
     multiply<T>(int(tiles_.vectors), rows, weight, columns, 1, h, tiles_.samples, columns, epilogue);
-  }
-  template <class Epilogue>
-  void transposed(const T* weight, int64_t rows, int64_t columns, const T* full, const Epilogue& epilogue) const {
-    multiply<T>(int(tiles_.vectors), columns, weight, 1, columns, full, tiles_.samples, rows, epilogue);
   }
   // What the identity part of the last layer passes on, without the base.
   void add_right(const State<T>& state, T* z) const {

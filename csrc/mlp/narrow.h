@@ -93,8 +93,10 @@ struct NarrowEntries {
   }
 };
 
-template <class T, int N, int GROUP>
-ND_INLINE void narrow_reduce_groups(const T* full, const T* h, int vectors, T* partial) {
+// TWO: full2_i h2_j as well, but not in the bias's sums.
+template <class T, int N, int GROUP, bool TWO = false>
+ND_INLINE void narrow_reduce_groups(const T* full, const T* h, int vectors, T* partial, const T* full2 = nullptr,
+                                    const T* h2 = nullptr) {
   typedef NarrowEntries<T, N> E;
   if constexpr (GROUP < E::kGroups) {
     constexpr int lanes = kLanes<T>;
@@ -110,13 +112,16 @@ ND_INLINE void narrow_reduce_groups(const T* full, const T* h, int vectors, T* p
         if (entry < N * N) {
           acc[e] =
               fma(load(full + (entry / N) * samples + v * lanes), load(h + (entry % N) * samples + v * lanes), acc[e]);
+          if (TWO)
+            acc[e] = fma(load(full2 + (entry / N) * samples + v * lanes), load(h2 + (entry % N) * samples + v * lanes),
+                         acc[e]);
         } else {
           acc[e] = acc[e] + load(full + (entry - N * N) * samples + v * lanes);
         }
       }
     T* to = partial + GROUP * lanes;
     store(to, load(to) + sum_lanes<T, padded>(acc));
-    narrow_reduce_groups<T, N, GROUP + 1>(full, h, vectors, partial);
+    narrow_reduce_groups<T, N, GROUP + 1, TWO>(full, h, vectors, partial, full2, h2);
   }
 }
 

@@ -15,6 +15,7 @@ from narrowdeep.ntk.linear import LinearizedModel, linearize
 
 if TYPE_CHECKING:
     from narrowdeep.ntk.classification import NTKClassifier
+    from narrowdeep.ntk.curvature import sharpness
     from narrowdeep.ntk.gaussian_process import LimitNTK
     from narrowdeep.ntk.regression import NTKRegressor
     from narrowdeep.ntk.spectrum import heavy_ball, loss_curve, max_learning_rate
@@ -37,6 +38,7 @@ __all__ = [
     "loss_curve",
     "max_learning_rate",
     "ntk_vector_product",
+    "sharpness",
     "zero_crossings",
 ]
 
@@ -47,6 +49,7 @@ _LATER = {
     "heavy_ball": "spectrum",
     "loss_curve": "spectrum",
     "max_learning_rate": "spectrum",
+    "sharpness": "curvature",
 }
 
 

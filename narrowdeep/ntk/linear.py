@@ -9,34 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from narrowdeep.ntk.empirical import checked_samples
-from narrowdeep.ntk.network import check_module, find, function_of, plain, reading, trained
-from narrowdeep.ops.autograd import differentiated_once
-
-
-class _FirstOrder(torch.autograd.Function):
-    """forward(model, x, starts, *parameters) -> f(x) + J(x) (parameters - starts), f and J at ``starts``.
-
-    Forward mode gives the value and a backward of the model its gradient: the model itself is differentiated once.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, model: nn.Module, x: Tensor, starts: dict[str, Tensor], *params: Tensor) -> Tensor:
-        ctx.model, ctx.starts = model, starts
-        ctx.save_for_backward(x)
-        with reading(model):
-            call = function_of(model, find(model)).call
-            change = {name: plain(param) - start for (name, start), param in zip(starts.items(), params, strict=True)}
-            found: Any = torch.func.jvp(lambda values: call(values, x), (starts,), (change,))
-            return found[0] + found[1]
-
-    @staticmethod
-    @differentiated_once
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        (x,) = ctx.saved_tensors
-        with reading(ctx.model):
-            call = function_of(ctx.model, find(ctx.model)).call
-            (grads,) = torch.func.vjp(lambda values: call(values, x), ctx.starts)[1](plain(grad))
-        return (None, None, None, *(grads[name] for name in ctx.starts))
+from narrowdeep.ntk.network import check_module, find, function_of, reading, trained
 
 
 class LinearizedModel(nn.Module):
@@ -68,13 +41,17 @@ class LinearizedModel(nn.Module):
         """Outputs of samples (N, ...). Raises: as ``empirical_ntk``; ValueError where a gradient for x is asked for."""
         if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
             raise ValueError("x must not require gradients: a linearized model has them for its parameters alone")
-        ours = find(self.model)
-        with reading(self.model):
-            samples = checked_samples(self.model, ours, "x", x)
-            function_of(self.model, ours).outputs(samples)  # which checks them
+        ours, graph = find(self.model), torch.is_grad_enabled()
         params = {name: param for name, param in self.model.named_parameters() if param.requires_grad}
         starts = {name: self.get_buffer(f"start_{i}") for i, name in enumerate(params)}
-        return _FirstOrder.apply(self.model, samples, starts, *params.values())
+        with reading(self.model):
+            samples = checked_samples(self.model, ours, "x", x)
+            function = function_of(self.model, ours)
+            function.outputs(samples)  # which checks them
+            with torch.set_grad_enabled(graph):
+                change = {name: param - starts[name] for name, param in params.items()}
+                found: Any = torch.func.jvp(lambda values: function.call(values, samples), (starts,), (change,))
+                return found[0] + found[1]
 
 
 def linearize(model: nn.Module) -> LinearizedModel:
@@ -88,7 +65,7 @@ def linearize(model: nn.Module) -> LinearizedModel:
         model: as in ``empirical_ntk``; it is copied. Parameters with ``requires_grad=False`` now stay as they are.
 
     Returns: a module with the parameters of the copy, under ``model.``; it maps (N, ...) as the model does.
-    Differentiable once, in its parameters.
+    Differentiable in its parameters.
 
     Raises: TypeError or ValueError naming the argument, the rule and the value.
 

@@ -1,14 +1,12 @@
 """Derivatives of the raw ops, on their Autograd keys: reached with autograd on, an op differentiates or raises.
 
-A chain's derivative is one op, ``forward -> backward`` and ``forward -> jvp``, and each of these two is linear in what
-it is given beside the chain's inputs (``grad_out``, the tangents), where its derivative is the other one: three nodes
-that refer to each other. With respect to the inputs they would be second derivatives of the chain, which it does not
-have: the inputs go through ``Once``, a node that raises when a derivative reaches it.
+A chain's derivative is one op, ``forward -> backward`` and ``forward -> jvp``. Each of these two is linear in what it
+is given beside the chain's inputs (``grad_out``, the tangents), where its derivative is the other one; with respect to
+the inputs it is ``backward_jvp`` for both, as the second derivative of <grad_out, f> is symmetric. There it ends.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -19,10 +17,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
-SECOND_ORDER = (
-    "narrowdeep differentiates its chains once: second derivatives (create_graph=True, torch.func.hessian, jvp of grad)"
-    " are not supported; use model.to_sequential() for them, or Gauss-Newton products (curvlinops' GGNLinearOperator,"
-    " torch.func.vjp of torch.func.jvp), which take first derivatives alone"
+THIRD_ORDER = (
+    "narrowdeep differentiates its chains twice: third derivatives are not supported; use model.to_sequential() for"
+    " them"
+)
+FORWARD_TWICE = (
+    "narrowdeep has no forward mode over forward mode: take second derivatives by torch.func.hessian, by forward over "
+    "reverse (jvp of grad) or by reverse over forward (grad of jvp)"
 )
 _INPUTS = 7
 """The span's input, x or a state, and the six parameters."""
@@ -30,12 +31,15 @@ _INPUTS = 7
 _SETTINGS = 5
 """scale, offset, outputs, start, segment; a jvp has no segment."""
 
+_SECOND = 2 + 2 * _INPUTS
+"""Tensors of a second derivative: grad_out and its tangent, the inputs and theirs."""
+
 NODES: dict[str, type[Function]] = {}
 """The forward's node of each family, whose arguments are the op's."""
 
 
 class Once(Function):
-    """Tensors as they are, to be differentiated no more."""
+    """Tensors as they are, with respect to which a second derivative is differentiated no more."""
 
     generate_vmap_rule = True
 
@@ -49,19 +53,11 @@ class Once(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        raise NotImplementedError(SECOND_ORDER)
+        raise NotImplementedError(THIRD_ORDER)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
-        raise NotImplementedError(SECOND_ORDER)
-
-
-def once(inputs: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """The inputs of a derivative of a chain; None where an end is missing."""
-    if not (torch.is_grad_enabled() or forward_ad._current_level >= 0):
-        return inputs
-    tied = iter(Once.apply(*(t for t in inputs if t is not None)))
-    return tuple(None if t is None else next(tied) for t in inputs)
+        raise NotImplementedError(THIRD_ORDER)
 
 
 def alone() -> bool:
@@ -83,27 +79,6 @@ def nothing_saved(input: Tensor, first_weight: Tensor | None, hidden_weight: Ten
     """What a backward takes in place of ``saved`` with segment 0: it runs the forward again."""
     places = input.shape[2:] if first_weight is None else (*input.shape[2:], input.shape[0])
     return input.new_empty(0, 1, hidden_weight.shape[1], *places)
-
-
-def differentiated_once(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., Any]:
-    """For the backward of a node: what it returns raises when it is differentiated, with respect to anything.
-
-    ``torch.autograd.function.once_differentiable`` asks only whether the gradients require gradients themselves: of a
-    sum's gradient, which does not, it makes a constant.
-    """
-
-    @functools.wraps(backward)
-    def run(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.no_grad():
-            found = backward(ctx, *grads)
-        if not torch.is_grad_enabled():
-            return found
-        tensors = [t for t in found if t is not None]
-        saved = [t for t in ctx.saved_tensors if t is not None]
-        tied = iter(Once.apply(*tensors, *grads, *saved)[: len(tensors)])
-        return tuple(None if t is None else next(tied) for t in found)
-
-    return run
 
 
 def _dual(value: Any) -> bool:
@@ -150,7 +125,7 @@ def register(library: torch.library.Library, name: str, apply: Callable[..., Any
 def register_without_derivative(library: torch.library.Library, name: str) -> None:
     """Results of op ``name`` raise when they are differentiated."""
     op = getattr(torch.ops.narrowdeep, name).default
-    message = f"narrowdeep::{name} has no derivative: {SECOND_ORDER}"
+    message = f"narrowdeep::{name} has no derivative"
 
     class WithoutDerivative(Function):
         generate_vmap_rule = True
@@ -176,7 +151,6 @@ def register_without_derivative(library: torch.library.Library, name: str) -> No
 
 def register_chain(library: torch.library.Library, family: str, title: str, ops: Any) -> None:
     """Register the derivatives of a family's ops; ``title`` is what graphs and profilers show."""
-
     class Chain(Function):
         generate_vmap_rule = True
 
@@ -189,8 +163,9 @@ def register_chain(library: torch.library.Library, family: str, title: str, ops:
             ctx.settings = inputs[_INPUTS:]
             ctx.mark_non_differentiable(output[1])
             ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*inputs[:_INPUTS], output[1])
-            ctx.save_for_forward(*inputs[:_INPUTS])
+            tensors = *inputs[:_INPUTS], output[1]  # the same for both: a generated vmap rule mixes them up
+            ctx.save_for_backward(*tensors)
+            ctx.save_for_forward(*tensors)
 
         @staticmethod
         def backward(ctx: Any, grad_out: Tensor | None, grad_saved: None) -> tuple[Tensor | None, ...]:
@@ -202,12 +177,12 @@ def register_chain(library: torch.library.Library, family: str, title: str, ops:
             if alone():
                 grads = below_autograd(ops.backward, grad_out, *inputs, *rest)
             else:
-                grads = apply_backward(grad_out, *inputs, *rest)
+                grads = Backward.apply(grad_out, *inputs, *rest)
             return (*(g if n else None for g, n in zip(grads, needed, strict=True)), *[None] * _SETTINGS)
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, None]:
-            return apply_jvp(*ctx.saved_tensors[:_INPUTS], *tangents[:_INPUTS], *ctx.settings[:-1]), None
+            return Jvp.apply(*ctx.saved_tensors[:_INPUTS], *tangents[:_INPUTS], *ctx.settings[:-1]), None
 
     class Backward(Function):
         """Linear in ``grad_out``; there its transpose is the jvp."""
@@ -222,26 +197,32 @@ def register_chain(library: torch.library.Library, family: str, title: str, ops:
         def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
             ctx.settings = inputs[_INPUTS + 2 :]
             ctx.set_materialize_grads(False)
-            tensors = inputs[1 : _INPUTS + 2]
+            tensors = inputs[: _INPUTS + 2]
             ctx.save_for_backward(*tensors)
             ctx.save_for_forward(*tensors)
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
             *settings, _segment, need_input, need_params = ctx.settings
-            inputs = ctx.saved_tensors[:_INPUTS]
-            present = (need_input, *(need_params and p is not None for p in inputs[1:]))
-            tangents = [g if p else None for g, p in zip(grads, present, strict=True)]
-            found = None
-            if ctx.needs_input_grad[0] and any(t is not None for t in tangents):
-                found = apply_jvp(*inputs, *tangents, *settings)
-            return (found, *[None] * (_INPUTS + 1 + _SETTINGS + 2))
+            grad_out, *inputs, _saved = ctx.saved_tensors
+            tangents = present(grads, inputs, need_input, need_params)
+            found: Any = [None] * (_INPUTS + 1)
+            needed = ctx.needs_input_grad[: _INPUTS + 1]
+            if any(t is not None for t in tangents):
+                if needed[0]:
+                    found[0] = Jvp.apply(*inputs, *tangents, *settings)
+                if any(needed[1:]):
+                    found[1:] = curvature(grad_out, inputs, tangents, settings, needed[1:])
+            return (*found, *[None] * (_SETTINGS + 3))
 
         @staticmethod
         def jvp(ctx: Any, grad_out_t: Tensor | None, *tangents: Any) -> tuple[Tensor, ...]:
-            if any(t is not None for t in tangents[:_INPUTS]):
-                raise NotImplementedError(SECOND_ORDER)
-            return apply_backward(grad_out_t, *ctx.saved_tensors, *ctx.settings)
+            grad_out, *tensors = ctx.saved_tensors
+            *settings, _segment, need_input, need_params = ctx.settings
+            if all(t is None for t in tangents[:_INPUTS]):
+                return Backward.apply(grad_out_t, *tensors, *ctx.settings)
+            args = *tensors[:_INPUTS], *tangents[:_INPUTS], *settings
+            return second_derivative(grad_out, grad_out_t, *args, need_input, need_params)
 
     class Jvp(Function):
         """Linear in the tangents; there its transpose is the backward."""
@@ -256,37 +237,88 @@ def register_chain(library: torch.library.Library, family: str, title: str, ops:
         def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
             ctx.settings = inputs[2 * _INPUTS :]
             ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*inputs[:_INPUTS])
-            ctx.save_for_forward(*inputs[:_INPUTS])
+            ctx.save_for_backward(*inputs[: 2 * _INPUTS])
+            ctx.save_for_forward(*inputs[: 2 * _INPUTS])
 
         @staticmethod
         def backward(ctx: Any, grad_out: Tensor | None) -> tuple[Tensor | None, ...]:
-            needed = ctx.needs_input_grad[_INPUTS : 2 * _INPUTS]
-            grads: Any = [None] * _INPUTS
-            if grad_out is not None and any(needed):
-                input, first_weight, _, hidden_weight = ctx.saved_tensors[:4]
-                saved = nothing_saved(input, first_weight, hidden_weight)
-                settings = (*ctx.settings, 0, needed[0], any(needed[1:]))
-                grads = apply_backward(grad_out, *ctx.saved_tensors, saved, *settings)
-                grads = [g if n else None for g, n in zip(grads, needed, strict=True)]
-            return (*[None] * _INPUTS, *grads, *[None] * (_SETTINGS - 1))
+            inputs, tangents = ctx.saved_tensors[:_INPUTS], ctx.saved_tensors[_INPUTS:]
+            needed = ctx.needs_input_grad[:_INPUTS], ctx.needs_input_grad[_INPUTS : 2 * _INPUTS]
+            found: Any = [None] * (2 * _INPUTS)
+            if grad_out is not None and any(needed[0]):
+                found[:_INPUTS] = curvature(grad_out, inputs, tangents, ctx.settings, needed[0])
+            if grad_out is not None and any(needed[1]):
+                saved = nothing_saved(inputs[0], inputs[1], inputs[3])
+                settings = (*ctx.settings, 0, needed[1][0], any(needed[1][1:]))
+                grads = Backward.apply(grad_out, *inputs, saved, *settings)
+                found[_INPUTS:] = [g if n else None for g, n in zip(grads, needed[1], strict=True)]
+            return (*found, *[None] * (_SETTINGS - 1))
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Any) -> Tensor:
             if any(t is not None for t in tangents[:_INPUTS]):
-                raise NotImplementedError(SECOND_ORDER)
-            return apply_jvp(*ctx.saved_tensors, *tangents[_INPUTS : 2 * _INPUTS], *ctx.settings)
+                raise NotImplementedError(FORWARD_TWICE)
+            return Jvp.apply(*ctx.saved_tensors[:_INPUTS], *tangents[_INPUTS : 2 * _INPUTS], *ctx.settings)
 
-    def apply_backward(grad_out: Tensor | None, *args: Any) -> Any:
-        return Backward.apply(grad_out, *once(args[:_INPUTS]), *args[_INPUTS:])
+    class Second(Function):
+        """Linear in ``grad_out_t`` and in the tangents; there it is its own transpose, and the jvp."""
 
-    def apply_jvp(*args: Any) -> Any:
-        return Jvp.apply(*once(args[:_INPUTS]), *args[_INPUTS:])
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*args: Any) -> tuple[Tensor, ...]:
+            return below_autograd(ops.backward_jvp, *args)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+            ctx.settings = inputs[_SECOND:]
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(inputs[0], *inputs[2 : 2 + _INPUTS])
+            ctx.save_for_forward(inputs[0], *inputs[2 : 2 + _INPUTS])
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            *settings, need_input, need_params = ctx.settings
+            grad_out, *inputs = ctx.saved_tensors
+            tangents = present(grads, inputs, need_input, need_params)
+            needed = ctx.needs_input_grad
+            grad_out_t, found = None, [None] * _INPUTS
+            if any(t is not None for t in tangents):
+                if needed[1]:
+                    grad_out_t = Jvp.apply(*inputs, *tangents, *settings)
+                if any(needed[2 + _INPUTS : _SECOND]):
+                    found = curvature(grad_out, inputs, tangents, settings, needed[2 + _INPUTS : _SECOND])
+            return (None, grad_out_t, *[None] * _INPUTS, *found, *[None] * (_SETTINGS + 1))
+
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
+            grad_out, *inputs = ctx.saved_tensors
+            return second_derivative(grad_out, tangents[1], *inputs, *tangents[2 + _INPUTS : _SECOND], *ctx.settings)
+
+    def second_derivative(grad_out: Tensor, grad_out_t: Tensor | None, *args: Any) -> Any:
+        if alone():
+            return below_autograd(ops.backward_jvp, grad_out, grad_out_t, *args)
+        primals = grad_out, *args[:_INPUTS]
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+            tied = iter(Once.apply(*(t for t in primals if t is not None)))
+            primals = tuple(None if t is None else next(tied) for t in primals)
+        return Second.apply(primals[0], grad_out_t, *primals[1:], *args[_INPUTS:])
+
+    def present(grads: Any, inputs: Any, need_input: bool, need_params: bool) -> list[Tensor | None]:
+        """Gradients of what an op gave; None for what came back empty."""
+        given = (need_input, *(need_params and p is not None for p in inputs[1:]))
+        return [g if p else None for g, p in zip(grads, given, strict=True)]
+
+    def curvature(grad_out: Tensor, inputs: Any, tangents: Any, settings: Any, needed: Any) -> list[Any]:
+        """The second derivative of <grad_out, f(inputs)> along ``tangents``, for the inputs that are ``needed``."""
+        grads = second_derivative(grad_out, None, *inputs, *tangents, *settings, needed[0], any(needed[1:]))
+        return [g if n else None for g, n in zip(grads, needed, strict=True)]
 
     nodes: tuple[tuple[str, type[Function], Callable[..., Any], str], ...] = (
         ("forward", Chain, Chain.apply, title),
-        ("backward", Backward, apply_backward, f"{title}Gradient"),
-        ("jvp", Jvp, apply_jvp, f"{title}Tangent"),
+        ("backward", Backward, Backward.apply, f"{title}Gradient"),
+        ("jvp", Jvp, Jvp.apply, f"{title}Tangent"),
+        ("backward_jvp", Second, second_derivative, f"{title}SecondDerivative"),
     )
     for op, node, apply, name in nodes:
         setattr(node.forward, "__signature__", inspect.signature(node.forward))  # noqa: B010 (torch asks at every call)

@@ -8,6 +8,8 @@ with both ends.
     backward(grad, input, params, saved, scale, offset, outputs, start, segment, need_input, need_params)
         -> (gradient of input, gradients of the six params)
     jvp(input, params, input_t, tangents of the six params, scale, offset, outputs, start) -> tangent of output
+    backward_jvp(grad, grad_t, input, params, input_t, tangents of the six params, scale, offset, outputs, start,
+        need_input, need_params) -> (tangent of the gradient of input, those of the gradients of the six params)
 
 =====================  ================================================================================================
 ``input``              x, (B, in, *positions), where the first layer is there; else a state
@@ -45,12 +47,15 @@ PARAMS = ("first_weight", "first_bias", "hidden_weight", "hidden_bias", "last_we
 _HIDDEN = PARAMS[2:4]
 _PARAMS = ", ".join(f"Tensor{'' if name in _HIDDEN else '?'} {name}" for name in PARAMS)
 _TANGENTS = ", ".join(f"Tensor? {name}_t" for name in ("input", *PARAMS))
+_GRADIENTS = ", ".join(["Tensor"] * 7)
 _SETTINGS = "float scale, bool offset, int outputs, int start"
 _SCHEMAS = {
     "forward": f"(Tensor input, {_PARAMS}, {_SETTINGS}, int segment) -> (Tensor, Tensor)",
     "backward": f"(Tensor grad, Tensor input, {_PARAMS}, Tensor saved, {_SETTINGS}, int segment, bool need_input, "
-    "bool need_params) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"bool need_params) -> ({_GRADIENTS})",
     "jvp": f"(Tensor input, {_PARAMS}, {_TANGENTS}, {_SETTINGS}) -> Tensor",
+    "backward_jvp": f"(Tensor grad, Tensor? grad_t, Tensor input, {_PARAMS}, {_TANGENTS}, {_SETTINGS}, "
+    f"bool need_input, bool need_params) -> ({_GRADIENTS})",
 }
 
 library = torch.library.Library("narrowdeep", "DEF")
@@ -63,10 +68,11 @@ class ChainOps:
     forward: Callable[..., Any]
     backward: Callable[..., Any]
     jvp: Callable[..., Any]
+    backward_jvp: Callable[..., Any]
 
 
 def define(family: str, title: str) -> ChainOps:
-    """Define ``narrowdeep::{family}_forward``, ``_backward`` and ``_jvp``: fakes, vmap rules, derivatives.
+    """Define ``narrowdeep::{family}_forward``, ``_backward``, ``_jvp`` and ``_backward_jvp``, with fakes and rules.
 
     ``title`` is what a graph calls the family.
     """
@@ -81,6 +87,10 @@ def define(family: str, title: str) -> ChainOps:
         positions = input.shape[2:-1] if first is None else input.shape[2:]
         return input.new_empty(3 if offset else 1, hidden.shape[1], *positions, batch)
 
+    def new_gradients(input: Tensor, params: tuple[Tensor | None, ...], need_input: bool, need_params: bool) -> Any:
+        grads = [input.new_empty(p.shape if need_params and p is not None else 0) for p in params]
+        return input.new_empty(input.shape if need_input else 0), *grads
+
     @torch.library.register_fake(f"narrowdeep::{family}_forward")
     def _(input, w1, b1, wh, bh, wl, bl, scale, offset, outputs, start, segment):
         state = tuple(new_output(input, w1, wh, None, offset).shape[1:])
@@ -89,8 +99,11 @@ def define(family: str, title: str) -> ChainOps:
 
     @torch.library.register_fake(f"narrowdeep::{family}_backward")
     def _(grad, input, w1, b1, wh, bh, wl, bl, saved, scale, offset, outputs, start, segment, need_input, need_params):
-        grads = [input.new_empty(p.shape if need_params and p is not None else 0) for p in (w1, b1, wh, bh, wl, bl)]
-        return input.new_empty(input.shape if need_input else 0), *grads
+        return new_gradients(input, (w1, b1, wh, bh, wl, bl), need_input, need_params)
+
+    @torch.library.register_fake(f"narrowdeep::{family}_backward_jvp")
+    def _(grad, grad_t, input, w1, b1, wh, bh, wl, bl, *rest):
+        return new_gradients(input, (w1, b1, wh, bh, wl, bl), *rest[-2:])
 
     @torch.library.register_fake(f"narrowdeep::{family}_jvp")
     def _(input, w1, b1, wh, bh, wl, *rest):
@@ -125,7 +138,17 @@ def _register_flops(family: str) -> None:
         input_t, w1_t, _b1_t, wh_t, _bh_t, wl_t, *_rest = rest
         return products(input, w1, wh, wl, None if input_t is None else w1, w1_t, wh_t, wl_t)
 
-    for function in (forward, backward, jvp):
+    def backward_jvp(grad: Any, grad_t: Any, input: Any, *rest: Any, **_: Any) -> int:
+        """The jvp; both gradients through every layer; two products a weight."""
+        (w1, _b1, wh, _bh, wl, _bl), tangents, (need_input, need_params) = rest[:6], rest[6:13], rest[-2:]
+        if not (need_input or need_params):
+            return 0
+        ends = w1 if need_input else None, tangents[1] if need_input else None
+        back = products(input, w1, *[wh, wl] * 2, tangents[3], tangents[5], *ends)
+        sums = products(input, w1, *[w1, wh, wl] * 2) if need_params else 0
+        return jvp(input, *rest[:6], *tangents) + back + sums
+
+    for function in (forward, backward, jvp, backward_jvp):
         formula(function.__name__, function)
 
 
@@ -202,6 +225,23 @@ def _register_vmap(family: str, ops: ChainOps) -> None:
         if need_input:
             grad_input, grad_dim = _unfold(grad_input, size, _batch(input, in_dims[1], before), before)
         return (grad_input, *empty), (grad_dim, *[None] * 6)
+
+    @torch.library.register_vmap(f"narrowdeep::{family}_backward_jvp")
+    def _(info, in_dims, grad, grad_t, input, *rest):
+        size, params, input_t, need_input, need_params = info.batch_size, rest[:6], rest[6], rest[17], rest[18]
+        if need_params or any(d is not None for i, d in enumerate(in_dims) if i not in (0, 1, 2, 9)):
+            return loop_vmap(ops.backward_jvp, info, in_dims, (grad, grad_t, input, *rest))
+        before, after = batch_dims(params)
+
+        def fold(tensor: Tensor | None, dim: int | None, batch_dim: int) -> Tensor | None:
+            return None if tensor is None else _fold(tensor, dim, size, batch_dim)
+
+        folded = fold(grad, in_dims[0], after), fold(grad_t, in_dims[1], after), fold(input, in_dims[2], before)
+        found, *empty = ops.backward_jvp(*folded, *params, fold(input_t, in_dims[9], before), *rest[7:])
+        dim = None
+        if need_input:
+            found, dim = _unfold(found, size, _batch(input, in_dims[2], before), before)
+        return (found, *empty), (dim, *[None] * 6)
 
     @torch.library.register_vmap(f"narrowdeep::{family}_jvp")
     def _(info, in_dims, input, *rest):

@@ -47,6 +47,10 @@ class HiLo:
         else:
             self.floor = lo.new_zeros(())
 
+    def clone(self) -> HiLo:
+        """The same in memory of its own, but for ``base``."""
+        return HiLo(self.base, self.lo.clone(), self.middle, None if self.base is None else self.hi)
+
     def full(self, out: Tensor) -> Tensor:
         """The whole value, in ``out``."""
         if self.base is None:
@@ -425,28 +429,57 @@ def jvp(
     start: int,
 ) -> Tensor:
     """The tangent of a span's output."""
-    params = (first_weight, first_bias, hidden_weight, hidden_bias, last_weight, last_bias)
-    state = initial(layer, input, params, scale, offset, outputs)
-    h, z = torch.empty_like(state.lo), torch.empty_like(state.lo)
-    full, dz = torch.empty_like(h), torch.empty_like(h)
-    state.full(out=h)
-    if first_weight is None:
-        tangent = entered(torch.zeros_like(input) if input_t is None else input_t, outputs)
-    else:
-        tangents = (None if input_t is None else input_t.movedim(0, -1), first_weight_t, first_bias_t)
-        x = input.movedim(0, -1)
-        tangent = first_tangent(layer, x, h, first_weight, outputs, tangents, scale, offset)
+    params: Params = (first_weight, first_bias, hidden_weight, hidden_bias, last_weight, last_bias)
+    hidden_t = hidden_weight_t, hidden_bias_t
+    first_t = input_t, first_weight_t, first_bias_t
+    state, tangent = initial_tangent(layer, input, params, first_t, scale, offset, outputs)
+    h, room = state.full(out=torch.empty_like(state.lo)), torch.empty_like(state.lo)
     for j in range(hidden_weight.shape[0]):
-        layer.apply(hidden_weight[j], tangent.full(out=full), dz)
-        tangent.add_skip(dz)
-        if hidden_weight_t is not None:
-            dz.add_(layer.apply(hidden_weight_t[j], h, full))
-        if hidden_bias_t is not None:
-            dz.add_(_column(hidden_bias_t[j], dz))
-        _step(layer, state, hidden_weight[j], hidden_bias[j], h, z, start + j + 1)
-        tangent.mask(state.full(out=h) <= 0, dz)
-        if (start + j + 1) % RENORMALISE_PERIOD == 0:
-            tangent.renormalise()
+        step_tangent(layer, state, tangent, (hidden_weight, hidden_bias), hidden_t, j, h, room, start + j + 1)
     if last_weight is None:
         return tangent.state()
-    return last_tangent(layer, tangent, tangent.full(out=full), h, last_weight, (last_weight_t, last_bias_t))
+    return last_tangent(layer, tangent, tangent.full(out=room), h, last_weight, (last_weight_t, last_bias_t))
+
+
+def initial_tangent(
+    layer: Layer,
+    input: Tensor,
+    params: Params,
+    tangents: tuple[Tensor | None, ...],
+    scale: float,
+    offset: bool,
+    outputs: int,
+) -> tuple[HiLo, HiLo]:
+    """``initial`` and its tangent. ``tangents`` are those of the input, first_weight and first_bias."""
+    input_t, first_weight = tangents[0], params[0]
+    state = initial(layer, input, params, scale, offset, outputs)
+    if first_weight is None:
+        return state, entered(torch.zeros_like(input) if input_t is None else input_t, outputs)
+    first_t = (None if input_t is None else input_t.movedim(0, -1), *tangents[1:])
+    value = state.full(out=torch.empty_like(state.lo))
+    return state, first_tangent(layer, input.movedim(0, -1), value, first_weight, outputs, first_t, scale, offset)
+
+
+def step_tangent(
+    layer: Layer,
+    state: HiLo,
+    tangent: HiLo,
+    hidden: tuple[Tensor, Tensor],
+    hidden_t: tuple[Tensor | None, Tensor | None],
+    j: int,
+    h: Tensor,
+    room: Tensor,
+    after: int,
+) -> None:
+    """Hidden layer j on a state and its tangent, to state ``after``; ``h`` holds the value of the state before."""
+    (weight, bias), (weight_t, bias_t) = hidden, hidden_t
+    z = layer.apply(weight[j], tangent.full(out=room), torch.empty_like(h))
+    tangent.add_skip(z)
+    if weight_t is not None:
+        z.add_(layer.apply(weight_t[j], h, room))
+    if bias_t is not None:
+        z.add_(_column(bias_t[j], z))
+    _step(layer, state, weight[j], bias[j], h, room, after)
+    tangent.mask(state.full(out=h) <= 0, z)
+    if after % RENORMALISE_PERIOD == 0:
+        tangent.renormalise()

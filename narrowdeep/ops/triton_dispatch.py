@@ -120,12 +120,24 @@ def register(library: torch.library.Library, name: str, kernels: str, otherwise:
     library.impl(name, call, "CUDA")
 
 
+def register_layered(library: torch.library.Library, name: str, function: Callable[..., Any]) -> None:
+    """Implement op ``name``, which has no kernels of its own, for CUDA tensors."""
+
+    def call(*args: Any) -> Any:
+        check_tensors([a for a in args if isinstance(a, Tensor)])
+        return function(*args)
+
+    library.impl(name, call, "CUDA")
+
+
 def register_chain(library: torch.library.Library, family: str) -> None:
-    """``register`` forward, backward and jvp of a family; ``layered.py`` takes the place of missing kernels."""
+    """``register`` the ops of a family; ``layered.py`` takes the place of missing kernels, and is all that a second
+    derivative has."""
     layered = importlib.import_module(f"narrowdeep.ops.{family}.layered")
     for op in ("forward", "backward", "jvp"):
         name = f"{family}_{op}"
         register(library, name, f"narrowdeep.ops.{family}.triton", getattr(layered, name))
+    register_layered(library, f"{family}_backward_jvp", getattr(layered, f"{family}_backward_jvp"))
 
 
 def backward_workspace(x: Tensor, hidden_weight: Tensor, offset: bool, segment: int) -> int | None:

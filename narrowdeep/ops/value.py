@@ -32,35 +32,66 @@ def _(info: Any, in_dims: tuple[int | None], state: Tensor) -> tuple[Tensor, int
 
 
 class _Value(Function):
-    """A state's gradient is that of its pre-activation, so h's passes the ReLU here; any word may take it."""
+    """forward(words, h) -> their sum: of a state, whose value is h, with None for h; of its tangent, with h.
+
+    A state's gradient is that of its pre-activation, so that of the sum passes h's ReLU here; any word may take it.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(state: Tensor) -> Tensor:
-        return autograd.below_autograd(_op, state)
+    def forward(words: Tensor, h: Tensor | None) -> Tensor:
+        return autograd.below_autograd(_op, words)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(output)
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor | None], output: Tensor) -> None:
+        h = output if inputs[1] is None else inputs[1]
+        ctx.save_for_backward(h)
+        ctx.save_for_forward(h)
         ctx.words = inputs[0].shape[0]
 
     @staticmethod
-    @autograd.differentiated_once
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor]:
-        (h,) = ctx.saved_tensors
-        zero = torch.zeros_like(grad)
-        return (torch.stack((*[zero] * (ctx.words - 1), behind_relu(h, grad, zero))),)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _ValueGradient.apply(grad, ctx.saved_tensors[0], ctx.words), None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
-        return tangent.sum(0)
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        return _Value.apply(tangent, ctx.saved_tensors[0])
 
 
-autograd.register(library, "state_value", _Value.apply)
+class _ValueGradient(Function):
+    """forward(gradient of the sum, h, number of words) -> that of the words; the mask of h's ReLU is a constant."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(grad: Tensor, h: Tensor, words: int) -> Tensor:
+        zero = torch.zeros_like(grad)
+        return torch.stack((*[zero] * (words - 1), behind_relu(h, grad, zero)))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.save_for_forward(inputs[1])
+        ctx.words = inputs[2]
+
+    @staticmethod
+    def backward(ctx: Any, tangent: Tensor) -> tuple[Tensor, None, None]:  # of a gradient it is a tangent
+        return _Value.apply(tangent, ctx.saved_tensors[0]), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, grad: Tensor, *_: None) -> Tensor:
+        return _ValueGradient.apply(grad, ctx.saved_tensors[0], ctx.words)
+
+
+def _value(state: Tensor) -> Tensor:
+    return _Value.apply(state, None)
+
+
+autograd.register(library, "state_value", _value)
 
 
 def state_value(state: Tensor) -> Tensor:
     """h = (base + hi) + lo, (n, *positions, B), of a state (3, n, *positions, B), or (1, n, *positions, B)."""
     inside = torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
-    return _Value.apply(state) if inside else _op(state)
+    return _value(state) if inside else _op(state)

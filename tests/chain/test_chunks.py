@@ -115,13 +115,6 @@ def test_parameters_that_are_frozen_get_no_gradient() -> None:
     assert {name for name, p in model.named_parameters() if p.grad is not None} == {"hidden_weight.2", "last_bias"}
 
 
-def test_twice_raises() -> None:
-    model = _model("mlp", 3)
-    (grad,) = torch.autograd.grad(model(_x("mlp")).square().sum(), [model.last_bias], create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiates its chains once"):
-        grad.sum().backward()
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_else_a_model_does(kind: str, tmp_path: Path) -> None:
     one, several = _pair(kind)

@@ -209,5 +209,23 @@ def ensemble(f, tensors, seeds, grad):
     return (torch.func.vmap(f, (None, *(0,) * 6))(tensors[0], *params),)
 
 
+def double_backward(f, tensors, seeds, grad):
+    """Gradients of the gradients along the seeds."""
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    grads = torch.autograd.grad(f(*leaves), leaves, grad, create_graph=True, materialize_grads=True)
+    moving = [g for g in grads if g.requires_grad]
+    total = sum(((g * s).sum() for g, s in zip(grads, seeds, strict=True) if g.requires_grad), torch.zeros(()))
+    return torch.autograd.grad(total, leaves, materialize_grads=True) if moving else grads
+
+
+def forward_over_reverse(f, tensors, seeds, grad):
+    return torch.func.jvp(lambda *t: torch.func.vjp(f, *t)[1](grad), own_memory(*tensors), seeds)[1]
+
+
+def reverse_over_forward(f, tensors, seeds, grad):
+    return torch.func.vjp(lambda *t: torch.func.jvp(f, t, seeds)[1], *own_memory(*tensors))[1](grad)
+
+
 TRANSFORMS = [call, no_grad, inference, backward, backward, backward_twice, backward_of_some]
 TRANSFORMS += [jvp, vjp, linearize, dual_numbers, per_sample, ensemble]
+TRANSFORMS += [double_backward, forward_over_reverse, reverse_over_forward]

@@ -8,6 +8,8 @@ import torch
 from narrowdeep.ops.cnn import layered as cnn
 from narrowdeep.ops.mlp import layered as mlp
 from tests.gpu.cases import Case, Ops, check, check_spans, check_state, draw, draw_inputs
+from tests.ops.chains import NAMES, TOLERANCE, assert_close, truth
+from tests.ops.chains import Case as Spec
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # in torch.func.jvp
 
@@ -67,3 +69,49 @@ def test_nan_stays_nan() -> None:
     forward, _, _ = MLP
     out, _ = forward(x, *params, 10.0, False, 1, 0, 1)
     assert out.isnan().flatten().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("offset", [True, False], ids=["offset", "plain"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "case", [Spec(3, 9, 40, 7), Spec(2, 1, 2, 1), Spec(2, 1, 3, 0), Spec(2, 1, 35, 3, 3, (3, 5))], ids=str
+)
+def test_second_derivatives(case: Spec, dtype: torch.dtype, offset: bool) -> None:
+    wanted = truth(case, dtype, offset, 7.0)
+    op = cnn.cnn_backward_jvp if case.filter else mlp.mlp_backward_jvp
+    for grad_out_t, tangents, wants in zip((wanted.grad_out_t, None), wanted.tangents, wanted.second, strict=True):
+        args = (wanted.grad_out, grad_out_t, *wanted.args, *tangents, 7.0, offset, case.outputs, 0)
+        found = op(*args, True, True)
+        for name, result, want in zip(NAMES, found, wants, strict=True):
+            assert_close(result, want, TOLERANCE[dtype], name)
+        assert torch.equal(op(*args, True, False)[0], found[0])
+        assert [t.numel() for t in op(*args, False, False)] == [0] * 7
+
+
+@pytest.mark.parametrize("offset", [True, False], ids=["offset", "plain"])
+@pytest.mark.parametrize("case", [Spec(2, 1, 70, 5), Spec(1, 2, 40, 3, 3, (2, 3))], ids=str)
+def test_second_derivatives_of_spans(case: Spec, offset: bool) -> None:
+    """Hidden layers alone, with a state that comes in and one that goes out, are those of the engine."""
+    op = cnn.cnn_backward_jvp if case.filter else mlp.mlp_backward_jvp
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    n, state = case.width, (3 if offset else 1, case.width, *case.image, case.batch)
+    hidden = [None, None, 0.02 * draw(case.depth, n, n, *case.tap), 0.1 * draw(case.depth, n), None, None]
+    hidden_t = [None if t is None else draw(*t.shape) for t in hidden]
+    words, middle = [draw(*state) for _ in range(4)], n - case.outputs - 1
+    if offset:  # as states, their tangents and their gradients are
+        for value in words:
+            value[:2, middle] = 0
+            value[0, middle + 1 :] = 7.0 if value is words[2] else 0
+        words[3][0, middle:] = 0
+        for gradient in words[:2]:
+            gradient[0] = 0
+            gradient[0, middle + 1 :] = draw(case.outputs, *(1 for _ in case.image), case.batch)
+    args = (*words[:3], *hidden, words[3], *hidden_t, 7.0, offset, case.outputs, 5)
+    found, wants = op(*args, True, True), case.family.ops.raw.backward_jvp(*args, True, True)
+    assert_close(found[0].sum(0), wants[0].sum(0), 1e-11, "state")
+    for result, want in zip(found[1:], wants[1:], strict=True):
+        assert_close(result, want, 1e-11)

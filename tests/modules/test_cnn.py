@@ -199,14 +199,6 @@ def test_compiles_to_one_graph() -> None:
         torch.testing.assert_close(got[name], param.grad)
 
 
-def test_a_second_derivative_is_refused() -> None:
-    model = perturbed(1, 1, 4)
-    x = torch.randn(2, 1, 3, 3, dtype=torch.float64, requires_grad=True)
-    (first,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
-    with pytest.raises(NotImplementedError, match="second derivatives"):
-        first.sum().backward()
-
-
 @pytest.mark.parametrize("checkpoint", ["none", "auto", 1, 3, 64])
 def test_checkpoint_changes_no_bit(checkpoint: Any) -> None:
     model = DeepNarrowCNN(1, 1, 70, checkpoint=5)

@@ -39,6 +39,11 @@ class Whole:
     def jvp(self, x: Tensor, *rest: Any) -> Any:
         return self.raw.jvp(x, *rest, rest[4].shape[0], 0)
 
+    def backward_jvp(self, grad_out: Tensor, grad_out_t: Tensor | None, x: Tensor, *rest: Any) -> Any:
+        *tensors, scale, offset, need_input, need_params = rest
+        settings = (scale, offset, tensors[4].shape[0], 0)
+        return self.raw.backward_jvp(grad_out, grad_out_t, x, *tensors, *settings, need_input, need_params)
+
 
 def truths(forward: Callable[..., tuple[Tensor, Tensor]]) -> ChainOps:
     """The ops of a reference: its gradients are autograd's, its tangents ``torch.func.jvp``'s."""
@@ -66,7 +71,27 @@ def truths(forward: Callable[..., tuple[Tensor, Tensor]]) -> ChainOps:
 
         return torch.func.jvp(function, tuple(primals[i] for i in moving), tuple(tangents[i] for i in moving))[1]
 
-    return ChainOps(forward, backward, jvp)
+    def backward_jvp(grad: Tensor, grad_t: Tensor | None, input: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        inputs, tangents, settings, (need_input, need_params) = (input, *rest[:6]), rest[6:13], rest[13:17], rest[17:]
+        present = [i for i, t in enumerate(inputs) if t is not None]
+
+        def gradients(grad: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+            def function(*values: Tensor) -> Tensor:
+                every: list[Tensor | None] = [None] * 7
+                for i, value in zip(present, values, strict=True):
+                    every[i] = value
+                return forward(*every, *settings, 0)[0]
+
+            return torch.func.vjp(function, *values)[1](grad)
+
+        moving = [(grad, grad_t), *((inputs[i], tangents[i]) for i in present)]
+        zeros = [torch.zeros_like(value) if t is None else t for value, t in moving]
+        grads = iter(torch.func.jvp(gradients, tuple(value for value, _ in moving), tuple(zeros))[1])
+        found = [next(grads) if i in present else input.new_empty(0) for i in range(7)]
+        needed = [need_input, *[need_params] * 6]
+        return tuple(g if need else input.new_empty(0) for g, need in zip(found, needed, strict=True))
+
+    return ChainOps(forward, backward, jvp, backward_jvp)
 
 
 @dataclass(frozen=True)
@@ -186,6 +211,8 @@ class Truth(NamedTuple):
     states: Tensor
     grads: tuple[Tensor, ...]
     jvps: tuple[Tensor, ...]
+    grad_out_t: Tensor
+    second: tuple[tuple[Tensor, ...], ...]  # tangents of the gradients, along each of ``tangents``
 
 
 @cache  # every build of the engine is held against the same truth
@@ -200,4 +227,11 @@ def truth(case: Case, dtype: torch.dtype, offset: bool, scale: float) -> Truth:
     out, states = reference.forward(*double(args), scale, offset, 1)
     grads = reference.backward(grad_out.double(), *double(args), states, scale, offset, 1, True, True)
     jvps = tuple(reference.jvp(*double(args), *double(t), scale, offset) for t in (every, some))
-    return Truth(args, grad_out, (every, some), out, states, grads, jvps)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        grad_out_t = torch.randn_like(grad_out)
+    second = tuple(
+        reference.backward_jvp(*double((grad_out, gt, *args, *t)), scale, offset, True, True)
+        for gt, t in ((grad_out_t, every), (None, some))
+    )
+    return Truth(args, grad_out, (every, some), out, states, grads, jvps, grad_out_t, second)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.func import functional_call, grad, jvp, linearize, vjp, vmap
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from narrowdeep import DeepNarrowCNN, DeepNarrowMLP
@@ -25,7 +25,7 @@ pytestmark = [
 
 CASES = [Case(3, 2, 7, 4), Case(1, 2, 6, 4, 3, (3, 2))]
 SCALE = 3.0
-SECOND = "narrowdeep differentiates its chains once"
+THIRD = "narrowdeep differentiates its chains twice"
 
 both_families = pytest.mark.parametrize("case", CASES, ids=["mlp", "cnn"])
 both_forms = pytest.mark.parametrize("offset", [True, False], ids=["offset", "plain"])
@@ -60,6 +60,14 @@ def gradients(function: Callable[..., Tensor], args: tuple[Tensor, ...], weights
     return torch.autograd.grad(function(*leaves), leaves, weights)
 
 
+def along(
+    function: Callable[..., Tensor], args: tuple[Tensor, ...], weights: Tensor, tangents: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """The second derivative of <weights, function> along tangents, by torch's own forward mode over reverse."""
+    values = tuple(a.detach() for a in args)
+    return jvp(lambda *a: vjp(function, *a)[1](weights), values, tangents)[1]
+
+
 # ---- the ops themselves ----
 
 
@@ -79,7 +87,7 @@ def test_the_forward_op_has_gradients(case: Case, offset: bool) -> None:
 @both_families
 @both_forms
 def test_the_backward_op_is_linear_in_grad_out(case: Case, offset: bool) -> None:
-    """Its derivative there is the jvp; with respect to the chain's inputs it has none."""
+    """Its derivative there is the jvp; with respect to the chain's inputs it is the second derivative."""
     args, ops = doubles(case, offset), case.family.ops.raw
     cotangents = [torch.randn_like(a) for a in args]
     _, saved = ops.forward(*args, *settings(case, offset), 2)
@@ -91,22 +99,22 @@ def test_the_backward_op_is_linear_in_grad_out(case: Case, offset: bool) -> None
     (found,) = torch.autograd.grad(backward(weights, *args), weights, cotangents)
     assert_close(found, jvp(true(case, offset), args, tuple(cotangents))[1], 1e-10)
     leaves = tuple(a.requires_grad_() for a in args)
-    with pytest.raises(NotImplementedError, match=SECOND):
-        torch.autograd.grad(backward(weights, *leaves), leaves, cotangents)
+    second = torch.autograd.grad(backward(weights, *leaves), leaves, cotangents)
+    all_close(second, along(true(case, offset), args, weights.detach(), tuple(cotangents)))
 
 
 @both_families
 @both_forms
 def test_the_jvp_op_is_linear_in_the_tangents(case: Case, offset: bool) -> None:
-    """Its derivative there is the backward; with respect to the chain's inputs it has none."""
+    """Its derivative there is the backward; with respect to the chain's inputs it is the second derivative."""
     args, ops = doubles(case, offset), case.family.ops.raw
     tangents = tuple(torch.randn_like(a).requires_grad_() for a in args)
     weights = torch.randn(case.batch, case.outputs, dtype=torch.float64)
     found = torch.autograd.grad(ops.jvp(*args, *tangents, *settings(case, offset)), tangents, weights)
     all_close(found, gradients(true(case, offset), args, weights))
+    expected = along(true(case, offset), args, weights, tuple(t.detach() for t in tangents))
     leaves = tuple(a.requires_grad_() for a in args)
-    with pytest.raises(NotImplementedError, match=SECOND):
-        torch.autograd.grad(ops.jvp(*leaves, *tangents, *settings(case, offset)), leaves, weights)
+    all_close(torch.autograd.grad(ops.jvp(*leaves, *tangents, *settings(case, offset)), leaves, weights), expected)
 
 
 @both_families
@@ -199,14 +207,118 @@ def moved(case: Case, **options: Any) -> Any:
 
 @both_families
 @pytest.mark.parametrize("cut", CUTS)
-@pytest.mark.parametrize("backend", [None, "eager", "aot_eager"])
-def test_a_gradient_penalty_raises(case: Case, cut: str, backend: str | None) -> None:
-    model, x = moved(case, **CUTS[cut]), doubles(case)[0].requires_grad_()
-    call = model if backend is None else torch.compile(model, backend=backend)
-    (first,) = torch.autograd.grad(call(x).square().sum(), x, create_graph=True)
-    refusals = f"{SECOND}|does not currently support double backward"  # torch's own, of aot_eager
-    with pytest.raises((NotImplementedError, RuntimeError), match=refusals):
+@pytest.mark.parametrize("backend", [None, "eager"])
+def test_a_gradient_penalty(case: Case, cut: str, backend: str | None) -> None:
+    """Trained on: the gradients of |df/dx|^2 and of f together."""
+    model, x = moved(case, form="plain", **CUTS[cut]), doubles(case)[0]
+
+    def penalised(call: Any) -> Tensor:
+        leaf = x.clone().requires_grad_()
+        out = call(leaf)
+        (first,) = torch.autograd.grad(out.square().sum(), leaf, create_graph=True)
+        (first.square().sum() + out.sum()).backward()
+        assert leaf.grad is not None
+        return leaf.grad
+
+    sequence = model.to_sequential()
+    grads = penalised(model if backend is None else torch.compile(model, backend=backend)), penalised(sequence)
+    all_close(grads[:1], grads[1:])
+    layers = [module for module in sequence if hasattr(module, "weight")]
+    for span in model.spans():
+        for name in ("weight", "bias"):
+            found = getattr(span, name).grad
+            wanted = torch.stack([getattr(layers[i], name).grad for i in span.layers])
+            assert_close(found, wanted.reshape(found.shape), 1e-10, f"{name} of {span.layers}")
+
+
+@both_families
+def test_aot_autograd_refuses_by_itself(case: Case) -> None:
+    model, x = moved(case), doubles(case)[0].requires_grad_()
+    (first,) = torch.autograd.grad(torch.compile(model, backend="aot_eager")(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not currently support double backward"):
         first.square().sum().backward()
+
+
+SECONDS: dict[str, Callable[..., Any]] = {
+    "hessian": lambda f, x, t: hessian(f)(x),
+    "reverse over reverse": lambda f, x, t: jacrev(jacrev(f))(x),
+    "reverse over forward": lambda f, x, t: jacrev(jacfwd(f))(x),
+    "jvp of grad": lambda f, x, t: jvp(grad(f), (x,), (t,))[1],
+    "grad of jvp": lambda f, x, t: grad(lambda x: jvp(f, (x,), (t,))[1])(x),
+    "vjp of grad": lambda f, x, t: vjp(grad(f), x)[1](t)[0],
+    "autograd.functional.hvp": lambda f, x, t: torch.autograd.functional.hvp(f, x, t)[1],
+    "autograd.functional.vhp": lambda f, x, t: torch.autograd.functional.vhp(f, x, t)[1],
+    "autograd.functional.hessian": lambda f, x, t: torch.autograd.functional.hessian(f, x),
+    "vectorized": lambda f, x, t: torch.autograd.functional.hessian(f, x, vectorize=True),
+    "linearize of grad": lambda f, x, t: linearize(grad(f), x)[1](t),
+    "traced": lambda f, x, t: make_fx(lambda x: jvp(grad(f), (x,), (t,))[1])(x)(x),
+    "compiled": lambda f, x, t: torch.compile(lambda x: vjp(grad(f), x)[1](t)[0], backend="eager")(x),
+}
+
+
+@both_families
+@both_forms
+@pytest.mark.parametrize("way", SECONDS)
+@pytest.mark.parametrize("which", [0, 3, 5], ids=["x", "hidden_weight", "last_weight"])
+def test_second_derivatives_by_every_way(case: Case, offset: bool, way: str, which: int) -> None:
+    args = doubles(case._replace(depth=4), offset)
+    weights, t = torch.randn(case.batch, case.outputs, dtype=torch.float64), torch.randn_like(args[which])
+
+    def of(chain: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda a: (chain(*args[:which], a, *args[which + 1 :]).square() * weights).sum()
+
+    found = SECONDS[way](of(own(case, offset)), args[which], t)
+    other = "hessian" if found.dim() > t.dim() else "jvp of grad"
+    assert_close(found, SECONDS[other](of(true(case, offset)), args[which], t), 1e-10)
+
+
+@both_families
+@both_forms
+def test_second_derivatives_of_every_sample(case: Case, offset: bool) -> None:
+    """vmap over data alone, and over parameters as well."""
+    x, *params = doubles(case, offset)
+    scales = torch.rand(2, dtype=torch.float64)
+
+    def penalty(chain: Callable[..., Tensor], s: Tensor) -> Tensor:
+        first = grad(lambda x: chain(x, *(s * p for p in params)).square().sum())
+        return grad(lambda x: first(x).square().sum())(x)
+
+    def one(chain: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda x: chain(x[None], *params).square().sum()
+
+    ways: list[Callable[[Callable[..., Tensor]], Tensor]] = [
+        lambda chain: vmap(hessian(one(chain)))(x),
+        lambda chain: vmap(lambda x: jvp(grad(one(chain)), (x,), (x,))[1])(x),
+        lambda chain: vmap(lambda s: penalty(chain, s))(scales),
+    ]
+    for way in ways:
+        assert_close(way(own(case, offset)), way(true(case, offset)), 1e-10)
+
+
+@both_families
+@both_forms
+def test_gradgradcheck(case: Case, offset: bool) -> None:
+    leaves = tuple(a.requires_grad_() for a in doubles(case._replace(depth=4, batch=2), offset))
+    assert torch.autograd.gradgradcheck(own(case, offset), leaves)
+
+
+@both_families
+@pytest.mark.parametrize("cut", CUTS)
+def test_third_derivatives_raise(case: Case, cut: str) -> None:
+    model, x = moved(case, **CUTS[cut]), doubles(case)[0].requires_grad_()
+    (first,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match=THIRD):
+        second.sum().backward()
+    with pytest.raises(NotImplementedError, match=THIRD):
+        grad(lambda x: hessian(lambda x: model(x).square().sum())(x).square().sum())(x.detach())
+
+
+@both_families
+def test_forward_over_forward_names_the_ways(case: Case) -> None:
+    x, *params = doubles(case)
+    with pytest.raises(NotImplementedError, match="no forward mode over forward mode: .*torch.func.hessian"):
+        jacfwd(jacfwd(lambda x: own(case, True)(x, *params)))(x)
 
 
 # ---- transforms inside a compiled function ----
@@ -277,8 +389,20 @@ def test_hidden_states_train_parameters_compiled_or_not(case: Case) -> None:
 
 
 @both_families
-def test_hidden_states_have_no_second_derivatives(case: Case) -> None:
-    model, x = moved(case), doubles(case)[0].requires_grad_()
-    (first,) = torch.autograd.grad(model.hidden_states(x, [2]).sum(), x, create_graph=True)
-    with pytest.raises(NotImplementedError, match=SECOND):
-        first.sum().backward()
+@both_forms
+def test_second_derivatives_of_hidden_states(case: Case, offset: bool) -> None:
+    model, x = moved(case, form="offset" if offset else "plain"), doubles(case)[0]
+    sequence, t = model.to_sequential(), torch.randn_like(x)
+    layers = [1, 2]
+
+    def ours(x: Tensor) -> Tensor:
+        return model.hidden_states(x, layers).pow(3).sum()
+
+    def truth(x: Tensor) -> Tensor:
+        states = [x]
+        for module in sequence:
+            states.append(module(states[-1]))
+        return sum((states[2 * layer].pow(3).sum() for layer in layers), torch.zeros(()))
+
+    for way in ("jvp of grad", "vjp of grad", "grad of jvp", "autograd.functional.hvp"):
+        assert_close(SECONDS[way](ours, x, t), SECONDS[way](truth, x, t).detach(), 1e-10)

@@ -135,6 +135,18 @@ def test_engine_is_the_reference(
             assert torch.equal(a, b), f"{name} changes with segment {segment}"
     for tangents, want in zip(wanted.tangents, wanted.jvps, strict=True):
         assert_close(ops.jvp(*wanted.args, *tangents, 7.0, offset), want, tolerance, "jvp")
+    directions = zip((wanted.grad_out_t, None), wanted.tangents, wanted.second, strict=True)
+    for grad_out_t, tangents, wants in directions:
+        both = [
+            ops.backward_jvp(wanted.grad_out, grad_out_t, *wanted.args, *tangents, 7.0, offset, *need)
+            for need in ((True, True), (True, False), (False, True))
+        ]
+        for name, result, want in zip(NAMES, both[0], wants, strict=True):
+            assert_close(result, want, tolerance, f"second derivative for {name}")
+        assert torch.equal(both[1][0], both[0][0])
+        assert not any(t.numel() for t in (*both[1][1:], both[2][0]))
+        for name, result, want in zip(NAMES[1:], both[2][1:], both[0][1:], strict=True):
+            assert torch.equal(result, want), name
 
 
 def _cases(filters: st.SearchStrategy, images: st.SearchStrategy, widest: int, largest: int) -> st.SearchStrategy:
@@ -301,6 +313,9 @@ def test_opcheck(case: Case, segment: int) -> None:
         torch.library.opcheck(raw.jvp, (*args, *args, *settings), test_utils=tests)
         some = (None, *args[1:4], None, *args[5:])
         torch.library.opcheck(raw.jvp, (*args, *some, *settings), test_utils=tests)
+        for grad_t, tangents in ((out, args), (None, some)):
+            second = (out, grad_t, *args, *tangents, *settings, True, True)
+            torch.library.opcheck(raw.backward_jvp, second, test_utils=tests)
 
 
 def _permuted(t: Tensor) -> Tensor:
@@ -345,6 +360,7 @@ def test_arguments_are_left_as_they_were(case: Case) -> None:
     kept = saved.clone()
     ops.backward(out, *args, saved, 3.0, True, 8, True, True)
     ops.jvp(*args, *args, 3.0, True)
+    ops.backward_jvp(out, out, *args, *args, 3.0, True, True, True)
     assert all(torch.equal(a, b) for a, b in zip((*args, saved), (*before, kept), strict=True))
 
 
@@ -374,6 +390,13 @@ def test_the_engine_checks_what_it_is_given(case: Case, monkeypatch: pytest.Monk
         ops.backward(torch.ones(1, case.outputs), *args, saved, 1.0, True, 1, True, True)
     with pytest.raises(RuntimeError, match="hidden_bias_t must have the shape of its primal"):
         ops.jvp(*args, *args[:4], args[4][1:], None, None, 1.0, True)
+    out = torch.ones(case.batch, case.outputs)
+    with pytest.raises(RuntimeError, match="grad_out_t must have the shape of its primal"):
+        ops.backward_jvp(out, out[1:], *args, *args, 1.0, True, True, True)
+    with pytest.raises(RuntimeError, match=f"grad_out must have size {case.batch} in dimension 0, got 1"):
+        ops.backward_jvp(out[:1], None, *args, *args, 1.0, True, True, True)
+    with pytest.raises(RuntimeError, match="hidden_weight_t must have the dtype of x"):
+        ops.backward_jvp(out, None, *args, *args[:3], args[3].double(), *[None] * 3, 1.0, True, True, True)
     monkeypatch.setenv("NARROWDEEP_ISA", "mmx")
     with pytest.raises(RuntimeError, match="NARROWDEEP_ISA must be one of .*scalar on this machine, got mmx"):
         ops.forward(*args, 1.0, True, 4)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d, conv_transpose2d
 from torch.nn.grad import conv2d_weight
 
-from narrowdeep.ops import layered
+from narrowdeep.ops import layered, layered_second
 
 
 def _images(state: Tensor) -> Tensor:
@@ -35,3 +35,4 @@ CONVOLUTION = layered.Layer(apply=_apply, transpose=_transpose, weight_grad=_wei
 cnn_forward = partial(layered.forward, CONVOLUTION)
 cnn_backward = partial(layered.backward, CONVOLUTION)
 cnn_jvp = partial(layered.jvp, CONVOLUTION)
+cnn_backward_jvp = partial(layered_second.backward_jvp, CONVOLUTION)

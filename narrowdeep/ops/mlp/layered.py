@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from narrowdeep.ops import layered
+from narrowdeep.ops import layered, layered_second
 
 
 def _apply(weight: Tensor, h: Tensor, out: Tensor) -> Tensor:
@@ -27,3 +27,4 @@ LINEAR = layered.Layer(apply=_apply, transpose=_transpose, weight_grad=_weight_g
 mlp_forward = partial(layered.forward, LINEAR)
 mlp_backward = partial(layered.backward, LINEAR)
 mlp_jvp = partial(layered.jvp, LINEAR)
+mlp_backward_jvp = partial(layered_second.backward_jvp, LINEAR)
