@@ -283,8 +283,8 @@ def descent(rng: random.Random) -> Call:
             steps(lambda: net.eager(x, *leaves), torch.optim.SGD(leaves, lr, momentum), target.double())
         relus.check(net.dtype)
         # It diverges: past this the base of a state, of the size of the scale, is rounded off beside the rest.
-        states = [z.detach() for z in relus.inputs]
-        if not all((value.abs() < net.scale / torch.finfo(net.dtype).eps ** 0.75).all() for value in (*leaves, *states)):
+        most = net.scale / torch.finfo(net.dtype).eps ** 0.75
+        if not all((value.detach().abs() < most).all() for value in (*leaves, *relus.inputs)):
             raise network.Skip
         return tuple(leaf.detach() for leaf in leaves)
 
