@@ -70,6 +70,10 @@ def check_tensors(x: Tensor, params: dict[str, Tensor]) -> None:
     check_tensor("x", x)
     if x.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"x must be torch.float32 or torch.float64, got {x.dtype}")
+    _check_alike(x, params)
+
+
+def _check_alike(x: Tensor, params: dict[str, Tensor]) -> None:
     for name, param in params.items():
         check_tensor(name, param)
         if param.dtype != x.dtype:
@@ -107,10 +111,8 @@ def _length(value: Any) -> str:
     return f"{len(value)} chunks" if isinstance(value, (list, tuple)) else type(value).__name__
 
 
-def _check_params(
-    params: dict[str, Tensor], names: tuple[str, str], form: str, tap: tuple[int, ...]
-) -> tuple[int, int]:
-    """Shapes of the six parameters agree; returns the numbers of inputs and outputs, called ``names`` in messages.
+def _check_ends(params: dict[str, Any], names: tuple[str, str], form: str, tap: tuple[int, ...]) -> tuple[int, int]:
+    """Shapes of the first and the last layer agree; returns their inputs and outputs, called ``names`` in messages.
 
     ``tap`` is what follows (rows, columns) in a weight: () or (f, f).
     """
@@ -124,23 +126,20 @@ def _check_params(
     for name, weight in (("first_weight", first), ("last_weight", last)):
         if weight.numel() == 0:
             raise ValueError(f"{name} must not be empty, got shape {tuple(weight.shape)}")
-    layers = params["hidden_weight"].shape[0] if params["hidden_weight"].dim() else 0
-    expected = {
-        "first_bias": (width,),
-        "hidden_weight": (layers, width, width, *tap),
-        "hidden_bias": (layers, width),
-        "last_weight": (outputs, width, *tap),
-        "last_bias": (outputs,),
-    }
-    for name, shape in expected.items():
-        if tuple(params[name].shape) != shape:
-            raise ValueError(f"{name} must have shape {shape}, got {tuple(params[name].shape)}")
+    _check_shape("first_bias", params["first_bias"], (width,))
+    _check_shape("last_weight", last, (outputs, width, *tap))
+    _check_shape("last_bias", params["last_bias"], (outputs,))
     if form == "offset" and width != inputs + 1 + outputs:
         raise ValueError(
             f"first_weight must have {names[0]} + 1 + {names[1]} = {inputs + 1 + outputs} rows in offset form, "
             f"got {width}"
         )
     return inputs, outputs
+
+
+def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tensor.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
 
 
 def _chain(
@@ -157,18 +156,24 @@ def _chain(
     pairs = _pairs(params["hidden_weight"], params["hidden_bias"])
     check_settings(scale=scale, form=form, segment=segment)
     check_snapshots(snapshots, segment)
-    first, last = (Affine(params[f"{end}_weight"], params[f"{end}_bias"]) for end in ("first", "last"))
-    x = cast_up(x, first.weight)
-    chunks = [params | {"hidden_weight": weight, "hidden_bias": bias} for weight, bias in pairs]
-    for chunk in chunks:
-        check_tensors(x, chunk)
+    ends = {name: value for name, value in params.items() if not name.startswith("hidden")}
+    x = cast_up(x, ends["first_weight"])
+    check_tensors(x, ends)
+    for weight, bias in pairs:
+        _check_alike(x, {"hidden_weight": weight, "hidden_bias": bias})
+    first, last = (Affine(ends[f"{end}_weight"], ends[f"{end}_bias"]) for end in ("first", "last"))
     size = first.weight.shape[-1] if first.weight.dim() else 0
     if family.tap_dims and first.weight.dim() == 4 and (size % 2 == 0 or first.weight.shape[-2] != size):
         raise ValueError(
             f"first_weight must have square filters of odd size, got shape {tuple(first.weight.shape)}"
         )
-    for chunk in chunks:
-        inputs, outputs = _check_params(chunk, family.ends, form, (size,) * family.tap_dims)
+    tap = (size,) * family.tap_dims
+    inputs, outputs = _check_ends(ends, family.ends, form, tap)
+    width = first.weight.shape[0]
+    for weight, bias in pairs:
+        layers = weight.shape[0] if weight.dim() else 0
+        _check_shape("hidden_weight", weight, (layers, width, width, *tap))
+        _check_shape("hidden_bias", bias, (layers, width))
     dims = family.sample_dims
     if x.dim() < dims or x.shape[-dims] != inputs:
         raise ValueError(_wrong_sample(family, x, inputs))

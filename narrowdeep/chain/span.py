@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from narrowdeep.chain.family import FAMILIES
 from narrowdeep.chain.params import Affine, ChainParams, ChainSettings
 from narrowdeep.chain.schedule import Binomial, Schedule
-from narrowdeep.ops.autograd import NODES, alone, nothing_saved
+from narrowdeep.ops.autograd import EAGER_NODES, NODES, alone, below_autograd, nothing_saved
 from narrowdeep.ops.chain import PARAMS
 
 
@@ -144,14 +144,16 @@ def span(
     ``snapshots``: states kept at most, beside the first; compiled, transformed or in forward mode every checkpoint is.
     """
     tensors = (input, *params.flat())
-    compiling, transformed = torch.compiler.is_compiling(), torch._C._are_functorch_transforms_active()
-    if not (compiling or transformed or forward_ad._current_level >= 0):
+    if torch.compiler.is_compiling():
+        return FAMILIES[family].ops.forward(*tensors, *settings, segment)[0]
+    if torch._C._are_functorch_transforms_active():
+        return NODES[family].apply(*tensors, *settings, segment)[0]
+    if forward_ad._current_level < 0:
         if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
-            segment = 0
-        elif snapshots is not None and snapshots * segment < params.layers:
-                return _SCHEDULED[family].apply(Binomial(segment, snapshots), family, *tensors, *settings)
-    function = NODES[family].apply if transformed and not compiling else FAMILIES[family].ops.forward
-    return function(*tensors, *settings, segment)[0]
+            return below_autograd(FAMILIES[family].ops.forward, *tensors, *settings, 0)[0]
+        if snapshots is not None and snapshots * segment < params.layers:
+            return _SCHEDULED[family].apply(Binomial(segment, snapshots), family, *tensors, *settings)
+    return EAGER_NODES[family].apply(*tensors, *settings, segment)[0]
 
 
 def chain(
