@@ -56,7 +56,7 @@ def sharpness(
         >>> model, x, y = DeepNarrowMLP(2, 1, depth=1000), torch.rand(8, 2), torch.rand(8, 1)
         >>> kernel = empirical_ntk(model, x)[..., 0, 0]  # divided by L C_L^2 = 1 / model.ntk_lr
         >>> predicted = torch.linalg.eigvalsh(kernel)[-1] / 8
-        >>> round(float(sharpness(model, x, y) * model.ntk_lr / predicted), 2)  # the Hessian is that of Gauss and Newton
+        >>> round(float(sharpness(model, x, y) * model.ntk_lr / predicted), 2)  # Gauss-Newton
         1.0
     """
     check_module("model", model)
