@@ -11,6 +11,11 @@
 namespace narrowdeep {
 namespace ND_ISA {
 
+template <int N>
+struct Constant {
+  static constexpr int value = N;
+};
+
 // Rows in a full block: R * V accumulators, V vectors of B and a broadcast must fit in the registers.
 // clang-format off
 template <int V>
@@ -77,6 +82,90 @@ __attribute__((noinline)) void multiply(int vectors, int64_t rows, const T* a, i
   } else {
     for_row_blocks<1>(0, rows, MultiplyRows<T, 1, Epilogue>{a, row_stride, k_stride, b, ldb, depth, epilogue});
   }
+}
+
+// ---- few samples ----------------------------------------------------------------------------------------------------
+// With fewer samples than lanes, lanes run over a row of the matrix instead, which is then read a vector at a time. Samples
+// stand in the lanes of B all the same, lanes past the last one holding what it does: S, 1, 2 or 4, is at least their number.
+
+// Lane s of the result has t[s], and those past S what the last one has.
+template <class T, int S>
+ND_INLINE Vec<T> spread(const T* t) {
+  Vec<T> v = broadcast(t[0]);
+  ND_UNROLL for (int s = 1; s < S; ++s) {
+    Vec<T> behind{};
+    ND_UNROLL for (int i = 0; i < kLanes<T>; ++i) behind[i] = T(i >= s);
+    v = where_le0(behind, v, broadcast(t[s]));
+  }
+  return v;
+}
+
+// C[r] = sum_k A[r][k] B[k], A row by row, `depth` at least the lanes. `packed` is room for S (depth + lanes) elements.
+template <class T, int S, class Epilogue>
+__attribute__((noinline)) void multiply_few(int64_t rows, const T* a, int64_t depth, const T* b, T* packed,
+                                            const Epilogue& epilogue) {
+  constexpr int lanes = kLanes<T>, R = lanes / S;
+  const int64_t whole = depth / lanes * lanes, stride = whole + lanes;
+  for (int s = 0; s < S; ++s) {
+    T* const to = packed + s * stride;
+    for (int64_t k = 0; k < whole; ++k) to[k] = b[k * lanes + s];
+    // The last vector of a row reaches back over what has been counted.
+    for (int64_t k = depth - lanes; k < depth; ++k) to[whole + k - (depth - lanes)] = k < whole ? T(0) : b[k * lanes + s];
+  }
+  for (int64_t row = 0; row < rows; row += R) {
+    const T* from[R];
+    ND_UNROLL for (int r = 0; r < R; ++r) from[r] = a + min_of(row + r, rows - 1) * depth;
+    Vec<T> acc[R * S] = {};
+    const auto add = [&](int64_t at, int64_t k) {
+      Vec<T> column[S];
+      ND_UNROLL for (int s = 0; s < S; ++s) column[s] = load(packed + s * stride + k);
+      ND_UNROLL for (int r = 0; r < R; ++r) {
+        const Vec<T> weight = load(from[r] + at);
+        ND_UNROLL for (int s = 0; s < S; ++s) acc[r * S + s] = fma(weight, column[s], acc[r * S + s]);
+      }
+    };
+    for (int64_t k = 0; k < whole; k += lanes) add(k, k);
+    if (whole < depth) add(depth - lanes, whole);
+    alignas(64) T total[lanes];
+    store(total, sum_lanes<T, lanes>(acc));
+    for (int r = 0; r < min_of(R, rows - row); ++r) {
+      Vec<T> sum[1][1] = {{spread<T, S>(total + r * S)}};
+      epilogue.template operator()<1, 1>(row + r, 0, sum);
+    }
+  }
+}
+
+// C[c] = sum_r A[r][c] B[r], A row by row, `columns` at least the lanes. `packed` is room for S rows elements.
+template <class T, int S, class Epilogue>
+__attribute__((noinline)) void multiply_transposed_few(int64_t rows, const T* a, int64_t columns, const T* b, T* packed,
+                                                       const Epilogue& epilogue) {
+  constexpr int lanes = kLanes<T>, C = 8 / S;
+  for (int64_t r = 0; r < rows; ++r)
+    for (int s = 0; s < S; ++s) packed[r * S + s] = b[r * lanes + s];
+  const auto block = [&](auto vectors, int64_t begin, int64_t first) {  // columns before `first` are done
+    constexpr int V = decltype(vectors)::value;
+    Vec<T> acc[V * S] = {};
+    for (int64_t r = 0; r < rows; ++r) {
+      ND_UNROLL for (int v = 0; v < V; ++v) {
+        const Vec<T> weight = load(a + r * columns + begin + v * lanes);
+        ND_UNROLL for (int s = 0; s < S; ++s)
+          acc[v * S + s] = fma(weight, broadcast(packed[r * S + s]), acc[v * S + s]);
+      }
+    }
+    for (int v = 0; v < V; ++v) {
+      alignas(64) T total[lanes * S];
+      for (int s = 0; s < S; ++s)
+        for (int i = 0; i < lanes; ++i) total[i * S + s] = acc[v * S + s][i];
+      for (int64_t c = max_of(begin + v * lanes, first); c < begin + (v + 1) * lanes; ++c) {
+        Vec<T> sum[1][1] = {{spread<T, S>(total + (c - begin - v * lanes) * S)}};
+        epilogue.template operator()<1, 1>(c, 0, sum);
+      }
+    }
+  };
+  int64_t c = 0;
+  for (; c + C * lanes <= columns; c += C * lanes) block(Constant<C>(), c, c);
+  for (; c + lanes <= columns; c += lanes) block(Constant<1>(), c, c);
+  if (c < columns) block(Constant<1>(), columns - lanes, c);
 }
 
 // ---- transposition --------------------------------------------------------------------------------------------------

@@ -94,6 +94,38 @@ inline void weight_gradient(const GradientOf<T>& of, int64_t begin, int64_t end,
   }
 }
 
+// The same of one tile of at most S samples, row by row: memory is written in its own order. `packed` is room for S
+// (columns + lanes) elements; `columns` is at least the lanes.
+template <class T, int S>
+__attribute__((noinline)) void weight_gradient_few(const GradientOf<T>& of, int64_t valid, T* packed) {
+  constexpr int lanes = kLanes<T>;
+  const int64_t columns = of.columns, whole = columns / lanes * lanes, stride = whole + lanes;
+  for (int64_t s = 0; s < S; ++s) {
+    for (int64_t c = 0; c < whole; ++c) packed[s * stride + c] = of.h[c * lanes + s];
+    // The last vector of a row reaches back: over what is written again, or over what has been added.
+    for (int64_t c = columns - lanes; c < columns; ++c)
+      packed[s * stride + whole + c - (columns - lanes)] = of.add && c < whole ? T(0) : of.h[c * lanes + s];
+  }
+  for (int64_t row = 0; row < of.rows; ++row) {
+    Vec<T> gradient[S];
+    T bias = of.add ? of.bias[row] : T(0);
+  ND_UNROLL for (int s = 0; s < S; ++s) {
+      const T g = s < valid ? of.full[row * lanes + s] : T(0);
+      gradient[s] = broadcast(g);
+      bias += g;
+    }
+    of.bias[row] = bias;
+    T* const to = of.weight + row * columns;
+    const auto put = [&](int64_t at, int64_t c) {
+      Vec<T> sum = gradient[0] * load(packed + c);
+      ND_UNROLL for (int s = 1; s < S; ++s) sum = fma(gradient[s], load(packed + s * stride + c), sum);
+      store(to + at, of.add ? load(to + at) + sum : sum);
+    };
+    for (int64_t c = 0; c < whole; c += lanes) put(c, c);
+    if (whole < columns) put(columns - lanes, whole);
+  }
+}
+
 // ---- the layer ------------------------------------------------------------------------------------------------------
 
 // to = sum + factor * from, `from` over the first `rows` rows only; with factor 0 `from` may be null.
@@ -125,7 +157,19 @@ class MlpLayer {
   static int64_t strips(const ChainShape&, int64_t) { return 1; }
 
   MlpLayer(const Tiles<T>& tiles, const ChainParams<const T>& params)
-      : tiles_(tiles), shape_(tiles.shape), params_(params) {}
+      : tiles_(tiles),
+        shape_(tiles.shape),
+        params_(params),
+        few_(few(tiles.shape)),
+        few_memory_(few_ * (max_of(tiles.shape.width, max_of(tiles.shape.in, tiles.shape.out)) +
+                            kLanes<T>)*int64_t(sizeof(T))) {}
+
+  // With so few samples lanes run over the rows of weights (common/gemm.h): 1, 2 or 4 of them, or 0.
+  static int64_t few(const ChainShape& s) {
+    const int64_t least = s.batch <= 2 ? 20 : 40;  // width from which this is faster, measured
+    if (kLanes<T> < 4 || s.width < least || s.batch > 4) return 0;
+    return s.batch <= 2 ? s.batch : 4;
+  }
 
   int64_t most_states() const { return INT64_MAX; }  // that a backward holds at once
   int64_t hidden_weights() const { return shape_.width * shape_.width; }
@@ -177,14 +221,21 @@ class MlpLayer {
   // W^T full, of a weight (rows, columns).
   template <class Epilogue>
   void transposed(const T* weight, int64_t rows, int64_t columns, const T* full, const Epilogue& epilogue) const {
-    multiply<T>(int(tiles_.vectors), columns, weight, 1, columns, full, tiles_.samples, rows, epilogue);
+    if (few_ == 0 || columns < kLanes<T>)
+      return multiply<T>(int(tiles_.vectors), columns, weight, 1, columns, full, tiles_.samples, rows, epilogue);
+    with_few([&](auto samples) {
+      multiply_transposed_few<T, decltype(samples)::value>(rows, weight, columns, full, few_memory_.as<T>(), epilogue);
+    });
   }
 
   int64_t gradient_scratch(int64_t, int64_t columns) const { return tiles_.samples * padded_columns<T>(columns); }
   // Of the weight (rows, columns) and the bias of a layer; added to what is there, or written over it.
   void gradient(int64_t rows, int64_t columns, int64_t valid, const T* full, const T* h, T* weight, T* bias, bool add,
                 T* scratch) const {
-    weight_gradient<T>({full, h, 0, 0, rows, columns, weight, bias, add}, 0, rows, tiles_.samples, 1, valid, scratch);
+    const GradientOf<T> of{full, h, 0, 0, rows, columns, weight, bias, add};
+    if (few_ == 0 || columns < kLanes<T>)
+      return weight_gradient(of, 0, rows, tiles_.samples, 1, valid, scratch);
+    with_few([&](auto samples) { weight_gradient_few<T, decltype(samples)::value>(of, valid, few_memory_.as<T>()); });
   }
 
   // The same from tiles [first, first + count), whose arrays stand `stride` apart, by all threads: shares of the rows.
@@ -330,11 +381,18 @@ class MlpLayer {
   const Tiles<T>& tiles_;
   const ChainShape& shape_;
   const ChainParams<const T>& params_;
+  const int64_t few_;
+  const Buffer few_memory_;  // one tile, so one thread
 
-  template <int N>
-  struct Width {
-    static constexpr int value = N;
-  };
+  // body(a Constant of few_)
+  template <class Body>
+  ND_INLINE void with_few(const Body& body) const {
+    if constexpr (kLanes<T> >= 4) {
+      if (few_ == 1) return body(Constant<1>());
+      if (few_ == 2) return body(Constant<2>());
+      body(Constant<4>());
+    }
+  }
   template <bool B>
   struct Flag {
     static constexpr bool value = B;
@@ -356,13 +414,17 @@ class MlpLayer {
   template <int N = kNarrowest, class Body>
   ND_INLINE void of_width(const Body& body) const {
     if constexpr (N <= kWidestNarrow) {
-      if (shape_.width == N) return body(Width<N>());
+      if (shape_.width == N) return body(Constant<N>());
       of_width<N + 1>(body);
     }
   }
   template <class Epilogue>
   void product(const T* weight, int64_t rows, int64_t columns, const T* h, const Epilogue& epilogue) const {
-    multiply<T>(int(tiles_.vectors), rows, weight, columns, 1, h, tiles_.samples, columns, epilogue);
+    if (few_ == 0 || columns < kLanes<T>)
+      return multiply<T>(int(tiles_.vectors), rows, weight, columns, 1, h, tiles_.samples, columns, epilogue);
+    with_few([&](auto samples) {
+      multiply_few<T, decltype(samples)::value>(rows, weight, columns, h, few_memory_.as<T>(), epilogue);
+    });
   }
   // What the identity part of the last layer passes on, without the base.
   void add_right(const State<T>& state, T* z) const {

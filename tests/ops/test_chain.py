@@ -45,6 +45,12 @@ MLP_CASES = [
     Case(149, 10, 9, 57),  # more states than this, and float32 would put some ReLU on the other side of 0
     Case(149, 10, 34, 5),
     Case(149, 10, 2, 1),
+    # Few samples, whose lanes run over the rows of weights; rows that are not whole vectors, or are.
+    Case(12, 10, 34, 2),
+    Case(3, 44, 34, 3),
+    Case(29, 2, 20, 1),
+    Case(37, 10, 20, 4),
+    Case(70, 9, 5, 2),
 ]
 CONV_CASES = [
     Case(1, 1, 40, 20, 3, (7, 7)),  # the thesis's network
