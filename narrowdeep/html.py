@@ -6,9 +6,6 @@ from typing import Any
 
 from narrowdeep.extras import optional
 
-with optional():
-    from jinja2 import Environment
-
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 img { max-width: 100%; border: 1px solid #ddd; }
@@ -31,6 +28,9 @@ _PAGE = """<!doctype html>
 
 def render(title: str, body: str, **values: Any) -> str:
     """A page whose ``body`` is a jinja2 template of ``values``, which are escaped."""
+    with optional():  # loaded when a page is written, which is a run's last act
+        from jinja2 import Environment
+
     return Environment(autoescape=True).from_string(f"{_PAGE}{body}</body>\n</html>\n").render(
         title=title, style=_STYLE, **values
     )
