@@ -8,10 +8,11 @@ from narrowdeep.extras import optional
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-img { max-width: 100%; border: 1px solid #ddd; }
+img { max-width: 100%; box-sizing: border-box; border: 1px solid #ddd; }
 table { border-collapse: collapse; } td, th { padding: .25rem .8rem .25rem 0; text-align: left; vertical-align: top; }
 .yes { color: #16662a; } .no { color: #a01515; } .small { color: #666; font-size: .85rem; overflow-wrap: anywhere; }
-.wide { overflow-x: auto; white-space: nowrap; } td.number { text-align: right; font-variant-numeric: tabular-nums; }
+.wide { overflow-x: auto; white-space: nowrap; } .wide img { max-width: none; width: 100%; min-width: 38rem; }
+.wide th:not(:first-child), td.number { text-align: right; } td.number { font-variant-numeric: tabular-nums; }
 """
 
 _PAGE = """<!doctype html>

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,7 +24,7 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(e.step, e.value) for e in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
 
 
-def expected(folder: Path, field: str) -> list[tuple[int, float]]:
+def expected(folder: Path, field: str) -> list[tuple[int, Any]]:
     return [(m.step, pytest.approx(getattr(m, field), rel=1e-6)) for m in training.read_metrics(folder)]
 
 
