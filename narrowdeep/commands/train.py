@@ -372,7 +372,7 @@ def _fit(
         if not (quiet or console.is_terminal):
             typer.echo(f"epoch {metrics.epoch} of {trainer.config.epochs}: {_numbers(metrics)}", err=True)
 
-    with Progress(*columns, console=console, disable=quiet) as bar:
+    with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as bar:
         epoch = min(trainer.epoch + 1, trainer.config.epochs)
         line = bar.add_task("", total=total, completed=min(first * unit, total), epoch=epoch, loss="", rate=0.0)
 
