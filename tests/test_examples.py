@@ -75,7 +75,7 @@ def test_digits_are_learned_in_one_pass(
     runpy.run_path(str(EXAMPLES / "digits_in_one_pass.py"), run_name="__main__")
     said = capsys.readouterr().out
     assert float(said.partition("%")[0]) > 95
-    after, predicted = re.search(r"before it, (\S+) after, (\S+) predicted", said).groups()
+    ((after, predicted),) = re.findall(r"before it, (\S+) after, (\S+) predicted", said)
     assert float(after) == pytest.approx(float(predicted), rel=0.05)
 
 
