@@ -26,7 +26,7 @@ COMMANDS = {
     "profile": "Peak memory of a forward and backward: planned, measured, and of the same layers run eagerly.",
     "reproduce": "Reproduce a figure, table or theorem of the thesis.",
     "record": "Run a record of depth and print one line of JSON with what it took and whether it passed.",
-    "report": "Write one HTML page that compares runs.",
+    "report": "Write one HTML page that compares runs and their tangent kernels.",
     "info": "Versions, backends, instruction sets and threads.",
 }
 """What ``narrowdeep --help`` says of each."""

@@ -19,6 +19,7 @@ EXTRAS = {
     "rich": "cli",
     "jinja2": "cli",
     "matplotlib": "plots",
+    "tensorboard": "tensorboard",
     "torchvision": "download",
 }
 """Module -> the extra of pyproject.toml that it is in."""

@@ -27,8 +27,9 @@ ROOT = Path(__file__).parent.parent
 FAST = ["--task", "digits", "--pool", "4", "--depth", "4", "--batch-size", "500", "--epochs", "2", "--no-plot"]
 
 
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(a) for a in arguments], env={"NARROWDEEP_DATA": None})
+def run(*arguments: object, terminal: bool = False) -> Result:
+    environment = {"FORCE_COLOR": "1", "NO_COLOR": "1"} if terminal else {}
+    return CliRunner().invoke(app, [str(a) for a in arguments], env={"NARROWDEEP_DATA": None, **environment})
 
 
 def train(*arguments: object) -> dict:
@@ -243,7 +244,7 @@ def test_resume_at_another_number_of_threads_warns(tmp_path):
 @pytest.mark.parametrize("epochs", [1, 2])
 def test_progress_of_a_run_that_is_already_done(tmp_path, epochs):
     train(*FAST, "--out", tmp_path)
-    result = run("train", "--out", tmp_path, "--resume", "--no-plot", "--epochs", epochs)
+    result = run("train", "--out", tmp_path, "--resume", "--no-plot", "--epochs", epochs, terminal=True)
     assert result.exit_code == 0
     assert f"epoch {epochs} " in result.stderr
     assert f"{3 * epochs}/{3 * epochs}" in result.stderr  # 1437 samples in batches of 500
@@ -252,7 +253,7 @@ def test_progress_of_a_run_that_is_already_done(tmp_path, epochs):
 
 def test_progress_ends_with_the_last_loss(tmp_path):
     options = ("--task", "toy", "--depth", 4, "--epochs", 3, "--no-plot")
-    result = run("train", *options, "--out", tmp_path)
+    result = run("train", *options, "--out", tmp_path, terminal=True)
     assert f"loss {training.read_metrics(tmp_path)[-1].train_loss:.4g} " in result.stderr
 
 

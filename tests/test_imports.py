@@ -65,7 +65,20 @@ def test_help_loads_nothing(arguments: list[str]) -> None:
 
 
 def test_no_command_loads_at_its_start_what_it_may_not_need() -> None:
-    assert loaded("\n".join(command(name, "--help") for name in COMMANDS)) == {"torch", "pydantic", "rich", "jinja2"}
+    assert loaded("\n".join(command(name, "--help") for name in COMMANDS)) == {"torch", "pydantic", "rich"}
+
+
+def test_commands_run_without_the_compiler_of_torch(tmp_path: Path) -> None:
+    runs = [
+        ("plan",),
+        ("plan", "--depth", "10", "--device", "cuda", "--budget", "1GiB"),
+        ("profile", "--depth", "10", "--no-eager"),
+        ("ntk", "--depth", "10", "--draws", "1", "--points", "3", "--no-plot", "--out", f"{tmp_path}/kernel.npz"),
+        ("reproduce",),
+        ("record",),
+        ("info",),
+    ]
+    assert loaded("\n".join(command(*run) for run in runs)) == {"torch", "pydantic", "rich"}
 
 
 def test_names_of_commands_are_completed_at_once() -> None:

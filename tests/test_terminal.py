@@ -1,4 +1,4 @@
-"""A terminal shows a bar, in colour unless NO_COLOR is set."""
+"""A terminal shows a bar, in colour unless NO_COLOR is set; anything else a line an epoch and no bar."""
 
 from __future__ import annotations
 
@@ -26,3 +26,10 @@ def test_no_color(tmp_path: Path) -> None:
     plain = shown(tmp_path / "none", NO_COLOR="1")
     assert "━" in plain  # the bar is there
     assert not COLOUR.search(plain)
+
+
+def test_a_log_has_a_line_an_epoch_and_nothing_else(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["train", *FAST, "--out", str(tmp_path / "run")])
+    assert [line.partition(":")[0] for line in result.stderr.splitlines()] == ["epoch 1 of 2", "epoch 2 of 2"]
+    quiet = CliRunner().invoke(app, ["train", *FAST, "--out", str(tmp_path / "quiet"), "--json"])
+    assert quiet.stderr == ""

@@ -1,7 +1,8 @@
-"""A user's script in the strictest terms of mypy: the public API is fully typed."""
+"""A user's script in the strictest terms of mypy, and under pyright: the public API is fully typed."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -57,11 +58,30 @@ assert_type(loaded.hidden_states(torch.rand(5, 2), layers=[1, 99]), Tensor)
 """
 
 
-def test_a_script_passes_strict_mypy(tmp_path: Path) -> None:
-    pytest.importorskip("mypy")
-    (tmp_path / "script.py").write_text(SCRIPT)
-    # The package is found as an installed one is, by py.typed; pyproject.toml's own settings do not count.
-    environment = {**os.environ, "MYPYPATH": str(Path(narrowdeep.__file__).parent.parent)}
-    command = [sys.executable, "-m", "mypy", "--strict", "--config-file=", "--follow-imports=silent", "script.py"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stdout
+INSTALLED = "site-packages" in narrowdeep.__file__
+"""Or else a checkout, which type checkers are told of; an installed package they find by its py.typed."""
+FOLDER = str(Path(narrowdeep.__file__).parent.parent)
+
+
+def checked(script: str, folder: Path, *command: str) -> str:
+    """What a type checker says of a script; nothing where it finds no error."""
+    (folder / "script.py").write_text(script)
+    settings = {} if INSTALLED else {"extraPaths": [FOLDER]}
+    (folder / "pyrightconfig.json").write_text(json.dumps({**settings, "pythonVersion": "3.10"}))
+    environment = os.environ if INSTALLED else {**os.environ, "MYPYPATH": FOLDER}
+    program = [sys.executable, "-m", *command, "script.py"]
+    done = subprocess.run(program, cwd=folder, capture_output=True, text=True, env=environment, check=False)
+    return "" if done.returncode == 0 else done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [  # pyproject.toml's own settings do not count
+        pytest.param(("mypy", "--strict", "--config-file=", "--follow-imports=silent"), id="mypy"),
+        pytest.param(("pyright", "--pythonpath", sys.executable), id="pyright"),
+    ],
+)
+def test_a_script_passes(command: tuple[str, ...], tmp_path: Path) -> None:
+    pytest.importorskip(command[0])
+    assert checked(SCRIPT, tmp_path, *command) == ""
+    assert "script.py:34" in checked(SCRIPT.replace("return jacobian(model, x)", "return 1"), tmp_path, *command)

@@ -15,7 +15,7 @@ import typer
 
 from narrowdeep.__main__ import shorten
 from narrowdeep.extras import install
-from narrowdeep.memory.planning import OPTIMIZER_TENSORS
+from narrowdeep.memory.planning import OPTIMIZER_TENSORS, check_device
 
 
 class Dtype(str, Enum):
@@ -135,12 +135,7 @@ def resolve_device(name: str) -> torch.device:
 
     Raises: ValueError naming the device.
     """
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device must be cpu, cuda or cuda:N, got {name!r}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device must be cpu, cuda or cuda:N, got {name!r}")
+    device = check_device(name)
     count = torch.cuda.device_count() if device.type == "cuda" and torch.cuda.is_available() else 0
     if device.type == "cuda" and (device.index or 0) >= count:
         raise ValueError(f"device must be one that this machine has: it has {count} CUDA devices, got {name!r}")

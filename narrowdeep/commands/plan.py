@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated
 
 import torch
 import typer
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from narrowdeep import memory
 from narrowdeep.commands.network import IMAGE, Arch, Form, Network
@@ -46,12 +44,11 @@ def plan(
     Nothing of the network's size is allocated, and --device need not be there. (--seed changes nothing here.)
     """
     with one_line_errors():
-        if re.fullmatch(r"cpu|cuda(:\d+)?", device) is None:
-            raise ValueError(f"device must be cpu, cuda or cuda:N, got {device!r}")
         network = Network(arch, inputs, outputs, image, kernel_size, form, checkpoint, dtype, chunks)
-        with FakeTensorMode():
-            model, shape = network.make(depth, torch.device(device))
-            planned = memory.plan(model, batch_size=batch_size, input_shape=shape, budget=budget, optimizer=optimizer)
+        model, shape = network.make(depth, torch.device("meta"))
+        planned = memory.plan(
+            model, batch_size=batch_size, input_shape=shape, budget=budget, optimizer=optimizer, device=device
+        )
     if json:
         print_json(planned.to_dict())
     else:

@@ -8,7 +8,6 @@ from typing import Annotated
 
 import torch
 import typer
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from narrowdeep import files, memory
 from narrowdeep.commands.network import IMAGE, Arch, Form, Network
@@ -60,9 +59,8 @@ def profile(
         if figure is not None:
             _check_figure(figure)
         for layers in depths:  # all are checked before the first is measured
-            with FakeTensorMode():
-                model, shape = network.make(layers, target)
-                memory.plan(model, batch_size=batch_size, input_shape=shape, budget=budget)
+            model, shape = network.make(layers, torch.device("meta"))
+            memory.plan(model, batch_size=batch_size, input_shape=shape, budget=budget, device=target)
     profiles = []
     with progress() as bar, memory_errors():
         line = bar.add_task("profiles", total=len(depths))

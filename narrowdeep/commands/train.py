@@ -6,9 +6,11 @@ More than 400 lines, because each option and each setting that it may start from
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import Enum
@@ -37,9 +39,11 @@ from narrowdeep.commands.options import (
 )
 from narrowdeep.commands.settings import ConfigOption, write_settings
 from narrowdeep.data import TASKS, Task, load_task
+from narrowdeep.extras import install
 from narrowdeep.memory.sizes import parse_bytes
 from narrowdeep.step_size import StepSize, predict_step_size
 from narrowdeep.training import DTYPES, TrainConfig, Trainer
+from narrowdeep.training.tensorboard import scalars
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,9 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, with its settings.")] = False,
     save_every: Annotated[float, typer.Option(min=0, help="Seconds between two saves of the run.")] = 30.0,
     plot: Annotated[bool, typer.Option(help="Draw curves.png at the end; needs matplotlib.")] = True,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write scalars for TensorBoard into --out; needs tensorboard.")
+    ] = False,
     config: ConfigOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -177,6 +184,8 @@ def train(
         target = resolve_device(device)
         if lr is not None and tau is not None:
             raise ValueError(f"lr and tau set the same thing: give one, got lr = {lr} and tau = {tau}")
+        if tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise ValueError(f"tensorboard must be installed: {install('tensorboard')}, or leave --tensorboard out")
         plot = plot and has_matplotlib("the plot")
         folder = out or Path("runs") / asked.get("task", "digits")
     with ExitStack() as stack:
@@ -191,7 +200,8 @@ def train(
             if not resume:
                 _require_no_run(folder)  # which may have begun in the meantime
             write_settings(folder, trainer.config)
-        finished = _fit(trainer, folder, save_every=save_every, plot=plot, quiet=json)
+        log = stack.enter_context(scalars(trainer, folder)) if tensorboard else None
+        finished = _fit(trainer, folder, save_every=save_every, plot=plot, quiet=json, log=log)
         _report(trainer, folder, finished=finished, plot=plot, json=json)
     if not finished:
         raise typer.Exit(130)
@@ -333,7 +343,15 @@ def _resume(
     return trainer
 
 
-def _fit(trainer: Trainer, folder: Path, *, save_every: float, plot: bool, quiet: bool) -> bool:
+def _fit(
+    trainer: Trainer,
+    folder: Path,
+    *,
+    save_every: float,
+    plot: bool,
+    quiet: bool,
+    log: Callable[[training.EpochMetrics], None] | None,
+) -> bool:
     columns = (
         TextColumn("epoch {task.fields[epoch]}"),
         BarColumn(),
@@ -348,11 +366,13 @@ def _fit(trainer: Trainer, folder: Path, *, save_every: float, plot: bool, quiet
     first, start, shown = trainer.step_count, time.monotonic(), 0.0
     console = Console(stderr=True)
 
-    def say(metrics: training.EpochMetrics) -> None:
-        typer.echo(f"epoch {metrics.epoch} of {trainer.config.epochs}: {_numbers(metrics)}", err=True)
+    def on_epoch(metrics: training.EpochMetrics) -> None:
+        if log is not None:
+            log(metrics)
+        if not (quiet or console.is_terminal):
+            typer.echo(f"epoch {metrics.epoch} of {trainer.config.epochs}: {_numbers(metrics)}", err=True)
 
-    on_epoch = None if quiet or console.is_terminal else say
-    with Progress(*columns, console=console, disable=quiet) as bar:
+    with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as bar:
         epoch = min(trainer.epoch + 1, trainer.config.epochs)
         line = bar.add_task("", total=total, completed=min(first * unit, total), epoch=epoch, loss="", rate=0.0)
 

@@ -130,6 +130,17 @@ def check_optimizer(name: Any) -> Optimizer:
     return name
 
 
+def check_device(name: Any) -> torch.device:
+    """``torch.device(name)`` of a kind that a chain runs on. Raises: ValueError."""
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu, cuda or cuda:N, got {name!r}")
+    return device
+
+
 def plan(
     model: DeepNarrowBase,
     *,
@@ -138,6 +149,7 @@ def plan(
     budget: int | str | None = None,
     optimizer: str | None = None,
     schedules: bool = True,
+    device: torch.device | str | None = None,
 ) -> MemoryPlan:
     """The memory of one training step, and the checkpointing that fits ``budget`` at the least slow-down.
 
@@ -157,6 +169,8 @@ def plan(
             gradients at once. None: the model's own ``optimizer``.
         schedules: whether binomial schedules may be chosen. A step that is compiled, or in a transform of torch.func,
             runs none and keeps every boundary instead: a plan for it needs False.
+        device: where the step will run, which need not be there. None: where the parameters are; those on the meta
+            device, which take no memory, stand for the CPU.
 
     Returns: a MemoryPlan; of those that fit, the fastest, and of equally fast ones the one whose segment is nearest
         to what a model without a budget takes. It counts tensors and the engine's own memory, not the interpreter and
@@ -171,8 +185,11 @@ def plan(
         >>> model = DeepNarrowMLP(784, 10, depth=12)
         >>> plan(model, batch_size=4096, budget="300MB").total <= 300_000_000
         True
+        >>> million = DeepNarrowMLP(2, 1, depth=1_000_000, device="meta")  # nothing of its size is allocated
+        >>> plan(million, batch_size=128, device="cuda").checkpoint
+        1000
     """
-    shape = _shape(model, batch_size, input_shape)
+    shape = _shape(model, batch_size, input_shape, device)
     step = Step(shape)
     kind = model.optimizer if optimizer is None else check_optimizer(optimizer)
     wanted = model.budget if budget is None else parse_bytes(budget)
@@ -214,7 +231,9 @@ def _gradients(model: DeepNarrowBase, *, fused: bool) -> int:
     return max(size(node) for node in (*ends, *zip(model.hidden_weight, model.hidden_bias, strict=True)))
 
 
-def _shape(model: DeepNarrowBase, batch_size: int, input_shape: tuple[int, ...] | None) -> ChainShape:
+def _shape(
+    model: DeepNarrowBase, batch_size: int, input_shape: tuple[int, ...] | None, device: torch.device | str | None
+) -> ChainShape:
     if not isinstance(model, torch.nn.Module) or not hasattr(model, "identity_part"):
         raise TypeError(f"model must be a DeepNarrowMLP or a DeepNarrowCNN, got {type(model).__name__}")
     batch_size = check_count("batch_size", batch_size, 1)
@@ -240,7 +259,7 @@ def _shape(model: DeepNarrowBase, batch_size: int, input_shape: tuple[int, ...] 
         offset=model.form == "offset",
         trained=any(any(span.trainable) for span in model.spans()),
         dtype=weight.dtype,
-        device=weight.device,
+        device=weight.device if device is None else check_device(device),
     )
 
 

@@ -236,6 +236,8 @@ class DeepNarrowBase(Checkpointing):
             >>> model.reset_parameters(torch.Generator().manual_seed(3))
         """
         self._require_parameters("reset_parameters")
+        if self.first_weight.is_meta:  # no numbers to draw, and torch would load its compiler to draw none
+            return
         if self.init == "kaiming":
             for name in PARAMETER_NAMES:
                 for param in self.in_chunks(name):

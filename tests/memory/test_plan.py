@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -257,6 +258,24 @@ def test_no_memory_is_needed_to_plan() -> None:
     model = DeepNarrowMLP(784, 10, 4000, device="meta")
     planned = plan(model, batch_size=128, budget="24GB")
     assert planned.parts["parameters"] > 10_000_000_000
+
+
+@pytest.mark.parametrize("model", [(DeepNarrowMLP, (2,)), (DeepNarrowCNN, (2, 7, 5))], ids=["mlp", "cnn"])
+def test_a_plan_is_of_the_device_that_is_said(model: tuple[type, tuple[int, ...]]) -> None:
+    network, shape = model
+    there, nowhere = (network(2, 1, 300, checkpoint=20, device=device) for device in ("cpu", "meta"))
+    settings: dict = {"batch_size": 9, "input_shape": shape}
+    cpu, cuda = (plan(nowhere, **settings, device=torch.device(name)) for name in ("cpu", "cuda:1"))
+    assert cpu == plan(nowhere, **settings) == plan(there, **settings)
+    assert cuda == plan(there, **settings, device="cuda")
+    assert cuda.parts["backward state"] == 8 * 4 * 9 * math.prod(shape[1:]) * (2 + 1 + 1)  # 8 states of 9 samples
+    assert {name for name, size in cpu.parts.items() if size != cuda.parts[name]} <= {"backward state", "workspace"}
+
+
+@pytest.mark.parametrize("device", ["tpu", "meta", "cuda:x", 3.5])
+def test_a_plan_is_of_a_device_that_runs_chains(device: object) -> None:
+    with pytest.raises(ValueError, match="device must be cpu, cuda or cuda:N, got "):
+        plan(DeepNarrowMLP(2, 1, 4), batch_size=1, device=device)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
