@@ -1,4 +1,4 @@
-// One layer of the MLP chain: a matrix product. Widths 2 to 8 run many layers in registers (narrow.h).
+// One layer of the MLP chain: a matrix product. Widths 2 to 12 run many layers in registers (narrow.h).
 #pragma once
 
 #include "common/epilogue.h"

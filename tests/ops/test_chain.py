@@ -32,6 +32,9 @@ MLP_CASES = [
     Case(4, 3, 34, 37),
     Case(4, 3, 129, 1),
     Case(4, 4, 129, 37),
+    Case(5, 4, 66, 37),
+    Case(7, 3, 34, 70),
+    Case(6, 5, 34, 130),  # the widest that runs in registers
     Case(7, 1, 3, 200),
     Case(8, 8, 34, 57),
     Case(1, 15, 129, 5),
