@@ -301,7 +301,7 @@ def test_a_parameter_moves_in_blocks_and_one_may_be_a_number(monkeypatch: pytest
         def forward(self, x: Tensor) -> Tensor:
             return 2 * self.a * x + (self.b * torch.arange(2.0)).sum() * x
 
-    monkeypatch.setattr("narrowdeep.optim.gauss_newton._BLOCK", 2)
+    monkeypatch.setattr("narrowdeep.optim.parameters._BLOCK", 2)
     model, x = Slope(), torch.tensor([[1.0]])
     GramGaussNewton(model, damping=0.0).step(x, 6 * x)
     # The gradient (2, five times 1) has the square 9, and 4 are missing.
