@@ -17,7 +17,7 @@ from narrowdeep import memory, ntk
 from narrowdeep.data import load_task
 from narrowdeep.modules import DeepNarrowCNN, DeepNarrowMLP
 from narrowdeep.ntk import empirical_ntk, limit_ntk_mlp
-from narrowdeep.optim import FusedSGD, GramGaussNewton
+from narrowdeep.optim import FusedSGD
 from narrowdeep.training import peak_memory, thesis_loss
 
 
@@ -194,6 +194,8 @@ class MlpMillionSettings:
 
 
 def _mlp_million(settings: MlpMillionSettings, progress: Progress) -> Outcome:
+    from narrowdeep.optim import GramGaussNewton  # which needs scipy
+
     start = time.perf_counter()
     task = load_task("toy", samples=settings.samples)
     x, y = task.x_train, task.y_train

@@ -537,11 +537,12 @@ def test_steps_with_momentum_are_those_of_torch_on_the_linear_model(data, ridge:
 def test_momentum_needs_steps_that_are_stable(data) -> None:
     X, y, test = data
     model = NTKRegressor(limit_ntk_mlp, ridge=0.1).fit(X, y)
-    for arguments, message in [
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"momentum": 0.5}, "momentum must be 0 without n_steps and tau, got 0.5"),
         ({"momentum": 1.0, "n_steps": 1, "tau": 0.1}, r"momentum must be in \[0, 1\), got 1.0"),
         ({"momentum": 0.5, "n_steps": 5000, "tau": 1e3}, r"tau must be below 2 \(1 \+ momentum\) N / lambda_max"),
-    ]:
+    ]
+    for arguments, message in cases:
         with pytest.raises(ValueError, match=message):
             model.predict(test, **arguments)
 
@@ -554,7 +555,8 @@ def test_draws_have_the_posterior_mean_and_covariance(data) -> None:
         return limit_ntk_mlp(a, b)[:, :, None, None] * torch.tensor(B)
 
     times: list[dict[str, Any]] = [{}, {"t": 5.0}]
-    for kernel, arguments in [(limit_ntk_mlp, times[0]), (limit_ntk_mlp, times[1]), (full, times[0])]:
+    kernels: list[tuple[Any, dict[str, Any]]] = [(limit_ntk_mlp, time) for time in times]
+    for kernel, arguments in [*kernels, (full, times[0])]:
         model = NTKRegressor(kernel, ridge=0.3).fit(X, y)
         mean, covariance = model.predict(test, return_cov=True, **arguments)
         drawn = model.sample_y(test, 40_000, random_state=1, **arguments)
