@@ -117,7 +117,12 @@ def test_features_are_taken_where_they_are_fewer(kept: bool, monkeypatch: pytest
     budget = 16 * matrix.shape[1] ** 2 + 8 * matrix.numel() * kept  # of the system, and of the features
     calls: list[int] = []
     rows = InitialFeatures.matrix
-    monkeypatch.setattr(InitialFeatures, "matrix", lambda self, part: calls.append(len(part)) or rows(self, part))
+
+    def counted(self: InitialFeatures, part: Tensor) -> Tensor:
+        calls.append(len(part))
+        return rows(self, part)
+
+    monkeypatch.setattr(InitialFeatures, "matrix", counted)
     step = GramGaussNewton(model, damping=1e-3, kernel="features", budget=budget).step(x, y)
     assert sum(calls) == (60 if kept else 180)  # once, or for the system, the right-hand side and the solution
     regular = matrix @ matrix.T + 1e-3 * matrix.square().sum(1).mean() * torch.eye(60)
