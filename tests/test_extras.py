@@ -59,9 +59,9 @@ assert narrowdeep.DeepNarrowCNN(1, 2, 5)(torch.rand(3, 1, 4, 4)).shape == (3, 2)
 
 
 MISSING = {
-    "import narrowdeep; narrowdeep.ntk.NTKRegressor": ("scipy", "ntk"),
+    "import narrowdeep; narrowdeep.ntk.NTKRegressor": ("sklearn", "ntk"),
     "from narrowdeep.ntk import heavy_ball": ("scipy", "ntk"),
-    "from narrowdeep.ntk.regression import NTKRegressor": ("scipy", "ntk"),
+    "from narrowdeep.ntk.regression import NTKRegressor": ("sklearn", "ntk"),
     "from narrowdeep.training import save_model": ("pydantic", "training"),
     "import narrowdeep; narrowdeep.training": ("pydantic", "training"),
     "from narrowdeep.data import load_task; load_task('digits')": ("sklearn", "ntk"),

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from narrowdeep.extras import optional
 from narrowdeep.ntk.checks import Array, as_array
-from narrowdeep.ntk.regression import KernelEstimator, NTKRegressor
+from narrowdeep.ntk.estimator import KernelEstimator
+from narrowdeep.ntk.regression import NTKRegressor
 
 with optional():
     from sklearn.base import ClassifierMixin

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,46 +15,19 @@ from torch import Tensor, nn
 from narrowdeep.checks import check_count, check_number
 from narrowdeep.extras import optional
 from narrowdeep.ntk.checks import Array, as_array, as_real
-from narrowdeep.ntk.empirical import empirical_ntk
+from narrowdeep.ntk.estimator import KernelEstimator, kernel_of, outputs_of
 from narrowdeep.ntk.limit import CLIPPED
-from narrowdeep.ntk.network import CAST_SAMPLES, reading
-from narrowdeep.ntk.spectrum import check_symmetric, descent_filter, flow_filter, kernel_matrix
+from narrowdeep.ntk.network import CAST_SAMPLES
+from narrowdeep.ntk.spectrum import as_momentum, check_symmetric, descent_filter, flow_filter, kernel_matrix
 from narrowdeep.ntk.system import Filter, KernelSystem
 
 with optional():
-    from sklearn.base import BaseEstimator, RegressorMixin
+    from sklearn.base import RegressorMixin
+    from sklearn.utils import check_random_state
     from sklearn.utils.validation import check_is_fitted, validate_data
 
 _BLOCK = 1 << 25
 """Entries of the kernel that a prediction holds at a time (256 MB)."""
-
-
-class KernelEstimator(BaseEstimator):
-    """The settings of an ``NTKRegressor``, and what scikit-learn is to know of them."""
-
-    def __init__(
-        self,
-        kernel: Callable[..., Any] | nn.Module | Literal["precomputed"],
-        *,
-        ridge: float = 0.0,
-        t: float | None = None,
-        rho: float | None = None,
-        beta: float | None = None,
-    ) -> None:
-        self.kernel = kernel
-        self.ridge = ridge
-        self.t = t
-        self.rho = rho
-        self.beta = beta
-
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        tags.input_tags.pairwise = self._precomputed()
-        tags.input_tags.three_d_array = True
-        return tags
-
-    def _precomputed(self) -> bool:
-        return isinstance(self.kernel, str) and self.kernel == "precomputed"
 
 
 class NTKRegressor(RegressorMixin, KernelEstimator):
@@ -113,7 +86,7 @@ class NTKRegressor(RegressorMixin, KernelEstimator):
             return left
         kernel: Callable[..., Any] = self.kernel
         if isinstance(self.kernel, nn.Module):
-            kernel = _kernel_of(self.kernel)
+            kernel = kernel_of(self.kernel)
         settings = {name: getattr(self, name) for name in ("rho", "beta") if getattr(self, name) is not None}
         # Copies, because torch warns about arrays that cannot be written.
         tensors = [torch.tensor(x, device="cpu") for x in (left, right) if x is not None]
@@ -217,6 +190,7 @@ class NTKRegressor(RegressorMixin, KernelEstimator):
         *,
         n_steps: int | None = None,
         tau: float | None = None,
+        momentum: float = 0.0,
         return_std: bool = False,
         return_cov: bool = False,
         prior: Any = None,
@@ -232,6 +206,7 @@ class NTKRegressor(RegressorMixin, KernelEstimator):
             X: (M, features), or k(X, X_train) with "precomputed".
             t: kernel time of the flow, not negative; None is the ``t`` of the estimator, and infinity the limit, f_ntk.
             n_steps, tau: gradient descent in place of the flow; both or neither, and not with t.
+            momentum: of that descent, in [0, 1), in the convention of torch.optim.SGD.
             return_std, return_cov: also return standard deviations or the covariance; at most one of the two.
             prior: k(X, X), needed for either with "precomputed".
             initial: f0(X), (M,) or (M, out), needed where ``fit`` was given an array of them.
@@ -264,7 +239,7 @@ class NTKRegressor(RegressorMixin, KernelEstimator):
         if self._precomputed() and isinstance(X, Tensor):
             X = as_array("X", X)
         data = validate_data(self, X, dtype=np.float64, allow_nd=True, reset=False)
-        weights = self._weights(t, n_steps, tau)
+        weights = self._weights(t, n_steps, tau, momentum)
         coefficients = self._system.coefficients(weights)
         samples = data.shape[0]
         if self._needs_initial and initial is None:
@@ -324,7 +299,7 @@ class NTKRegressor(RegressorMixin, KernelEstimator):
         if callable(initial):
             if self._precomputed():
                 raise ValueError("initial must be an array with 'precomputed', which has no X to call it on")
-            initial = _outputs(initial, data)
+            initial = outputs_of(initial, data)
         start = as_array("initial", initial)
         if start.size == math.prod(shape) and start.ndim <= 2 and start.shape[:1] == shape[:1]:
             start = start.reshape(shape)  # (N, 1) and (N,) are the same outputs
@@ -344,8 +319,35 @@ class NTKRegressor(RegressorMixin, KernelEstimator):
             raise ValueError(f"t must be finite and not negative (None or infinity is the limit), got {value}")
         return time
 
-    def _weights(self, t: float | None, n_steps: int | None, tau: float | None) -> Filter | None:
-        system = self._system
+    def sample_y(self, X: ArrayLike, n_samples: int = 1, random_state: Any = 0, **arguments: Any) -> Array:
+        """Functions drawn from what ``predict(X, return_cov=True)`` describes, at X.
+
+        Arguments:
+            X: (M, features), or k(X, X_train) with "precomputed".
+            n_samples: functions, at least 1.
+            random_state: an int, a numpy.random.RandomState or None, as in scikit-learn.
+            arguments: as of ``predict``: a time, or ``prior`` and ``initial`` where it needs them.
+
+        Returns: (M, n_samples) or (M, out, n_samples), float64, as of GaussianProcessRegressor.
+
+        Examples:
+            >>> import numpy as np
+            >>> from narrowdeep.ntk import NTKRegressor, limit_ntk_mlp
+            >>> X = np.random.default_rng(0).random((20, 2))
+            >>> NTKRegressor(limit_ntk_mlp, ridge=1e-3).fit(X, X.prod(1)).sample_y(X[:5], 3).shape
+            (5, 3)
+        """
+        count = check_count("n_samples", n_samples, 1)
+        mean, covariance = self.predict(X, **arguments, return_cov=True)
+        matrix = kernel_matrix(covariance, "covariance")
+        values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
+        columns = mean.size // max(1, len(matrix))  # outputs that are independent and alike
+        normal = check_random_state(random_state).standard_normal((len(matrix), columns * count))
+        drawn = (vectors * np.sqrt(np.maximum(values, 0.0))) @ normal
+        return mean[..., None] + drawn.reshape(*mean.shape, count)
+
+    def _weights(self, t: float | None, n_steps: int | None, tau: float | None, momentum: float) -> Filter | None:
+        system, momentum = self._system, as_momentum(momentum)
         if (n_steps is None) != (tau is None):
             raise ValueError(f"n_steps and tau must be given together, got n_steps={n_steps} and tau={tau}")
         if n_steps is not None and tau is not None:
@@ -353,33 +355,17 @@ class NTKRegressor(RegressorMixin, KernelEstimator):
                 raise ValueError(f"t must be None when n_steps is given, got t={t} and n_steps={n_steps}")
             steps, step = check_count("n_steps", n_steps, 0), check_number("tau", tau, positive=True)
             largest = system.modes[0][-1]
-            if not np.isfinite(descent_filter(largest, system.samples, steps, step)):
+            if not np.isfinite(descent_filter(largest, system.samples, steps, step, momentum)):
+                bound = 2 * (1 + momentum) * system.samples / largest
                 raise ValueError(
-                    f"tau must be below 2 N / lambda_max = {2 * system.samples / largest:g} for descent to be stable: "
+                    f"tau must be below 2 (1 + momentum) N / lambda_max = {bound:g} for descent to be stable: "
                     f"{n_steps} steps of {tau} have overflowed"
                 )
-            return lambda values: descent_filter(values, system.samples, steps, step)
+            return lambda values: descent_filter(values, system.samples, steps, step, momentum)
+        if momentum:
+            raise ValueError(f"momentum must be 0 without n_steps and tau, got {momentum}")
         time = self._time(t)
         return None if math.isinf(time) else lambda values: flow_filter(values, system.samples, time)
-
-
-def _kernel_of(model: nn.Module) -> Callable[..., Tensor]:
-    device = next((param.device for param in model.parameters()), torch.device("cpu"))
-
-    def kernel(x1: Tensor, x2: Tensor | None = None) -> Tensor:
-        return empirical_ntk(model, x1.to(device), None if x2 is None else x2.to(device))
-
-    return kernel
-
-
-def _outputs(initial: Callable[..., Any], data: Array) -> Any:
-    """f0 of samples; a module is called in its own dtype, on its own device, without a trace."""
-    x = torch.tensor(data, device="cpu")
-    if not isinstance(initial, nn.Module):
-        return initial(x)
-    param = next((param for param in initial.parameters() if param.is_floating_point()), x)
-    with reading(initial):
-        return initial(x.to(param.device, param.dtype))
 
 
 def _shape(kernel: Any) -> tuple[int, ...]:

@@ -236,8 +236,19 @@ def flow_filter(eigenvalues: Array, n: float, t: float) -> Array:
     return (t / n) * np.where(x == 0, 1.0, -np.expm1(-safe) / safe)
 
 
-def descent_filter(eigenvalues: Array, n: float, n_steps: int, tau: float) -> Array:
-    """``(1 - (1 - tau lambda / N)^n_steps) / lambda``, with its limit n_steps tau / N at lambda = 0."""
+def descent_filter(eigenvalues: Array, n: float, n_steps: int, tau: float, momentum: float = 0.0) -> Array:
+    """``(1 - (1 - tau lambda / N)^n_steps) / lambda``, with its limit n_steps tau / N at lambda = 0.
+
+    With momentum ``1 - (...)^n_steps`` is what so many steps of it have learned.
+    """
+    if momentum:
+        values = np.asarray(eigenvalues, dtype=np.float64)
+        velocity, learned = np.zeros_like(values), np.zeros_like(values)
+        with np.errstate(over="ignore", invalid="ignore"):
+            for _ in range(n_steps):
+                velocity = momentum * velocity + (1.0 - values * learned)
+                learned = learned + (tau / n) * velocity
+        return learned
     x = np.asarray(eigenvalues) * (tau / n)
     small = np.where((x == 0) | (x > 0.5), 0.25, x)
     near = -np.expm1(n_steps * np.log1p(-small)) / small

@@ -32,6 +32,8 @@ _ROWS = 1024
 class Kernel(Protocol):
     constant: bool
     """Whether it stays the same while the model is trained."""
+    reads_samples: bool
+    """Whether it takes samples as a narrow model does, after the modules before it."""
 
     def system(self, x: Tensor, outputs: int, budget: int) -> System: ...
 
@@ -42,7 +44,7 @@ class Kernel(Protocol):
 class FeatureKernel:
     """The kernel at initialisation, in its features, which stay while the model is trained."""
 
-    constant = True
+    constant, reads_samples = True, True
 
     def __init__(self, features: InitialFeatures) -> None:
         self.features = features
@@ -50,7 +52,8 @@ class FeatureKernel:
     def system(self, x: Tensor, outputs: int, budget: int) -> System:
         samples, count = x.shape[0], self.features.count(x.shape[1])
         if count < samples and _factorised(count) <= budget:
-            return FeatureSystem(self.features.matrix, x.split(self._rows(count)))
+            keep = _factorised(count) + 8 * samples * count <= budget
+            return FeatureSystem(self.features.matrix, x.split(self._rows(count)), keep)
         if _factorised(samples) <= budget:
             kernel = torch.zeros(samples, samples, dtype=torch.float64, device=x.device)
             for block in self.features.blocks(x):
@@ -79,7 +82,7 @@ class FeatureKernel:
 class EmpiricalKernel:
     """The kernel of the model as it is now."""
 
-    constant = False
+    constant, reads_samples = False, False
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -98,8 +101,8 @@ class EmpiricalKernel:
 class FunctionKernel:
     """``function(x1, x2)``, (N1, N2) or (N1, N2, out, out), scaled as the model's own kernel."""
 
-    def __init__(self, function: Callable[[Tensor, Tensor], Any], *, constant: bool) -> None:
-        self.function, self.constant = function, constant
+    def __init__(self, function: Callable[[Tensor, Tensor], Any], *, limit: bool) -> None:
+        self.function, self.constant, self.reads_samples = function, limit, limit
 
     def system(self, x: Tensor, outputs: int, budget: int) -> System:
         first = self._evaluate(x[:1], x[:1])
@@ -136,7 +139,7 @@ def limit_kernel(ours: Ours) -> FunctionKernel:
             return limit_ntk_cnn(x1, x2, kernel_size=model.kernel_size, out_channels=model.out_channels, **settings)
         return limit_ntk_mlp(x1, x2, out_features=model.out_features, **settings)
 
-    return FunctionKernel(kernel, constant=True)
+    return FunctionKernel(kernel, limit=True)
 
 
 def _factorised(size: int) -> int:

@@ -34,6 +34,9 @@ class System(Protocol):
         Raises: numpy.linalg.LinAlgError naming a damping that works.
         """
 
+    def product(self, v: Tensor) -> Tensor:
+        """``K v``, (N, out)."""
+
 
 class _Cholesky:
     """Of a symmetric matrix with lambda on its diagonal; the last factor is kept."""
@@ -85,18 +88,24 @@ class SampleSystem:
     def solve(self, right: Tensor, damping: float) -> Tensor:
         return self._cholesky(right.reshape(len(self._cholesky.matrix), -1), damping).reshape(right.shape)
 
+    def product(self, v: Tensor) -> Tensor:
+        matrix = self._cholesky.matrix
+        return (matrix @ v.reshape(len(matrix), -1)).reshape(v.shape)
+
 
 class FeatureSystem:
     """K = P P^T of fewer features than samples: ``(r - P (P^T P + lambda I)^-1 P^T r) / lambda``.
 
-    P is made again at every use, the rows of one block of samples at a time.
+    P is kept, or made again at every use, the rows of one block of samples at a time.
     """
 
-    def __init__(self, features: Callable[[Tensor], Tensor], blocks: Sequence[Tensor]) -> None:
+    def __init__(self, features: Callable[[Tensor], Tensor], blocks: Sequence[Tensor], keep: bool = False) -> None:
         self._features, self._blocks = features, blocks
+        if keep:
+            self._features, self._blocks = _itself, [features(block) for block in blocks]
         gram: Tensor | None = None
-        for block in blocks:
-            rows = features(block)
+        for block in self._blocks:
+            rows = self._features(block)
             gram = rows.T @ rows if gram is None else gram.addmm_(rows.T, rows)
         assert gram is not None  # there is at least one sample
         self.mean = float(gram.trace()) / sum(len(block) for block in blocks)
@@ -105,11 +114,27 @@ class FeatureSystem:
     def solve(self, right: Tensor, damping: float) -> Tensor:
         if damping == 0:  # there are directions in which K is 0
             raise self._cholesky.singular(damping)
-        parts = right.split([len(block) for block in self._blocks])
-        projected = sum(self._features(block).T @ part for block, part in zip(self._blocks, parts, strict=True))
-        weights = self._cholesky(projected, damping)
-        left = [part - self._features(block) @ weights for block, part in zip(self._blocks, parts, strict=True)]
-        return torch.cat(left) / (damping * self.mean)
+        weights = self._cholesky(self._projected(right), damping)
+        return (right - self._expanded(weights)) / (damping * self.mean)
+
+    def product(self, v: Tensor) -> Tensor:
+        return self._expanded(self._projected(v))
+
+    def _projected(self, v: Tensor) -> Tensor:
+        """``P^T v``"""
+        parts = v.split([len(block) for block in self._blocks])
+        out = v.new_zeros(len(self._cholesky.matrix), v.shape[1])
+        for block, part in zip(self._blocks, parts, strict=True):
+            out.addmm_(self._features(block).T, part)
+        return out
+
+    def _expanded(self, weights: Tensor) -> Tensor:
+        """``P weights``"""
+        return torch.cat([self._features(block) @ weights for block in self._blocks])
+
+
+def _itself(rows: Tensor) -> Tensor:
+    return rows
 
 
 class ProductSystem:
@@ -120,6 +145,9 @@ class ProductSystem:
 
     def __init__(self, product: Callable[[Tensor], Tensor], mean: float, preconditioner: System | None = None) -> None:
         self._product, self.mean, self._preconditioner = product, mean, preconditioner
+
+    def product(self, v: Tensor) -> Tensor:
+        return self._product(v)
 
     def solve(self, right: Tensor, damping: float) -> Tensor:
         def operator(function: Callable[[Tensor], Tensor]) -> Any:

@@ -511,3 +511,69 @@ def test_bad_weights(data) -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             NTKRegressor(limit_ntk_mlp, ridge=0.1).fit(x, y, sample_weight=weights)
+
+
+# --- Momentum, and draws ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ridge", [0.0, 0.3])
+@pytest.mark.parametrize("steps", [0, 1, 50])
+def test_steps_with_momentum_are_those_of_torch_on_the_linear_model(data, ridge: float, steps: int) -> None:
+    """SGD on weights w of explicit features, f = features w, from w = 0."""
+    X, y, test = data
+    features, at = (torch.tensor(np.concatenate([x, np.sin(x)], 1)) for x in (X, test))
+    weights = torch.zeros(features.shape[1], 2, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.SGD([weights], lr=0.5, momentum=0.9)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = (features @ weights - torch.tensor(y)).square().sum() / 40 + ridge / 40 * weights.square().sum()
+        loss.backward()
+        optimizer.step()
+    model = NTKRegressor("precomputed", ridge=ridge).fit((features @ features.T).numpy(), y)
+    got = model.predict((at @ features.T).numpy(), n_steps=steps, tau=0.5, momentum=0.9)
+    np.testing.assert_allclose(got, (at @ weights).detach().numpy(), rtol=0, atol=1e-10)
+
+
+def test_momentum_needs_steps_that_are_stable(data) -> None:
+    X, y, test = data
+    model = NTKRegressor(limit_ntk_mlp, ridge=0.1).fit(X, y)
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"momentum": 0.5}, "momentum must be 0 without n_steps and tau, got 0.5"),
+        ({"momentum": 1.0, "n_steps": 1, "tau": 0.1}, r"momentum must be in \[0, 1\), got 1.0"),
+        ({"momentum": 0.5, "n_steps": 5000, "tau": 1e3}, r"tau must be below 2 \(1 \+ momentum\) N / lambda_max"),
+    ]
+    for arguments, message in cases:
+        with pytest.raises(ValueError, match=message):
+            model.predict(test, **arguments)
+
+
+def test_draws_have_the_posterior_mean_and_covariance(data) -> None:
+    X, y, test = data
+    B = np.array([[2.0, 1.0], [1.0, 3.0]])
+
+    def full(a: torch.Tensor, b: torch.Tensor | None = None) -> torch.Tensor:
+        return limit_ntk_mlp(a, b)[:, :, None, None] * torch.tensor(B)
+
+    times: list[dict[str, Any]] = [{}, {"t": 5.0}]
+    kernels: list[tuple[Any, dict[str, Any]]] = [(limit_ntk_mlp, time) for time in times]
+    for kernel, arguments in [*kernels, (full, times[0])]:
+        model = NTKRegressor(kernel, ridge=0.3).fit(X, y)
+        mean, covariance = model.predict(test, return_cov=True, **arguments)
+        drawn = model.sample_y(test, 40_000, random_state=1, **arguments)
+        assert drawn.shape == (7, 2, 40_000)
+        expected = np.kron(covariance, np.eye(2)) if covariance.ndim == 2 else covariance.transpose(0, 2, 1, 3)
+        expected = expected.reshape(14, 14)
+        size = np.sqrt(np.diagonal(expected).max())
+        np.testing.assert_allclose(drawn.mean(-1), mean, rtol=0, atol=0.03 * size)
+        np.testing.assert_allclose(np.cov(drawn.reshape(14, -1)), expected, rtol=0, atol=0.03 * size**2)
+    one = NTKRegressor(limit_ntk_mlp, ridge=0.3).fit(X, y[:, 0])
+    assert one.sample_y(test, 5).shape == (7, 5)
+    np.testing.assert_array_equal(one.sample_y(test, 5), one.sample_y(test, 5))
+    assert np.abs(one.sample_y(test, 5, random_state=2) - one.sample_y(test, 5)).max() > 1e-3
+    # Where everything has been seen nothing is left to draw.
+    known = NTKRegressor(limit_ntk_mlp, ridge=1e-8).fit(X, y)
+    np.testing.assert_allclose(known.sample_y(X)[..., 0], y, rtol=0, atol=1e-3)
+    with pytest.raises(ValueError, match="n_samples must be at least 1, got 0"):
+        one.sample_y(test, 0)
+    with pytest.raises(ValueError, match=r"prior must be k\(X, X\) with 'precomputed'"):
+        NTKRegressor("precomputed", ridge=1.0).fit(X @ X.T, y).sample_y(test @ X.T)

@@ -107,12 +107,27 @@ def test_the_ways_to_solve_agree(kind: str, samples: int) -> None:
         assert (result - results[0]).norm() <= tolerance * results[0].norm()
 
 
-def test_features_are_taken_where_they_are_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kept", [True, False])
+def test_features_are_taken_where_they_are_fewer(kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x, y = task("mlp", 60)
-    assert features(model, x).shape[1] < 60
+    matrix = features(model, x)
+    assert matrix.shape[1] < 60
     monkeypatch.setattr("narrowdeep.optim.kernels.SampleSystem", None)
     monkeypatch.setattr("narrowdeep.optim.kernels._BLOCK_BYTES", 1000)  # a few samples a block
-    step = GramGaussNewton(model, damping=1e-3, kernel="features").step(x, y)
+    budget = 16 * matrix.shape[1] ** 2 + 8 * matrix.numel() * kept  # of the system, and of the features
+    calls: list[int] = []
+    rows = InitialFeatures.matrix
+
+    def counted(self: InitialFeatures, part: Tensor) -> Tensor:
+        calls.append(len(part))
+        return rows(self, part)
+
+    monkeypatch.setattr(InitialFeatures, "matrix", counted)
+    step = GramGaussNewton(model, damping=1e-3, kernel="features", budget=budget).step(x, y)
+    assert sum(calls) == (60 if kept else 180)  # once, or for the system, the right-hand side and the solution
+    regular = matrix @ matrix.T + 1e-3 * matrix.square().sum(1).mean() * torch.eye(60)
+    left = y - matrix @ matrix.T @ torch.linalg.solve(regular, y)
+    assert step.predicted == pytest.approx(float(left.square().sum()) / 120, rel=1e-9)
     assert step.measured == pytest.approx(step.predicted, rel=0.2)
 
 
@@ -301,7 +316,7 @@ def test_a_parameter_moves_in_blocks_and_one_may_be_a_number(monkeypatch: pytest
         def forward(self, x: Tensor) -> Tensor:
             return 2 * self.a * x + (self.b * torch.arange(2.0)).sum() * x
 
-    monkeypatch.setattr("narrowdeep.optim.gauss_newton._BLOCK", 2)
+    monkeypatch.setattr("narrowdeep.optim.parameters._BLOCK", 2)
     model, x = Slope(), torch.tensor([[1.0]])
     GramGaussNewton(model, damping=0.0).step(x, 6 * x)
     # The gradient (2, five times 1) has the square 9, and 4 are missing.

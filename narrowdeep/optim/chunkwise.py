@@ -1,0 +1,66 @@
+"""A pass through a chunked narrow model that never holds the gradient of more than one chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from narrowdeep.chain.params import Affine, ChainParams, ChainSettings
+from narrowdeep.chain.span import span
+from narrowdeep.ntk.network import Narrow
+
+
+class ChunkwisePass:
+    """Forward over all samples, which keeps a state between two chunks; then backward, which moves chunk after chunk.
+
+    The gradient of a chunk is complete, over all batches of samples, before the next one's is begun: the numbers are
+    those of a backward of the whole model.
+    """
+
+    def __init__(self, model: Narrow, samples: Tensor, batch_size: int) -> None:
+        self._model, self._batches = model, samples.split(batch_size)
+        self._inputs: list[list[Tensor]] = []
+        """Of each chunk, a state for each batch."""
+
+    def _chunks(self) -> Iterator[tuple[ChainParams, ChainSettings]]:
+        model = self._model
+        first, *hidden, last = (Affine(part.weight, part.bias) for part in model.spans())
+        start, outputs = 0, last.weight.shape[0]
+        for i, chunk in enumerate(hidden):
+            params = ChainParams(first if i == 0 else None, chunk, last if i == len(hidden) - 1 else None)
+            yield params, ChainSettings(model.scale, model.form == "offset", outputs, start)
+            start += params.layers
+
+    def outputs(self, advance: Callable[[float], None]) -> Tensor:
+        """(N, out), float64."""
+        count = self._model.chunks
+        states = list(self._batches)
+        with torch.no_grad():
+            for params, settings in self._chunks():
+                self._inputs.append(states)
+                states = []
+                for state, batch in zip(self._inputs[-1], self._batches, strict=True):
+                    states.append(span(self._model._family, state, params, settings, 0))
+                    advance(len(batch) / count)
+        return torch.cat(states).double()
+
+    def backward(
+        self, gradient: Tensor, move: Callable[[list[Tensor]], None], advance: Callable[[float], None]
+    ) -> None:
+        """``gradient`` (N, out) is that of the outputs; ``move`` gets the parameters of a chunk, and drops ``grad``."""
+        batches, model = self._batches, self._model
+        rows = list(gradient.to(model.last_weight.dtype).split(len(batches[0])))
+        positions = batches[0][:, 0].numel()
+        for params, settings in reversed(list(self._chunks())):
+            states = self._inputs.pop()
+            for i, batch in enumerate(batches):
+                state = states.pop(0).detach().requires_grad_(params.first is None)
+                with torch.enable_grad():
+                    out = span(model._family, state, params, settings, model.segment(positions))
+                    out.backward(rows[i])
+                if state.grad is not None:
+                    rows[i] = state.grad
+                advance(len(batch) / model.chunks)
+            move([param for param in params.flat() if param is not None])
