@@ -236,31 +236,39 @@ class DeepNarrowBase(Checkpointing):
             >>> model.reset_parameters(torch.Generator().manual_seed(3))
         """
         self._require_parameters("reset_parameters")
+        parts = self.identity_part() if self.form == "plain" and self.init == "ntk" else {}
+        for name in PARAMETER_NAMES:
+            for param in self.in_chunks(name):
+                self.draw(name, param, parts, generator)
+
+    def draw(
+        self, name: str, param: Tensor, parts: dict[str, Tensor], generator: torch.Generator | None = None
+    ) -> None:
+        """Draw the parameter ``name``, or one chunk of it; ``parts`` are what is added, the identity part or nothing.
+
+        It reads no parameter of the model's own: a stage on another machine draws what the whole network would.
+        """
+        kind, middle = name.rpartition("_")[2], self._inputs
         if self.init == "kaiming":
-            for name in PARAMETER_NAMES:
-                for param in self.in_chunks(name):
-                    if name.endswith("bias"):
-                        param.zero_()
-                    else:
-                        fan_in = (self._inputs if name == "first_weight" else self.width) * math.prod(self._tap)
-                        bound = math.sqrt(6.0 / fan_in)
-                        param.uniform_(-bound, bound, generator=generator)
+            if kind == "bias":
+                param.zero_()
+            else:
+                fan_in = (self._inputs if name == "first_weight" else self.width) * math.prod(self._tap)
+                bound = math.sqrt(6.0 / fan_in)
+                param.uniform_(-bound, bound, generator=generator)
             return
-        for param in self._own():
-            param.zero_()
-        middle = self._inputs
-        std_u = self.rho if self._tap else self.rho / math.sqrt(self._inputs)
-        std_v = self.scale * self.beta
-        self.first_weight[middle].normal_(0.0, std_u, generator=generator)
-        self.first_bias[middle].normal_(0.0, std_v, generator=generator)
-        for weight in self.in_chunks("hidden_weight"):
-            weight[:, middle, : self._inputs].normal_(0.0, std_u, generator=generator)
-        for bias in self.in_chunks("hidden_bias"):
-            bias[:, middle].normal_(0.0, std_v, generator=generator)
-        if self.form == "plain":
-            for name, part in self.identity_part().items():
-                for param in self.in_chunks(name):
-                    param.add_(part)
+        param.zero_()
+        std = self.scale * self.beta
+        if kind == "weight":
+            std = self.rho if self._tap else self.rho / math.sqrt(self._inputs)
+        if name.startswith("first"):
+            param[middle].normal_(0.0, std, generator=generator)
+        elif name == "hidden_weight":
+            param[:, middle, : self._inputs].normal_(0.0, std, generator=generator)
+        elif name == "hidden_bias":
+            param[:, middle].normal_(0.0, std, generator=generator)
+        if parts:
+            param.add_(parts[name])
 
     def _require_parameters(self, what: str) -> None:
         """Raise RuntimeError where writing to a parameter would write to a value computed from others."""

@@ -1,0 +1,10 @@
+"""More than one process: networks in stages, what is gathered from all ranks, kernels tile by tile.
+
+torch.distributed runs it all, as it is: ``torch.distributed.pipelining``, ``DistributedDataParallel``,
+``torch.distributed.fsdp.fully_shard`` and ``torch.distributed.checkpoint`` take what is made here.
+"""
+
+from narrowdeep.distributed.gathered import gather
+from narrowdeep.distributed.stage import Stage, stages
+
+__all__ = ["Stage", "gather", "stages"]
