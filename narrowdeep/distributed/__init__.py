@@ -5,6 +5,7 @@ torch.distributed runs it all, as it is: ``torch.distributed.pipelining``, ``Dis
 """
 
 from narrowdeep.distributed.gathered import gather
+from narrowdeep.distributed.ranks import LostRankError, Ranks
 from narrowdeep.distributed.stage import Stage, stages
 
-__all__ = ["Stage", "gather", "stages"]
+__all__ = ["LostRankError", "Ranks", "Stage", "gather", "stages"]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from narrowdeep.checks import check_count, check_number, shown
+from narrowdeep.distributed.ranks import ALONE, Ranks
 from narrowdeep.functional import check_tensor
 from narrowdeep.memory.planning import parse_bytes
 from narrowdeep.ntk.empirical import checked_samples
@@ -86,6 +87,9 @@ class GramGaussNewton:
         batch_size: samples of one forward or backward.
         budget: bytes that a matrix and its factor may take, as an int or text ("4GiB"). Smaller systems go by Cholesky,
             in features where they are fewer than the samples; larger ones by conjugate gradients.
+        ranks: processes that share the work of a step (``narrowdeep.distributed.Ranks.of()``), all with the same model
+            and the same x and y: each takes its part of the samples through the network and, where the system is one in
+            features, into that. All take the same step.
 
     Raises: TypeError or ValueError naming the argument, the rule and the value.
 
@@ -109,6 +113,7 @@ class GramGaussNewton:
         kernel: KernelName | Callable[[Tensor, Tensor], Any] = "empirical",
         batch_size: int = 1024,
         budget: int | str = "4GiB",
+        ranks: Ranks = ALONE,
     ) -> None:
         check_module("model", model)
         self.damping = check_number("damping", damping)
@@ -118,7 +123,7 @@ class GramGaussNewton:
             raise TypeError(f"adaptive must be True or False, got {shown(adaptive)}")
         if not callable(kernel) and kernel not in ("features", "empirical", "limit"):
             raise ValueError(f"kernel must be 'features', 'empirical', 'limit' or a callable, got {shown(kernel)}")
-        self.model, self.adaptive, self.kernel = model, adaptive, kernel
+        self.model, self.adaptive, self.kernel, self.ranks = model, adaptive, kernel, ranks
         self._ours = find(model)
         self._rate = 1.0 if self._ours is None else self._ours.model.ntk_lr
         self._params = [param for param in model.parameters() if param.requires_grad]
@@ -135,7 +140,7 @@ class GramGaussNewton:
         if callable(self.kernel):
             return FunctionKernel(self.kernel, constant=False)
         if self.kernel == "features":
-            return FeatureKernel(InitialFeatures.of(self.model, self._ours))
+            return FeatureKernel(InitialFeatures.of(self.model, self._ours), self.ranks)
         if self.kernel == "empirical":
             return EmpiricalKernel(self.model)
         if self._ours is None or self._ours.family is None:
@@ -154,19 +159,20 @@ class GramGaussNewton:
             y: of the shape, dtype and device of ``model(x)``; above -C_L for a narrow model, whose right units stop
                 there.
             at: other samples, whose outputs after the step the kernel predicts.
-            on_batch: called with (samples done, samples in all) after each forward and backward.
+            on_batch: called with (samples done, samples in all) after each forward and backward, of all ranks about.
 
         Raises: TypeError or ValueError naming the argument, the rule and the value, before any kernel runs;
             numpy.linalg.LinAlgError, with the smallest damping that works, for a system that is singular.
         """
         samples, others, targets = self._checked(x, y, at)
-        done, total = 0, 3 * len(x)
+        done, total, share = 0, 3 * len(x), self.ranks.share(len(x))
+        own = 3 * (share.stop - share.start)
 
         def advance(count: int) -> None:
             nonlocal done
             done += count
             if on_batch is not None:
-                on_batch(done, total)
+                on_batch(total * done // own if own else total, total)
 
         with exact({param.device.type for param in self._params}):
             fitted = self._outputs(x, advance)
@@ -175,10 +181,14 @@ class GramGaussNewton:
                 raise ValueError("model must have finite outputs at x, got NaN or infinity")
             loss, damping = _loss(residual), self.damping
             system = self._system(x, samples, residual.shape[1])
-            coefficients = system.solve(residual, damping)
+            solution = system.solve(residual, damping)
+            coefficients = self.ranks.rows(len(x), lambda rows: solution[rows])  # the same bits everywhere
             outputs = None
             if at is not None and others is not None:
-                outputs = self._outputs(at, lambda _: None) + self._kernel.product(others, samples, coefficients)
+                outputs = self._outputs(at, lambda _: None)
+                outputs += self.ranks.rows(
+                    len(at), lambda rows: self._kernel.product(others[rows], samples, coefficients)
+                )
             try:
                 self._backward(x, coefficients, advance)
                 self._move()
@@ -226,12 +236,16 @@ class GramGaussNewton:
 
     def _outputs(self, x: Tensor, advance: Callable[[int], None]) -> Tensor:
         """(N, out), float64."""
-        parts = []
-        with torch.no_grad():
-            for part in x.split(self.batch_size):
-                parts.append(self.model(part).reshape(len(part), -1).double())
+
+        def of(rows: slice) -> Tensor:
+            parts = []
+            for part in x[rows].split(self.batch_size):
+                parts.append(self.model(part).unsqueeze(-1).flatten(1).double())
                 advance(len(part))
-        return torch.cat(parts)
+            return torch.cat(parts)
+
+        with torch.no_grad():
+            return self.ranks.rows(len(x), of)
 
     def _system(self, x: Tensor, samples: Tensor, outputs: int) -> System:
         """Of a constant kernel, kept for the next step on the same tensor."""
@@ -247,11 +261,14 @@ class GramGaussNewton:
     def _backward(self, x: Tensor, coefficients: Tensor, advance: Callable[[int], None]) -> None:
         """``.grad = J^T coefficients``."""
         self._drop_gradients()
+        share = self.ranks.share(len(x))
+        parts = (of[share].split(self.batch_size) for of in (x.detach(), coefficients))
         with torch.enable_grad():
-            for part, rows in zip(x.detach().split(self.batch_size), coefficients.split(self.batch_size), strict=True):
+            for part, rows in zip(*parts, strict=True):
                 out = self.model(part)
                 out.backward(rows.to(out.dtype).reshape(out.shape))
                 advance(len(part))
+        self.ranks.sum_(*(param.grad for param in self._params if param.grad is not None))
         if not all(param.grad is None or param.grad.isfinite().all() for param in self._params):
             raise RuntimeError("the step is not finite: the model is as it was (take a larger damping)")
 
@@ -322,7 +339,7 @@ class GramGaussNewton:
         if (found is not None) != isinstance(kernel, FeatureKernel):
             raise ValueError(f"state_dict must be of an optimizer with kernel={self.kernel!r}")
         if isinstance(kernel, FeatureKernel):
-            kernel = FeatureKernel(kernel.features.like(found))
+            kernel = FeatureKernel(kernel.features.like(found), self.ranks)
         self.damping, self._growth, self._warned = damping, growth, bool(state_dict["warned"])
         self._kernel, self._solved = kernel, None
 

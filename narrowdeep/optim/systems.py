@@ -5,7 +5,7 @@ All in float64. lambda is ``damping`` times the mean of K's diagonal: a damping 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from narrowdeep.distributed.ranks import ALONE, Ranks
 from narrowdeep.extras import optional
 
 with optional():
@@ -89,27 +90,36 @@ class SampleSystem:
 class FeatureSystem:
     """K = P P^T of fewer features than samples: ``(r - P (P^T P + lambda I)^-1 P^T r) / lambda``.
 
-    P is made again at every use, the rows of one block of samples at a time.
+    P is made again at every use, the rows of one block of samples at a time; of several ranks each makes its own rows.
     """
 
-    def __init__(self, features: Callable[[Tensor], Tensor], blocks: Sequence[Tensor]) -> None:
-        self._features, self._blocks = features, blocks
+    def __init__(self, features: Callable[[Tensor], Tensor], x: Tensor, block: int, ranks: Ranks = ALONE) -> None:
+        self._features, self._ranks = features, ranks
+        self._blocks = x[ranks.share(len(x))].split(block)
         gram: Tensor | None = None
-        for block in blocks:
-            rows = features(block)
+        for part in self._blocks:
+            rows = features(part)
             gram = rows.T @ rows if gram is None else gram.addmm_(rows.T, rows)
-        assert gram is not None  # there is at least one sample
-        self.mean = float(gram.trace()) / sum(len(block) for block in blocks)
+        assert gram is not None  # there is a block, of no samples if need be
+        ranks.sum_(gram)
+        self.mean = float(gram.trace()) / len(x)
         self._cholesky = _Cholesky(gram, self.mean)
 
     def solve(self, right: Tensor, damping: float) -> Tensor:
         if damping == 0:  # there are directions in which K is 0
             raise self._cholesky.singular(damping)
-        parts = right.split([len(block) for block in self._blocks])
-        projected = sum(self._features(block).T @ part for block, part in zip(self._blocks, parts, strict=True))
+        parts = right[self._ranks.share(len(right))].split(max(1, len(self._blocks[0])))
+        blocks = list(zip(self._blocks, parts, strict=True))
+        projected = right.new_zeros(len(self._cholesky.matrix), right.shape[1])
+        for block, part in blocks:
+            projected += self._features(block).T @ part
+        self._ranks.sum_(projected)
         weights = self._cholesky(projected, damping)
-        left = [part - self._features(block) @ weights for block, part in zip(self._blocks, parts, strict=True)]
-        return torch.cat(left) / (damping * self.mean)
+
+        def left(_: slice) -> Tensor:
+            return torch.cat([part - self._features(block) @ weights for block, part in blocks])
+
+        return self._ranks.rows(len(right), left) / (damping * self.mean)
 
 
 class ProductSystem:

@@ -144,6 +144,7 @@ class RunPosition:
     step_in_epoch: Index
     seconds: NotNegative
     threads: Count | None = None
+    ranks: Count | None = None
     damping: NotNegative | None = None
     """Of Gauss-Newton, as its steps have adapted it."""
     growth: Positive | None = None
@@ -339,6 +340,11 @@ def damage_named(path: str | Path) -> Iterator[None]:
         yield
     except (ArithmeticError, LookupError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
         raise DamagedFileError(f"{path} is damaged or not a narrowdeep file: {error}") from error
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> int:
+    """Of names, dtypes, shapes and values."""
+    return _crc32({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
 
 
 def _crc32(tensors: Mapping[str, Tensor]) -> int:
