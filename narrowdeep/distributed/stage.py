@@ -20,7 +20,7 @@ from narrowdeep.checks import check_count
 from narrowdeep.functional import cast_up, check_tensors
 from narrowdeep.memory.step import auto_segment
 from narrowdeep.modules import state
-from narrowdeep.modules.base import DTYPES, PARAMETER_NAMES, DeepNarrowBase
+from narrowdeep.modules.base import DTYPES, HALF, PARAMETER_NAMES, DeepNarrowBase
 
 
 class Stage(nn.Module):
@@ -79,9 +79,7 @@ class Stage(nn.Module):
         hidden = [Affine(*pair) for pair in pairs]
         if hidden[0].weight.dtype not in DTYPES:
             raise TypeError(
-                f"the stage must be of torch.float32 or torch.float64, got {hidden[0].weight.dtype}: in half precision "
-                "the increments of these layers are lost (FSDP2: leave param_dtype out of MixedPrecisionPolicy; "
-                "reduce_dtype may be lower)"
+                f"the stage must be of torch.float32 or torch.float64, got {hidden[0].weight.dtype}: {HALF}"
             )
         input = cast_up(input, hidden[0].weight)
         check_tensors(input, {"hidden_weight": hidden[0].weight})

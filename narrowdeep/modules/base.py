@@ -25,6 +25,11 @@ PARAMETER_NAMES = ("first_weight", "first_bias", "hidden_weight", "hidden_bias",
 
 DTYPES = (torch.float32, torch.float64)
 
+HALF = (
+    "in half precision the increments of these layers are lost (FSDP2: leave param_dtype out of MixedPrecisionPolicy; "
+    "reduce_dtype may be lower)"
+)
+
 
 def _drop_gradient(param: Tensor) -> None:
     param.grad = None
@@ -150,7 +155,7 @@ class DeepNarrowBase(Checkpointing):
         if parts[0].dtype not in DTYPES:
             raise TypeError(
                 f"the model must be of torch.float32 or torch.float64, got {parts[0].dtype}: cast it back by float(); "
-                "in half precision the increments of these layers are lost"
+                f"{HALF}"
             )
         return tuple(list(part) if isinstance(part, nn.ParameterList) else part for part in parts)
 
