@@ -149,7 +149,8 @@ def _mixed(rank: int) -> Any:
         for module in (whole, staged):
             try:
                 module(torch.rand(4, 2, dtype=torch.float64)).sum().backward()
-                found.append(next(module.parameters()).grad.to_local().dtype)
+                grad: Any = next(module.parameters()).grad
+                found.append(grad.to_local().dtype)
             except TypeError as error:  # noqa: PERF203 (four modules)
                 found.append(str(error))
     return found
