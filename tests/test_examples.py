@@ -21,6 +21,7 @@ SHORT = {
     "ntk_regression": ["--samples", "10"],
     "compare_with_kernel": ["--depth", "30", "--steps", "5"],
     "deep_cnn": ["--depth", "20", "--epochs", "1"],
+    "ddp": ["--depth", "30", "--steps", "5"],
 }
 
 

@@ -6,8 +6,8 @@ torch.distributed runs it all, as it is: ``torch.distributed.pipelining``, ``Dis
 
 from narrowdeep.distributed.gathered import gather
 from narrowdeep.distributed.ranks import LostRankError, Ranks
-from narrowdeep.distributed.solve import solve
 from narrowdeep.distributed.stage import Stage, stages
+from narrowdeep.distributed.system import solve
 from narrowdeep.distributed.tiles import write_features, write_kernel
 
 __all__ = ["LostRankError", "Ranks", "Stage", "gather", "solve", "stages", "write_features", "write_kernel"]

@@ -88,8 +88,8 @@ def solve(
         whole = ranks.rows(count, lambda _: direction)
         size = max(1, _BLOCK_BYTES // (8 * count))
         blocks = (slice(begin, min(begin + size, share.stop)) for begin in range(share.start, share.stop, size))
-        parts = [_rows(matrix, block) @ whole for block in blocks]
-        return torch.cat([*parts, direction[:0]]) + ridge * direction
+        parts = [np.asarray(matrix[block], np.float64) @ whole.numpy() for block in blocks]  # of float64, no copy
+        return torch.from_numpy(np.concatenate([*parts, direction[:0]])) + ridge * direction
 
     solution, residual = torch.zeros_like(right), right.clone()
     norms = dots(right, right).sqrt()
