@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-TIMEOUT = timedelta(seconds=45)
+TIMEOUT = timedelta(seconds=120)
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
 TORCHRUN += ["--nproc-per-node"]
 PRELOADED = ["torch.distributed.pipelining", "torch.distributed.fsdp", "narrowdeep.commands.train", "narrowdeep.optim"]

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,11 +19,11 @@ ROOT = Path(__file__).parents[2]
 def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
     """With FusedSGD, which the test of all examples runs without, and DistributedDataParallel alone."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    models = []
+    models: list[Any] = []
     for launcher, way in (([sys.executable], []), ([*TORCHRUN, "2"], ["--fused"])):
         out = str(tmp_path / f"{len(models)}.png")
         script = [str(ROOT / "examples" / "ddp.py"), "--depth", "50", "--steps", "40", *way, "--out", out]
-        done = subprocess.run([*launcher, *script], capture_output=True, text=True, env=environment, timeout=120)
+        done = subprocess.run([*launcher, *script], capture_output=True, text=True, env=environment, timeout=180)
         assert done.returncode == 0, done.stderr
         words = done.stdout.split()
         assert done.stdout.count("loss") == 1

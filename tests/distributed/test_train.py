@@ -166,11 +166,12 @@ def test_all_ranks_stop_where_one_is_asked_to(tmp_path: Path) -> None:
 
 
 def _hangs(rank: int) -> Any:
-    short = dist.new_group(timeout=timedelta(seconds=1))
+    short = dist.new_group(timeout=timedelta(seconds=2))
     ranks = Ranks.of(short)
+    dist.barrier()
     assert ranks.any(rank == 1)
     if rank == 1:
-        time.sleep(3)
+        time.sleep(6)
         return None
     began = time.monotonic()
     with pytest.raises(LostRankError, match="rank 0 of 2 has lost the others") as caught:
@@ -181,7 +182,7 @@ def _hangs(rank: int) -> Any:
 def test_a_rank_that_does_not_answer() -> None:
     message, seconds = run(_hangs, 2)[0]
     assert "\n" not in message
-    assert seconds < 2.5
+    assert seconds < 6
 
 
 # ---- the command ----
@@ -286,11 +287,11 @@ def test_a_rank_that_is_killed(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path) as launcher:
         try:
-            deadline = time.monotonic() + 45
+            deadline = time.monotonic() + 90
             while len(read_metrics(tmp_path / "run")) < 5 and launcher.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.1)
             os.kill(workers(launcher.pid)[1], signal.SIGKILL)
-            _, error = launcher.communicate(timeout=30)
+            _, error = launcher.communicate(timeout=60)
         finally:
             launcher.kill()
     assert launcher.returncode != 0
