@@ -18,6 +18,15 @@ from tests.pages import ROOT, blocks, commands, run_command
 DOCS = ROOT / "docs"
 WITH_CODE = [page for page in sorted(DOCS.rglob("*.md")) if blocks("(?:python|sh)", page.read_text(encoding="utf-8"))]
 
+PUBLIC = (
+    narrowdeep,
+    narrowdeep.ntk,
+    narrowdeep.memory,
+    narrowdeep.optim,
+    narrowdeep.training,
+    narrowdeep.distributed,
+)
+
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: str(page.relative_to(DOCS)))
 def test_code_of_a_page_runs_from_top_to_bottom(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,7 +42,7 @@ def test_code_of_a_page_runs_from_top_to_bottom(page: Path, tmp_path: Path, monk
 
 def test_every_public_name_has_examples() -> None:
     """Which ``test_docstring_examples`` runs."""
-    for module in (narrowdeep, narrowdeep.ntk, narrowdeep.memory, narrowdeep.optim, narrowdeep.training):
+    for module in PUBLIC:
         for name in getattr(module, "__all__", ["FusedSGD"]):
             value = getattr(module, name)
             if inspect.isclass(value) or inspect.isfunction(value):
@@ -41,7 +50,7 @@ def test_every_public_name_has_examples() -> None:
 
 
 def test_every_public_name_is_in_the_reference() -> None:
-    for module in (narrowdeep, narrowdeep.ntk, narrowdeep.memory, narrowdeep.optim, narrowdeep.training):
+    for module in PUBLIC:
         page = (DOCS / "api" / f"{module.__name__.rpartition('.')[2]}.md").read_text(encoding="utf-8").splitlines()
         listed = {line.rpartition(".")[2] for line in page if line.startswith("::: ")}
         values = {name: getattr(module, name) for name in module.__all__}

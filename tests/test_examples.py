@@ -26,6 +26,7 @@ SHORT = {
     "deep_cnn": ["--depth", "20", "--epochs", "1"],
     "digits_in_one_pass": ["--depth", "100"],
     "lightning_module": ["--depth", "30", "--epochs", "1"],
+    "ddp": ["--depth", "30", "--steps", "5"],
 }
 
 

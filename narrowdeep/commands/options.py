@@ -54,6 +54,7 @@ HELP = {
     "optimizer": f"What the update keeps: {', '.join(OPTIMIZER_TENSORS)}.",
     "outputs": "Outputs of the network.",
     "pool": "Side of an average pool before the network.",
+    "ranks": "Of a pipeline over depth: what one of so many processes takes and sends.",
     "rho": "Weights' standard deviation at initialisation.",
     "scale": "C_L of the initialisation.",
     "seed": "Seed of every random number drawn.",
@@ -62,7 +63,7 @@ HELP = {
 }
 """What --help says of the options of networks and of training, and of those that several commands have."""
 
-_SETTINGS: dict[str, dict[str, Any]] = {"data": {"envvar": "NARROWDEEP_DATA"}, "seed": {"min": 0}}
+_SETTINGS: dict[str, dict[str, Any]] = {"data": {"envvar": "NARROWDEEP_DATA"}, "ranks": {"min": 1}, "seed": {"min": 0}}
 
 
 def option(name: str, default: str = "", *, several: bool = False, flag: str = "") -> Any:

@@ -32,13 +32,14 @@ from narrowdeep.commands.options import (
     fail,
     has_matplotlib,
     memory_errors,
-    one_line_errors,
     option,
     print_json,
     resolve_device,
 )
+from narrowdeep.commands.ranks import launched, local_device, together
 from narrowdeep.commands.settings import ConfigOption, write_settings
 from narrowdeep.data import TASKS, Task, load_task
+from narrowdeep.distributed.ranks import LostRankError, Ranks
 from narrowdeep.extras import install
 from narrowdeep.memory.sizes import parse_bytes
 from narrowdeep.step_size import StepSize, predict_step_size
@@ -152,6 +153,9 @@ def train(
     curves.png, and takes one run at a time. Ctrl-C finishes the step in progress and keeps every step done; --resume
     then goes on with the same numbers, bit for bit at a given number of threads and instruction set, as a run never
     stopped. Of the settings, only --epochs can change on the way.
+
+    torchrun --nproc-per-node N -m narrowdeep train ... divides the samples of each step over N processes. All read the
+    run's folder, the first one writes it.
     """
     given: dict[str, Any] = {
         "task": task and task.value,
@@ -174,35 +178,42 @@ def train(
         "dtype": dtype and dtype.value,
     }
     asked = {name: value for name, value in given.items() if value is not None}
-    with one_line_errors():
-        if lr is not None:
-            asked["lr"] = _learning_rate(lr)
-        if budget is not None:
-            asked["budget"] = parse_bytes(budget)
-        if not math.isfinite(save_every):
-            raise ValueError(f"save-every must be finite, got {save_every}")
-        target = resolve_device(device)
-        if lr is not None and tau is not None:
-            raise ValueError(f"lr and tau set the same thing: give one, got lr = {lr} and tau = {tau}")
-        if tensorboard and importlib.util.find_spec("tensorboard") is None:
-            raise ValueError(f"tensorboard must be installed: {install('tensorboard')}, or leave --tensorboard out")
-        plot = plot and has_matplotlib("the plot")
-        folder = out or Path("runs") / asked.get("task", "digits")
-    with ExitStack() as stack:
-        with one_line_errors():
-            if folder.is_dir():  # before its state is read; a new folder is made when all else is right
-                stack.enter_context(files.folder_lock(folder))
-            make = _resume if resume else _start
-            trainer = make(asked, tau, folder, target, data, download, quiet=json)
-            trainer.require_room()
-            training.require_writable(folder)
-            stack.enter_context(files.folder_lock(folder))
-            if not resume:
-                _require_no_run(folder)  # which may have begun in the meantime
-            write_settings(folder, trainer.config)
-        log = stack.enter_context(scalars(trainer, folder)) if tensorboard else None
-        finished = _fit(trainer, folder, save_every=save_every, plot=plot, quiet=json, log=log)
-        _report(trainer, folder, finished=finished, plot=plot, json=json)
+    with launched(device) as ranks:
+        quiet = json or not ranks.is_first
+        with together(ranks):
+            if lr is not None:
+                asked["lr"] = _learning_rate(lr)
+            if budget is not None:
+                asked["budget"] = parse_bytes(budget)
+            if not math.isfinite(save_every):
+                raise ValueError(f"save-every must be finite, got {save_every}")
+            target = resolve_device(local_device(device))
+            if lr is not None and tau is not None:
+                raise ValueError(f"lr and tau set the same thing: give one, got lr = {lr} and tau = {tau}")
+            if tensorboard and importlib.util.find_spec("tensorboard") is None:
+                raise ValueError(f"tensorboard must be installed: {install('tensorboard')}, or leave --tensorboard out")
+            plot = plot and ranks.is_first and has_matplotlib("the plot")
+            folder = out or Path("runs") / asked.get("task", "digits")
+        with ExitStack() as stack:
+            with together(ranks):
+                if ranks.is_first and folder.is_dir():  # before its state is read; a new one is made when all is right
+                    stack.enter_context(files.folder_lock(folder))
+            with together(ranks):
+                make = _resume if resume else _start
+                trainer = make(asked, tau, folder, target, data, download, quiet=quiet, ranks=ranks)
+                trainer.require_room()
+            with together(ranks):
+                trainer.require_same()
+                if ranks.is_first:
+                    training.require_writable(folder)
+                    stack.enter_context(files.folder_lock(folder))
+                    if not resume:
+                        _require_no_run(folder)  # which may have begun in the meantime
+                    write_settings(folder, trainer.config)
+            log = stack.enter_context(scalars(trainer, folder)) if tensorboard and ranks.is_first else None
+            finished = _fit(trainer, folder, save_every=save_every, plot=plot, quiet=quiet, log=log)
+            if ranks.is_first:
+                _report(trainer, folder, finished=finished, plot=plot, json=json)
     if not finished:
         raise typer.Exit(130)
 
@@ -230,6 +241,7 @@ def _start(
     download: bool,
     *,
     quiet: bool,
+    ranks: Ranks,
 ) -> Trainer:
     _require_no_run(folder)
     name = asked.get("task", "digits")
@@ -271,8 +283,9 @@ def _start(
         settings["rho"] = 2 * math.sqrt(task.in_features)
     settings.setdefault("lr", _step(settings, defaults.tau if tau is None else tau))
     if settings["lr"] != "auto":
-        return Trainer(TrainConfig(**settings), task, device=device)
+        return Trainer(TrainConfig(**settings), task, device=device, ranks=ranks)
     predicted = _predict(TrainConfig(**{**settings, "lr": 1.0}), task, device, asked.get("momentum"))
+    predicted = ranks.first(predicted)  # which may differ in the last bits from machine to machine
     settings.update(
         lr=predicted.lr, momentum=predicted.momentum, predicted_loss=predicted.loss, lr_predicted=True
     )
@@ -283,7 +296,7 @@ def _start(
             f"of {predicted.samples} samples has largest eigenvalue {predicted.largest:.4g} N and predicts a training "
             f"loss of {predicted.loss:.4g} at the end"
         )
-    return Trainer(config, task, device=device)
+    return Trainer(config, task, device=device, ranks=ranks)
 
 
 def _load_task(settings: dict[str, Any], data: Path | None, download: bool) -> Task:
@@ -323,6 +336,7 @@ def _resume(
     download: bool,
     *,
     quiet: bool,
+    ranks: Ranks,
 ) -> Trainer:
     path = folder / training.CHECKPOINT
     config = training.read_config(path)
@@ -335,11 +349,14 @@ def _resume(
             raise ValueError(f"{name} must be {getattr(config, name)!r} as in the run in {folder}, got {value!r}")
     task = _load_task(dataclasses.asdict(config), data, download)
     training.read_metrics(folder)  # a damaged one is refused before anything is written
-    trainer = Trainer.load(path, task, device=device, epochs=asked.get("epochs"))
-    threads = torch.get_num_threads()
-    if device.type == "cpu" and trainer.saved_threads not in (None, threads):
-        change = f"the run had {trainer.saved_threads} threads and goes on with {threads}"
-        typer.echo(f"warning: {change}: the last bits may differ", err=True)
+    trainer = Trainer.load(path, task, device=device, epochs=asked.get("epochs"), ranks=ranks)
+    now = {"ranks": (trainer.saved_ranks, ranks.size)}
+    if device.type == "cpu":
+        now["threads"] = (trainer.saved_threads, torch.get_num_threads())
+    for what, (before, number) in now.items():
+        if before not in (None, number) and ranks.is_first:
+            change = f"the run had {before} {what} and goes on with {number}"
+            typer.echo(f"warning: {change}: the last bits may differ", err=True)
     return trainer
 
 
@@ -391,14 +408,22 @@ def _fit(
         try:
             with memory_errors(), warnings.catch_warnings():
                 warnings.simplefilter("default")
-                warnings.showwarning = lambda message, *_: typer.echo(f"warning: {message}", err=True)
+                if trainer.ranks.is_first:
+                    warnings.showwarning = lambda message, *_: typer.echo(f"warning: {message}", err=True)
+                else:
+                    warnings.simplefilter("ignore")
                 on_step = None if quiet else show
                 return training.fit(
                     trainer, folder, save_every=save_every, plot=plot, on_step=on_step, on_epoch=on_epoch
                 )
+        except LostRankError as error:
+            bar.stop()
+            fail(f"{error} (the last state is whole: go on with --resume)", status=1)
         except (training.DivergedError, np.linalg.LinAlgError, OSError) as error:
             bar.stop()
-            fail(str(error), status=1)
+            if trainer.ranks.is_first or isinstance(error, OSError):  # what all of them find
+                fail(str(error), status=1)
+            raise typer.Exit(1) from None
 
 
 def _numbers(metrics: training.EpochMetrics) -> str:

@@ -25,6 +25,11 @@ PARAMETER_NAMES = ("first_weight", "first_bias", "hidden_weight", "hidden_bias",
 
 DTYPES = (torch.float32, torch.float64)
 
+HALF = (
+    "in half precision the increments of these layers are lost (FSDP2: leave param_dtype out of MixedPrecisionPolicy; "
+    "reduce_dtype may be lower)"
+)
+
 
 def _drop_gradient(param: Tensor) -> None:
     param.grad = None
@@ -150,7 +155,7 @@ class DeepNarrowBase(Checkpointing):
         if parts[0].dtype not in DTYPES:
             raise TypeError(
                 f"the model must be of torch.float32 or torch.float64, got {parts[0].dtype}: cast it back by float(); "
-                "in half precision the increments of these layers are lost"
+                f"{HALF}"
             )
         return tuple(list(part) if isinstance(part, nn.ParameterList) else part for part in parts)
 
@@ -238,31 +243,39 @@ class DeepNarrowBase(Checkpointing):
         self._require_parameters("reset_parameters")
         if self.first_weight.is_meta:  # no numbers to draw, and torch would load its compiler to draw none
             return
+        parts = self.identity_part() if self.form == "plain" and self.init == "ntk" else {}
+        for name in PARAMETER_NAMES:
+            for param in self.in_chunks(name):
+                self.draw(name, param, parts, generator)
+
+    def draw(
+        self, name: str, param: Tensor, parts: dict[str, Tensor], generator: torch.Generator | None = None
+    ) -> None:
+        """Draw the parameter ``name``, or one chunk of it; ``parts`` are what is added, the identity part or nothing.
+
+        It reads no parameter of the model's own: a stage on another machine draws what the whole network would.
+        """
+        kind, middle = name.rpartition("_")[2], self._inputs
         if self.init == "kaiming":
-            for name in PARAMETER_NAMES:
-                for param in self.in_chunks(name):
-                    if name.endswith("bias"):
-                        param.zero_()
-                    else:
-                        fan_in = (self._inputs if name == "first_weight" else self.width) * math.prod(self._tap)
-                        bound = math.sqrt(6.0 / fan_in)
-                        param.uniform_(-bound, bound, generator=generator)
+            if kind == "bias":
+                param.zero_()
+            else:
+                fan_in = (self._inputs if name == "first_weight" else self.width) * math.prod(self._tap)
+                bound = math.sqrt(6.0 / fan_in)
+                param.uniform_(-bound, bound, generator=generator)
             return
-        for param in self._own():
-            param.zero_()
-        middle = self._inputs
-        std_u = self.rho if self._tap else self.rho / math.sqrt(self._inputs)
-        std_v = self.scale * self.beta
-        self.first_weight[middle].normal_(0.0, std_u, generator=generator)
-        self.first_bias[middle].normal_(0.0, std_v, generator=generator)
-        for weight in self.in_chunks("hidden_weight"):
-            weight[:, middle, : self._inputs].normal_(0.0, std_u, generator=generator)
-        for bias in self.in_chunks("hidden_bias"):
-            bias[:, middle].normal_(0.0, std_v, generator=generator)
-        if self.form == "plain":
-            for name, part in self.identity_part().items():
-                for param in self.in_chunks(name):
-                    param.add_(part)
+        param.zero_()
+        std = self.scale * self.beta
+        if kind == "weight":
+            std = self.rho if self._tap else self.rho / math.sqrt(self._inputs)
+        if name.startswith("first"):
+            param[middle].normal_(0.0, std, generator=generator)
+        elif name == "hidden_weight":
+            param[:, middle, : self._inputs].normal_(0.0, std, generator=generator)
+        elif name == "hidden_bias":
+            param[:, middle].normal_(0.0, std, generator=generator)
+        if parts:
+            param.add_(parts[name])
 
     def _require_parameters(self, what: str) -> None:
         """Raise RuntimeError where writing to a parameter would write to a value computed from others."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import Any, NoReturn
@@ -11,8 +12,10 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd import Variable
 
 from narrowdeep.checks import check_number
+from narrowdeep.distributed.ranks import Ranks
 
 STEPPED: set[int] = set()
 """The ids of parameters that a FusedSGD steps. Its hooks hold those parameters, so no id is taken by another tensor.
@@ -103,12 +106,16 @@ class FusedSGD(torch.optim.Optimizer):
     schedulers work. What needs all gradients at once, or changes them after the backward, does not: accumulation over
     several backwards, closures that call backward more than once; and these raise a RuntimeError when they are used:
     clipping (``torch.nn.utils.clip_grad_norm_`` and ``clip_grad_value_``, which Lightning and Accelerate call),
-    a GradScaler, and a backward in one of several processes of torch.distributed, whose gradients
-    DistributedDataParallel would average after the step. ``torch.autograd.grad`` and ``torch.func`` leave parameters
-    alone. As with any optimizer, nothing steps once it is gone.
+    a GradScaler. ``torch.autograd.grad`` and ``torch.func`` leave parameters alone. As with any optimizer, nothing
+    steps once it is gone.
 
     The gradients that exist at one time are those of the parameters the backward is working on: the saving is as fine
     as the parameters are.
+
+    In several processes of torch.distributed a gradient is averaged over them before its step, as
+    DistributedDataParallel does after the backward, while the backward goes on with the next parameters: give the model
+    as it is to each process, with the same parameters and a batch of its own. (Inside DistributedDataParallel steps are
+    the same, but it sends every gradient once more, as zeros.) Parameters of ``fully_shard`` have averaged gradients.
 
     Arguments:
         params: a module (all its parameters that require gradients now), or what any ``torch.optim`` optimizer takes.
@@ -116,9 +123,11 @@ class FusedSGD(torch.optim.Optimizer):
         momentum: finite and not negative; 0 keeps no buffer.
         local: True steps on this process's own gradients also where torch.distributed has several processes. For
             parameters that no other process has, such as those of a pipeline stage.
+        process_group: whose gradients are averaged; None: the default group.
 
     Raises: TypeError or ValueError naming the argument, the rule and the value; ValueError when a parameter
-        does not require gradients, or already steps inside backward under another FusedSGD (``remove`` that one first).
+        does not require gradients, or already steps inside backward under another FusedSGD (``remove`` that one first);
+        RuntimeError, at the first backward, where a parameter is not the same in all processes.
 
     Examples:
         >>> import torch
@@ -138,10 +147,13 @@ class FusedSGD(torch.optim.Optimizer):
         momentum: float = 0.0,
         *,
         local: bool = False,
+        process_group: Any = None,
     ) -> None:
         lr, momentum = check_number("lr", lr), check_number("momentum", momentum)
         _refuse_what_comes_after()
-        self.local = local
+        self.local, self.process_group = local, process_group
+        self._compared: set[int] = set()
+        self._pending: deque[tuple[Any, Tensor, int, Tensor]] = deque()
         if isinstance(params, nn.Module):
             params = [p for p in params.parameters() if p.requires_grad]
         self._hooks: list[tuple[Tensor, Any]] = []
@@ -180,15 +192,43 @@ class FusedSGD(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _update(self, param: Tensor, index: int) -> None:
-        gradient, group = param.grad, self.param_groups[index]
+        gradient, param.grad = param.grad, None
         if gradient is None:
             return
-        if not self.local and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        ranks = Ranks.of(self.process_group)
+        if self.local or ranks.size == 1 or hasattr(param, "full_tensor"):  # of FSDP2, which has averaged it
+            self._step(param, index, gradient)
+            return
+        if id(param) not in self._compared:
+            self._compare(param, ranks.size)
+        # Two parameters, a weight and a bias, are on their way while the backward goes on.
+        work = dist.all_reduce(gradient.div_(ranks.size), group=self.process_group, async_op=True)
+        self._pending.append((work, param, index, gradient))
+        self._finish(2)
+        Variable._execution_engine.queue_callback(lambda: self._finish(0))
+
+    @torch.no_grad()
+    def _finish(self, left: int) -> None:
+        """Take the steps whose gradients have come, until ``left`` are on their way."""
+        while len(self._pending) > left:
+            work, param, index, gradient = self._pending.popleft()
+            work.wait()
+            self._step(param, index, gradient)
+
+    def _compare(self, param: Tensor, size: int) -> None:
+        bits = param.detach().flatten().view(torch.int32 if param.element_size() == 4 else torch.int64).sum()
+        ends = torch.stack((bits, -bits))
+        dist.all_reduce(ends, dist.ReduceOp.MAX, group=self.process_group)
+        if int(ends.sum()) != 0:
             raise RuntimeError(
-                f"FusedSGD cannot step in one of {dist.get_world_size()} processes: their gradients are averaged after "
-                "its steps, and the parameters would drift apart (take torch.optim.SGD, or local=True for parameters "
-                "that no other process has)"
+                f"FusedSGD needs the same parameters in all {size} processes, got a parameter of shape "
+                f"{tuple(param.shape)} that differs: draw them from one seed, or broadcast them (local=True is for "
+                "parameters that no other process has)"
             )
+        self._compared.add(id(param))
+
+    def _step(self, param: Tensor, index: int, gradient: Tensor) -> None:
+        group = self.param_groups[index]
         if group["momentum"]:
             state = self.state[param]
             buffer = state.get("momentum_buffer")
@@ -198,7 +238,6 @@ class FusedSGD(torch.optim.Optimizer):
                 buffer.mul_(group["momentum"]).add_(gradient)
             gradient = buffer
         param.add_(gradient, alpha=-group["lr"])
-        param.grad = None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in ``torch.optim.Optimizer``.

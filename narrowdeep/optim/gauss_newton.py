@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from narrowdeep.checks import check_count, check_number, shown
+from narrowdeep.distributed.ranks import ALONE, Ranks
 from narrowdeep.functional import check_tensor
 from narrowdeep.memory.planning import parse_bytes
 from narrowdeep.ntk.empirical import checked_samples
@@ -99,6 +100,9 @@ class GramGaussNewton:
         batch_size: samples of one forward or backward.
         budget: bytes that a matrix and its factor may take, as an int or text ("4GiB"). Smaller systems go by Cholesky,
             in features where they are fewer than the samples; larger ones by conjugate gradients.
+        ranks: processes that share the work of a step (``narrowdeep.distributed.Ranks.of()``), all with the same model
+            and the same x and y: each takes its part of the samples through the network and, where the system is one in
+            features, into that. All take the same step.
 
     Raises: TypeError or ValueError naming the argument, the rule and the value.
 
@@ -123,6 +127,7 @@ class GramGaussNewton:
         kernel: KernelName | Callable[[Tensor, Tensor], Any] = "empirical",
         batch_size: int = 1024,
         budget: int | str = "4GiB",
+        ranks: Ranks = ALONE,
     ) -> None:
         check_module("model", model)
         self.damping, self.momentum = check_number("damping", damping), as_momentum(momentum)
@@ -130,9 +135,11 @@ class GramGaussNewton:
         self._budget = parse_bytes(budget)
         if not isinstance(adaptive, bool):
             raise TypeError(f"adaptive must be True or False, got {shown(adaptive)}")
+        if ranks.size > 1 and self.momentum:
+            raise ValueError(f"momentum must be 0 with several ranks, got {momentum}")
         if not callable(kernel) and kernel not in ("features", "empirical", "limit"):
             raise ValueError(f"kernel must be 'features', 'empirical', 'limit' or a callable, got {shown(kernel)}")
-        self.model, self.adaptive, self.kernel = model, adaptive, kernel
+        self.model, self.adaptive, self.kernel, self.ranks = model, adaptive, kernel, ranks
         self._ours = find(model)
         rate = 1.0 if self._ours is None else self._ours.model.ntk_lr
         self._params = Parameters([p for p in model.parameters() if p.requires_grad], rate, self.momentum)
@@ -151,7 +158,7 @@ class GramGaussNewton:
         if callable(self.kernel):
             return FunctionKernel(self.kernel, limit=False)
         if self.kernel == "features":
-            return FeatureKernel(InitialFeatures.of(self.model, self._ours))
+            return FeatureKernel(InitialFeatures.of(self.model, self._ours), self.ranks)
         if self.kernel == "empirical":
             return EmpiricalKernel(self.model)
         if self._ours is None or self._ours.family is None:
@@ -178,7 +185,7 @@ class GramGaussNewton:
             y: of the shape, dtype and device of ``model(x)``; above -C_L for a narrow model, whose right units stop
                 there. None with a closure.
             at: other samples, whose outputs after the step the kernel predicts.
-            on_batch: called with (samples done, samples in all) after each forward and backward.
+            on_batch: called with (samples done, samples in all) after each forward and backward, of all ranks about.
 
         Raises: TypeError or ValueError naming the argument, the rule and the value, before any kernel runs;
             numpy.linalg.LinAlgError, with the smallest damping that works, for a system that is singular; ValueError
@@ -188,17 +195,20 @@ class GramGaussNewton:
         if not isinstance(x, Tensor) and callable(x):
             if y is not None:
                 raise ValueError("y must be left out with a closure, which has targets of its own")
+            if self.ranks.size > 1:
+                raise ValueError(f"x must be a tensor with several ranks, got a closure on {self.ranks.size} of them")
             closure = ClosureLoss(self.model, x)
             x = closure.x
         samples, others, targets = self._checked(x, y, at, closure is not None)
         function: Loss = SquaredLoss(targets) if closure is None else closure
-        done, total = 0.0, 3 * len(x)
+        done, total, share = 0.0, 3 * len(x), self.ranks.share(len(x))
+        own = 3 * (share.stop - share.start)
 
         def advance(count: float) -> None:
             nonlocal done
             done += count
             if on_batch is not None:
-                on_batch(round(done), total)
+                on_batch(round(total * done / own) if own else total, total)
 
         with exact({param.device.type for param in self._params.params}):
             chunkwise = self._chunkwise(samples)
@@ -211,14 +221,16 @@ class GramGaussNewton:
             loss, damping = function.value(fitted), self.damping
             seen = samples if self._kernel.reads_samples else x
             system = self._system(x, seen, fitted.shape[1])
-            coefficients, reached = function.solve(self._carried(samples, fitted), system, damping)
+            solution = function.solve(self._carried(samples, fitted), system, damping)
+            # the same bits on all ranks
+            coefficients, reached = (self.ranks.rows(len(x), of.__getitem__) for of in solution)
             predicted = function.value(self._part_of(fitted, reached))
             outputs = None
             if at is not None and others is not None:
                 now = self._outputs(at, lambda _: None).reshape(len(at), -1).double()
                 points = others if self._kernel.reads_samples else at
-                reached = self._carried(others, now) + self._kernel.product(points, seen, coefficients)
-                outputs = self._part_of(now, reached)
+                moved = self.ranks.rows(len(at), lambda rows: self._kernel.product(points[rows], seen, coefficients))
+                outputs = self._part_of(now, self._carried(others, now) + moved)
             try:
                 if chunkwise is None:
                     self._backward(x, coefficients, advance)
@@ -273,17 +285,21 @@ class GramGaussNewton:
 
     def _outputs(self, x: Tensor, advance: Callable[[float], None]) -> Tensor:
         """As the model gives them."""
-        parts = []
-        with torch.no_grad():
-            for part in x.split(self.batch_size):
+
+        def of(rows: slice) -> Tensor:
+            parts = []
+            for part in x[rows].split(self.batch_size):
                 parts.append(self.model(part))
                 advance(len(part))
-        return torch.cat(parts)
+            return torch.cat(parts)
+
+        with torch.no_grad():
+            return self.ranks.rows(len(x), of)
 
     def _chunkwise(self, samples: Tensor) -> ChunkwisePass | None:
         """Where no step is taken back, and there are chunks to move one after another."""
         ours = self._ours
-        if self.adaptive or self.momentum or ours is None or ours.family is None:
+        if self.adaptive or self.momentum or self.ranks.size > 1 or ours is None or ours.family is None:
             return None
         if ours.model.chunks == 1 or ours.tied():
             return None
@@ -321,11 +337,14 @@ class GramGaussNewton:
     def _backward(self, x: Tensor, coefficients: Tensor, advance: Callable[[float], None]) -> None:
         """``.grad = J^T coefficients``."""
         self._params.drop_gradients()
+        share = self.ranks.share(len(x))
+        parts = (of[share].split(self.batch_size) for of in (x.detach(), coefficients))
         with torch.enable_grad():
-            for part, rows in zip(x.detach().split(self.batch_size), coefficients.split(self.batch_size), strict=True):
+            for part, rows in zip(*parts, strict=True):
                 out = self.model(part)
                 out.backward(rows.to(out.dtype).reshape(out.shape))
                 advance(len(part))
+        self.ranks.sum_(*(param.grad for param in self._params.params if param.grad is not None))
         if not self._params.gradients_are_finite():
             raise RuntimeError("the step is not finite: the model is as it was (take a larger damping)")
 
@@ -383,7 +402,7 @@ class GramGaussNewton:
         if (found is not None) != isinstance(kernel, FeatureKernel):
             raise ValueError(f"state_dict must be of an optimizer with kernel={self.kernel!r}")
         if isinstance(kernel, FeatureKernel):
-            kernel = FeatureKernel(kernel.features.like(found))
+            kernel = FeatureKernel(kernel.features.like(found), self.ranks)
         velocity = state_dict["velocity"]
         if velocity is not None:
             shapes = [param.shape for param in self._params.params]

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from narrowdeep.distributed.ranks import ALONE, Ranks
 from narrowdeep.memory.planning import format_bytes
 from narrowdeep.modules import DeepNarrowCNN
 from narrowdeep.ntk.empirical import empirical_ntk, ntk_vector_product
@@ -46,14 +47,14 @@ class FeatureKernel:
 
     constant, reads_samples = True, True
 
-    def __init__(self, features: InitialFeatures) -> None:
-        self.features = features
+    def __init__(self, features: InitialFeatures, ranks: Ranks = ALONE) -> None:
+        self.features, self._ranks = features, ranks
 
     def system(self, x: Tensor, outputs: int, budget: int) -> System:
         samples, count = x.shape[0], self.features.count(x.shape[1])
         if count < samples and _factorised(count) <= budget:
             keep = _factorised(count) + 8 * samples * count <= budget
-            return FeatureSystem(self.features.matrix, x.split(self._rows(count)), keep)
+            return FeatureSystem(self.features.matrix, x, self._rows(count), keep, self._ranks)
         if _factorised(samples) <= budget:
             kernel = torch.zeros(samples, samples, dtype=torch.float64, device=x.device)
             for block in self.features.blocks(x):
@@ -64,7 +65,7 @@ class FeatureKernel:
         _say_too_large(min(samples, count), budget)
         # Some of the layers make a system that is near enough to start from.
         few = self.features.thinned(-(-count // min(_FEW, 1 + math.isqrt(budget // 16))))
-        near = FeatureSystem(few.matrix, x.split(self._rows(few.count(x.shape[1]))))
+        near = FeatureSystem(few.matrix, x, self._rows(few.count(x.shape[1])), ranks=self._ranks)
         mean = sum(float(block.square().sum()) for block in self.features.blocks(x)) / samples
         return ProductSystem(lambda v: self.product(x, x, v), mean, near)
 

@@ -5,7 +5,7 @@ All in float64. lambda is ``damping`` times the mean of K's diagonal: a damping 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from narrowdeep.distributed.ranks import ALONE, Ranks
 from narrowdeep.extras import optional
 
 with optional():
@@ -96,19 +97,23 @@ class SampleSystem:
 class FeatureSystem:
     """K = P P^T of fewer features than samples: ``(r - P (P^T P + lambda I)^-1 P^T r) / lambda``.
 
-    P is kept, or made again at every use, the rows of one block of samples at a time.
+    P is kept, or made again at every use, the rows of one block of samples at a time; each rank has rows of its own.
     """
 
-    def __init__(self, features: Callable[[Tensor], Tensor], blocks: Sequence[Tensor], keep: bool = False) -> None:
-        self._features, self._blocks = features, blocks
+    def __init__(
+        self, features: Callable[[Tensor], Tensor], x: Tensor, block: int, keep: bool = False, ranks: Ranks = ALONE
+    ) -> None:
+        self._features, self._ranks, self._samples = features, ranks, len(x)
+        self._blocks: tuple[Tensor, ...] = x[ranks.share(len(x))].split(block)
         if keep:
-            self._features, self._blocks = _itself, [features(block) for block in blocks]
+            self._features, self._blocks = _itself, tuple(features(part) for part in self._blocks)
         gram: Tensor | None = None
-        for block in self._blocks:
-            rows = self._features(block)
+        for part in self._blocks:
+            rows = self._features(part)
             gram = rows.T @ rows if gram is None else gram.addmm_(rows.T, rows)
-        assert gram is not None  # there is at least one sample
-        self.mean = float(gram.trace()) / sum(len(block) for block in blocks)
+        assert gram is not None  # there is a block, of no samples if need be
+        ranks.sum_(gram)
+        self.mean = float(gram.trace()) / len(x)
         self._cholesky = _Cholesky(gram, self.mean)
 
     def solve(self, right: Tensor, damping: float) -> Tensor:
@@ -122,15 +127,18 @@ class FeatureSystem:
 
     def _projected(self, v: Tensor) -> Tensor:
         """``P^T v``"""
-        parts = v.split([len(block) for block in self._blocks])
+        parts = v[self._ranks.share(self._samples)].split([len(block) for block in self._blocks])
         out = v.new_zeros(len(self._cholesky.matrix), v.shape[1])
         for block, part in zip(self._blocks, parts, strict=True):
             out.addmm_(self._features(block).T, part)
+        self._ranks.sum_(out)
         return out
 
     def _expanded(self, weights: Tensor) -> Tensor:
         """``P weights``"""
-        return torch.cat([self._features(block) @ weights for block in self._blocks])
+        return self._ranks.rows(
+            self._samples, lambda _: torch.cat([self._features(block) @ weights for block in self._blocks])
+        )
 
 
 def _itself(rows: Tensor) -> Tensor:

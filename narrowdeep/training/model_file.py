@@ -7,6 +7,7 @@ More than 400 lines with the examples of its docstrings.
 from __future__ import annotations
 
 import json
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,12 +17,14 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Protocol, TypeVar, get_type_hints
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.optim.swa_utils import AveragedModel
 
 from narrowdeep import files
 from narrowdeep.checks import shown
+from narrowdeep.distributed.gathered import full
 from narrowdeep.extras import optional
 from narrowdeep.memory.planning import OPTIMIZER_TENSORS, Optimizer
 from narrowdeep.modules import DeepNarrowCNN, DeepNarrowMLP
@@ -144,6 +147,7 @@ class RunPosition:
     step_in_epoch: Index
     seconds: NotNegative
     threads: Count | None = None
+    ranks: Count | None = None
     damping: NotNegative | None = None
     """Of Gauss-Newton, as its steps have adapted it."""
     growth: Positive | None = None
@@ -177,6 +181,7 @@ def save_model(model: nn.Module, path: str | Path) -> None:
     """Write a model, its settings and its exact parameters (Delta in offset form) to a safetensors file, atomically.
 
     A compiled model, and one in DistributedDataParallel, DataParallel or AveragedModel, is written as what it wraps.
+    One that ``fully_shard`` has sharded is gathered, for which all its ranks must call this; the first one writes.
 
     Raises: TypeError or ValueError, before anything is written, for what would not come back as it is: another class or
         ``forward``, a pruned or parametrized model, layers that share a parameter, buffers, parameters of other names,
@@ -215,7 +220,7 @@ def save_model(model: nn.Module, path: str | Path) -> None:
         budget=found.budget,
         optimizer=found.optimizer,
     )
-    tensors = model_tensors(found)
+    tensors = {name: full(tensor) for name, tensor in model_tensors(found).items()}
     for name, tensor in tensors.items():
         if type(tensor) is not Tensor or tensor.is_meta:
             kind = "one without data" if type(tensor) is Tensor else type(tensor).__name__
@@ -233,7 +238,8 @@ def save_model(model: nn.Module, path: str | Path) -> None:
         _check_tensors(found_shapes, _shapes(_ModelHeader(settings)))
     except ValueError as error:
         raise ValueError(f"model must have the parameters that its settings mean: {error}") from None
-    write_tensors(path, tensors, {"model": asdict(settings)})
+    if not (_sharded(found) and dist.get_rank()):
+        write_tensors(path, tensors, {"model": asdict(settings)})
 
 
 def load_model(path: str | Path, *, device: torch.device | str = "cpu") -> DeepNarrowMLP | DeepNarrowCNN:
@@ -319,7 +325,8 @@ def _unwrapped(model: Any) -> DeepNarrowMLP | DeepNarrowCNN:
                 "permanent first (torch.nn.utils.prune.remove, torch.nn.utils.parametrize.remove_parametrizations, "
                 f"torch.nn.utils.remove_weight_norm), got the parameters {', '.join(sorted(names))}"
             )
-    if type(model) not in MODELS.values():
+    kind = type(model).__bases__[-1] if _sharded(model) else type(model)
+    if kind not in MODELS.values():
         raise TypeError(
             f"model must be a DeepNarrowMLP or DeepNarrowCNN, not a subclass, got {type(model).__name__}: the file "
             "holds no code (for other modules, save model.state_dict())"
@@ -332,6 +339,12 @@ def _unwrapped(model: Any) -> DeepNarrowMLP | DeepNarrowCNN:
     return model
 
 
+def _sharded(model: nn.Module) -> bool:
+    """Whether ``fully_shard`` has given it a class of its own; where nobody has loaded that, it has not."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(model, fsdp.FSDPModule)
+
+
 @contextmanager
 def damage_named(path: str | Path) -> Iterator[None]:
     """Whatever goes wrong while a file's content is interpreted is the file's fault: say which file."""
@@ -339,6 +352,11 @@ def damage_named(path: str | Path) -> Iterator[None]:
         yield
     except (ArithmeticError, LookupError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
         raise DamagedFileError(f"{path} is damaged or not a narrowdeep file: {error}") from error
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> int:
+    """Of names, dtypes, shapes and values."""
+    return _crc32({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
 
 
 def _crc32(tensors: Mapping[str, Tensor]) -> int:

@@ -46,14 +46,16 @@ def fit(
     The state is written at the start, after every ``save_every`` seconds, at the end, and when the process is asked to
     stop (Ctrl-C or SIGTERM): the step in progress is finished and no step is lost. A second Ctrl-C stops at once and
     keeps the last state. ``metrics.jsonl`` keeps the lines of the epochs that the trainer has finished; those of a
-    state are on the disk before it. The folder is locked meanwhile (``narrowdeep.files.folder_lock``).
+    state are on the disk before it. The folder is locked meanwhile (``narrowdeep.files.folder_lock``). Of several ranks
+    the first one does all this, for itself, and all stop where one is asked to.
 
     Returns: True when the run is finished, False when it was asked to stop before.
 
     Raises: ValueError if ``out`` holds a run with another configuration (but for ``epochs``), DamagedFileError if its
         files cannot be read, FolderInUseError if another run works there, OSError if ``out`` cannot be written: all
         before anything is changed. DivergedError; the state is then the last one whose loss, parameters and momentum
-        were finite, some steps back. OSError naming the file when the disk is full.
+        were finite, some steps back. OSError naming the file when the disk is full. ValueError, before anything is
+        changed, where the ranks differ in a setting or in their data; LostRankError where one of them ends.
 
     Examples:
         >>> from narrowdeep.data import load_task
@@ -69,9 +71,24 @@ def fit(
         True [1, 2]
     """
     folder = Path(out)
+    trainer.require_same()
+    if not trainer.ranks.is_first:
+        with _stop_requests() as stop_requested:
+            for metrics in _steps(trainer, stop_requested):
+                if metrics is not None and on_epoch is not None:
+                    on_epoch(metrics)
+                if on_step is not None:
+                    on_step(trainer)
+        return trainer.finished
     require_writable(folder)
     with files.folder_lock(folder):
         return _fit(trainer, folder, save_every, plot, on_step, on_epoch)
+
+
+def _steps(trainer: Trainer, stop_requested: Callable[[], bool]) -> Iterator[EpochMetrics | None]:
+    """What each step returns, until the run is finished or any rank is asked to stop."""
+    while not trainer.finished and not trainer.ranks.any(stop_requested()):
+        yield trainer.step()
 
 
 def _fit(
@@ -91,8 +108,7 @@ def _fit(
     files.write(folder / METRICS, "".join(f"{_line(m)}\n" for m in lines))
     saved = time.monotonic()
     with _stop_requests() as stop_requested, files.Log(folder / METRICS) as log:
-        while not trainer.finished and not stop_requested():
-            metrics = trainer.step()
+        for metrics in _steps(trainer, stop_requested):
             if metrics is not None:
                 lines.append(metrics)
                 log.write(_line(metrics))

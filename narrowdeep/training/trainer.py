@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from narrowdeep.data import Task
+from narrowdeep.distributed.ranks import ALONE, Ranks
 from narrowdeep.memory import plan
 from narrowdeep.step_size import decay_factor
 from narrowdeep.training.config import EpochMetrics, TrainConfig, drawn, inputs_for, steps_per_epoch
 from narrowdeep.training.model_file import (
     RunPosition,
+    checksum,
     damage_named,
     fill,
     model_tensors,
@@ -78,6 +80,10 @@ class Trainer:
     is the number of threads of the process that saved a loaded run, None for a new one. ``on_batch`` is called with
     (samples done, samples in all) within a step of Gauss-Newton.
 
+    Several ``ranks`` (``Ranks.of()`` under torchrun) divide the samples of every step, and take the same steps: each
+    has a trainer of its own, with the same configuration and task, and all call the same methods. The first one saves.
+    A run is the same, bit for bit, at a given number of ranks; ``saved_ranks`` is that of a loaded run.
+
     Examples:
         >>> from narrowdeep.data import load_task
         >>> from narrowdeep.training import TrainConfig, Trainer
@@ -92,9 +98,11 @@ class Trainer:
         (2, 2)
     """
 
-    def __init__(self, config: TrainConfig, task: Task, *, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, config: TrainConfig, task: Task, *, device: torch.device | str = "cpu", ranks: Ranks = ALONE
+    ) -> None:
         _check_task(config, task)
-        self.config = config
+        self.config, self.ranks = config, ranks
         self.device = torch.device(device)
         task = inputs_for(config.arch, task)
         self.task = task.to(self.device)
@@ -105,11 +113,12 @@ class Trainer:
         if config.damping is not None:
             from narrowdeep.optim import GramGaussNewton  # which needs scipy
 
-            options: dict[str, Any] = {"damping": config.damping, "batch_size": config.batch_size}
+            options: dict[str, Any] = {"damping": config.damping, "batch_size": config.batch_size, "ranks": ranks}
             self.gauss_newton = GramGaussNewton(self.model, kernel="features", **options)
         self.on_batch: Callable[[int, int], None] | None = None
         self.epoch = 0
         self.saved_threads: int | None = None
+        self.saved_ranks: int | None = None
         self._last_loss = math.nan
         self.steps_per_epoch = steps_per_epoch(config, task)
         self._begin_epoch(self.generator.get_state())
@@ -119,6 +128,17 @@ class Trainer:
         x = self.task.x_train[: self.config.batch_size]
         if self.config.budget is not None:
             plan(self.model, batch_size=len(x), input_shape=tuple(x.shape[1:]))
+
+    def require_same(self) -> None:
+        """Raises: ValueError naming what differs from rank to rank: a setting, the data, where the run stands."""
+        if self.ranks.size == 1:
+            return
+        task, values = self.task, dataclasses.asdict(self.config)
+        values["data"] = checksum({"x": task.x_train, "y": task.y_train, "x_test": task.x_test, "y_test": task.y_test})
+        values["parameters"] = checksum(model_tensors(self.model))
+        values |= {"epoch": self.epoch, "step": self.step_in_epoch, "torch": torch.__version__}
+        values |= {"device": self.device.type, "random state": self._epoch_random_state.tolist()}
+        self.ranks.require_same(values)
 
     def _begin_epoch(self, random_state: Tensor) -> None:
         self._epoch_random_state = random_state
@@ -157,20 +177,25 @@ class Trainer:
         if self.gauss_newton is not None:
             return self._gauss_newton_step(self.gauss_newton, start)
         batch = self._order[self.samples_seen :][: self.config.batch_size]
-        target = self.task.y_train[batch]
-        prediction = self.model(self.task.x_train[batch])
-        loss = thesis_loss(prediction, target)
+        own = batch[self.ranks.share(len(batch))]
+        target = self.task.y_train[own]
+        prediction = self.model(self.task.x_train[own])
+        loss = (prediction - target).square().sum() / (2 * len(batch))  # thesis_loss, of which a rank has a part
         self.optimizer.zero_grad()
         loss.backward()
+        self.ranks.sum_(*(p.grad for p in self.model.parameters() if p.grad is not None))
         steps = self.config.epochs * self.steps_per_epoch
         factor = decay_factor(self.config.decay, self.step_count, steps)
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * factor
         self.optimizer.step()
         with torch.no_grad():
-            self._sums[0] += loss.double() * len(batch)
+            sums = torch.zeros_like(self._sums)
+            sums[0] = loss.double() * len(batch)
             if self.task.accuracy_kind is not None:
-                self._sums[1] += self.task.correct(prediction, target)
+                sums[1] = self.task.correct(prediction, target)
+            self.ranks.sum_(sums)
+            self._sums += sums
         self.step_in_epoch += 1
         self._seconds += time.perf_counter() - start
         return self._end_epoch() if self.step_in_epoch == self.steps_per_epoch else None
@@ -228,22 +253,28 @@ class Trainer:
     def evaluate(self) -> tuple[float, float | None]:
         """Loss and accuracy on the test samples; accuracy is None for a regression task."""
         loss = correct = 0.0
-        task = self.task
-        for x, y in zip(task.x_test.split(_EVALUATION_BATCH), task.y_test.split(_EVALUATION_BATCH), strict=True):
+        task, count = self.task, self.task.x_test.shape[0]
+        share = self.ranks.share(count)
+        parts = (of[share].split(_EVALUATION_BATCH) for of in (task.x_test, task.y_test))
+        for x, y in zip(*parts, strict=True) if share.stop > share.start else ():
             prediction = self.model(x)
             loss += thesis_loss(prediction, y).item() * len(x)
             if task.accuracy_kind is not None:
                 correct += task.correct(prediction, y).item()
-        count = task.x_test.shape[0]
-        return loss / count, None if task.accuracy_kind is None else correct / count
+        sums = torch.tensor([loss, correct], dtype=torch.float64, device=self.ranks.device)
+        self.ranks.sum_(sums)
+        loss, correct = (sums / count).tolist()
+        return loss, None if task.accuracy_kind is None else correct
 
     def save(self, path: str | Path) -> None:
-        """Write the whole state of the run to ``path``, atomically; its mode follows the umask.
+        """Write the whole state of the run to ``path``, atomically; its mode follows the umask. The first rank does.
 
         Raises: DivergedError, leaving ``path`` as it is, if the current epoch's loss, a parameter or its momentum is
         not finite; OSError if ``path`` cannot be written.
         """
         self.require_finite()
+        if not self.ranks.is_first:
+            return
         tensors = model_tensors(self.model)
         momentum = [self.optimizer.state[p].get("momentum_buffer") for p in self.model.parameters()]
         if any(buffer is not None for buffer in momentum):  # those of no layers have no gradient, and so none
@@ -261,6 +292,7 @@ class Trainer:
             step_in_epoch=self.step_in_epoch,
             seconds=self._seconds,
             threads=torch.get_num_threads(),
+            ranks=self.ranks.size,
             damping=None if self.gauss_newton is None else self.gauss_newton.damping,
             growth=None if self.gauss_newton is None else self.gauss_newton.state_dict()["growth"],
         )
@@ -268,9 +300,17 @@ class Trainer:
 
     @classmethod
     def load(
-        cls, path: str | Path, task: Task, *, device: torch.device | str = "cpu", epochs: int | None = None
+        cls,
+        path: str | Path,
+        task: Task,
+        *,
+        device: torch.device | str = "cpu",
+        epochs: int | None = None,
+        ranks: Ranks = ALONE,
     ) -> Trainer:
-        """The run saved at ``path``, to go on with; ``epochs`` replaces the number of epochs to train in all.
+        """The run saved at ``path``, to go on with, on any number of ``ranks``, each of which reads it.
+
+        ``epochs`` replaces the number of epochs to train in all.
 
         Raises: FileNotFoundError, DamagedFileError; ValueError when ``task`` is not the run's task.
         """
@@ -284,7 +324,7 @@ class Trainer:
             config = config.for_epochs(epochs)
         _check_task(config, task)
         with damage_named(path):
-            trainer = cls(config, task, device=device)
+            trainer = cls(config, task, device=device, ranks=ranks)
             if position.step_in_epoch >= trainer.steps_per_epoch:
                 raise ValueError(
                     f"step_in_epoch must be below the {trainer.steps_per_epoch} steps of an epoch, got "
@@ -302,7 +342,7 @@ class Trainer:
                 kept = {"damping": position.damping, "growth": position.growth}
                 trainer.gauss_newton.load_state_dict({**trainer.gauss_newton.state_dict(), **kept})
             trainer.epoch = position.epoch
-            trainer.saved_threads = position.threads
+            trainer.saved_threads, trainer.saved_ranks = position.threads, position.ranks
             trainer._begin_epoch(tensors["random_state"])
             trainer.step_in_epoch, trainer._seconds = position.step_in_epoch, position.seconds
             trainer._sums.copy_(tensors["sums"])

@@ -38,6 +38,20 @@ def test_help(command: str) -> None:
         assert option in result.output
 
 
+def test_plan_of_a_pipeline() -> None:
+    """50 layers a rank; a state of 3 words and 6 units, of 40 samples in float64."""
+    network = ["plan", "--inputs", 3, "--outputs", 2, "--batch-size", 40, "--dtype", "float64"]
+    alone = json.loads(run(*network, "--depth", 52, "--json").stdout)
+    assert "sent_bytes" not in alone
+    ranks = [*network, "--depth", 202, "--ranks", 4]
+    assert json.loads(run(*ranks, "--json").stdout) == alone | {"ranks": 4, "sent_bytes": 3 * 6 * 40 * 8}
+    assert run(*ranks).stdout.splitlines()[-1] == "each of 4 ranks sends 5.62 KiB forward and as much backward a step"
+    images = json.loads(run("plan", "--arch", "cnn", "--inputs", 1, "--form", "plain", "--ranks", 2, "--json").stdout)
+    assert images["sent_bytes"] == 12 * 28 * 28 * 128 * 4
+    line = refused("plan", "--depth", 5, "--ranks", 4)
+    assert line == "error: ranks must be at most the number of hidden layers, 3, got 4"
+
+
 def test_plan_is_the_function_s() -> None:
     result = run(
         "plan", "--inputs", 2, "--outputs", 1, "--depth", 700, "--budget", "3MB", "--optimizer", "adam", "--json"

@@ -9,7 +9,6 @@ import pickle
 import subprocess
 import sys
 import weakref
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from torch import nn
 
 from narrowdeep import DeepNarrowMLP
 from narrowdeep.optim import FusedSGD
+from tests.distributed.ranks import run
 
 
 def _eager(depth: int = 6) -> nn.Sequential:
@@ -338,39 +338,72 @@ def test_a_gradscaler_that_does_nothing() -> None:
     assert p.item() == 0.5
 
 
-def _rank(rank: int, processes: int, folder: str) -> None:
-    """Parameters 1; process r has the gradient r + 1 of each."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=processes)
-    results: list[Any] = []
-    try:
-        model = nn.Linear(2, 1, bias=False)
-        nn.init.ones_(model.weight)
-        wrapped = nn.parallel.DistributedDataParallel(model)
-        optimizer = FusedSGD(model, 0.25)
-        try:
-            wrapped((rank + 1) * torch.ones(1, 2)).sum().backward()
-            results.append("no error")
-        except RuntimeError as error:
-            results.append(str(error))
-        results.append(model.weight.tolist())
-        optimizer.remove()
-        kept = FusedSGD([own := nn.Parameter(torch.ones(()))], 0.25, local=True)
-        ((rank + 1) * own).backward()
-        results.append((own.item(), kept.local))
-        torch.save(results, f"{folder}/{rank}")
-    finally:
-        dist.destroy_process_group()
+def _network(chunks: int = 3) -> DeepNarrowMLP:
+    model = DeepNarrowMLP(2, 1, 17, scale=20.0, chunks=chunks, dtype=torch.float64)
+    model.reset_parameters(torch.Generator().manual_seed(7))
+    return model
+
+
+def _batches(steps: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(8)
+    return [torch.rand(8, 2, dtype=torch.float64, generator=generator) for _ in range(steps)]
+
+
+def _rank(rank: int, wrap: str) -> Any:
+    """20 steps on this rank's half of each batch."""
+    model = _network()
+    module: Any = model
+    if wrap == "before":
+        module = nn.parallel.DistributedDataParallel(model)
+    optimizer = FusedSGD(model, 0.1 * model.ntk_lr, 0.9)
+    if wrap == "after":
+        module = nn.parallel.DistributedDataParallel(model)
+    for x in _batches(20):
+        (module(x[4 * rank : 4 * rank + 4]) - 1).square().mean().backward()
+    return model.state_dict(), len(optimizer._pending), [p.grad is None for p in model.parameters()]
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
-@pytest.mark.parametrize("processes", [1, 2])
-def test_several_processes(tmp_path: Path, processes: int) -> None:
-    torch.multiprocessing.spawn(_rank, (processes, str(tmp_path)), nprocs=processes)
-    for rank in range(processes):
-        error, weight, (own, _) = torch.load(tmp_path / str(rank))
-        if processes == 1:
-            assert (error, weight) == ("no error", [[0.75, 0.75]])
-        else:
-            assert "FusedSGD cannot step in one of 2 processes" in error
-            assert weight == [[1.0, 1.0]]
-        assert own == 1 - 0.25 * (rank + 1)
+@pytest.mark.parametrize("wrap", ["no", "before", "after"])
+def test_several_processes_take_the_steps_of_one(wrap: str) -> None:
+    expected = _network()
+    optimizer = torch.optim.SGD(expected.parameters(), 0.1 * expected.ntk_lr, 0.9)
+    for x in _batches(20):
+        (expected(x) - 1).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    results = run(_rank, 2, wrap)
+    for state, pending, gone in results:
+        assert pending == 0
+        assert wrap != "no" or all(gone)
+        for name, value in expected.state_dict().items():
+            assert torch.equal(state[name], results[0][0][name])
+            torch.testing.assert_close(state[name], value, rtol=1e-12, atol=1e-12)
+    assert not torch.equal(expected.last_bias, _network().last_bias)
+
+
+def _apart(rank: int) -> Any:
+    """Parameters 1; process r has the gradient r + 1."""
+    alone = dist.new_group([0]), dist.new_group([1])
+    found: list[Any] = []
+    for settings in ({}, {"local": True}, {"process_group": alone[rank]}):
+        kept = FusedSGD([own := nn.Parameter(torch.ones(()))], 0.25, **settings)
+        ((rank + 1) * own).backward()
+        found.append(own.item())
+        kept.remove()
+    other = nn.Parameter(torch.full((3,), float(rank)))
+    optimizer = FusedSGD([other], 0.25)
+    try:
+        other.sum().backward()
+    except RuntimeError as error:
+        found.append(str(error))
+    return found, other.tolist(), optimizer.local
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
+def test_what_several_processes_average() -> None:
+    for rank, ((averaged, local, alone, error), other, _) in enumerate(run(_apart, 2)):
+        assert averaged == 1 - 0.25 * 1.5
+        assert local == alone == 1 - 0.25 * (rank + 1)
+        assert error.startswith("FusedSGD needs the same parameters in all 2 processes, got a parameter of shape (3,)")
+        assert other == [rank] * 3
