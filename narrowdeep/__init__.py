@@ -9,12 +9,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from narrowdeep import memory, ntk, optim, training
+    from narrowdeep import export, memory, ntk, optim, training
     from narrowdeep.modules import DeepNarrowCNN, DeepNarrowMLP
 
     __version__: str
 
-__all__ = ["DeepNarrowCNN", "DeepNarrowMLP", "memory", "ntk", "optim", "training"]
+__all__ = ["DeepNarrowCNN", "DeepNarrowMLP", "export", "memory", "ntk", "optim", "training"]
 
 
 def __getattr__(name: str) -> Any:
