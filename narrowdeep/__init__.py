@@ -9,12 +9,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from narrowdeep import distributed, memory, ntk, optim, training
+    from narrowdeep import distributed, export, memory, ntk, optim, training
     from narrowdeep.modules import DeepNarrowCNN, DeepNarrowMLP
 
     __version__: str
 
-__all__ = ["DeepNarrowCNN", "DeepNarrowMLP", "distributed", "memory", "ntk", "optim", "training"]
+__all__ = ["DeepNarrowCNN", "DeepNarrowMLP", "distributed", "export", "memory", "ntk", "optim", "training"]
 
 
 def __getattr__(name: str) -> Any:

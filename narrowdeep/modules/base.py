@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from narrowdeep.chain.params import LayerSpan
 from narrowdeep.checks import LARGEST, check_count, check_number
 from narrowdeep.functional import Form, cast_up, check_tensors
 from narrowdeep.modules import convert, hidden, state
-from narrowdeep.modules.checkpointing import Checkpoint, Checkpointing
+from narrowdeep.modules.checkpointing import NO_TORCHSCRIPT, Checkpoint, Checkpointing
 
 Init = Literal["ntk", "kaiming"]
 
@@ -423,6 +423,10 @@ class DeepNarrowBase(Checkpointing):
         if key in missing_keys:
             missing_keys.remove(key)
         self._leave_empty_gradients_out()
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What torch.jit.script calls first. Raises: NotImplementedError."""
+        raise NotImplementedError(NO_TORCHSCRIPT)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(state.keeping_layout(fn), recurse)

@@ -17,6 +17,11 @@ from narrowdeep.memory.step import auto_segment
 
 Checkpoint = int | Literal["auto", "none"] | tuple[int, int]
 
+NO_TORCHSCRIPT = (
+    "TorchScript takes no narrow networks: torch.export.export(model, (x,)) does, and narrowdeep.export turns what it "
+    "gives into ONNX"
+)
+
 
 class Checkpointing(nn.Module):
     """``checkpoint``, ``budget`` and ``optimizer`` of a network, and what they mean for a call."""
@@ -105,8 +110,11 @@ class Checkpointing(nn.Module):
     def _checkpointing(self, x: Any, sample_dims: int) -> tuple[int, int | None]:
         """(segment, snapshots) for a call on ``x``, whose last ``sample_dims`` dimensions are one sample.
 
-        Raises: BudgetError, before anything runs, where ``budget`` cannot be met.
+        Raises: BudgetError, before anything runs, where ``budget`` cannot be met; NotImplementedError in
+            torch.jit.trace.
         """
+        if torch.jit.is_tracing():
+            raise NotImplementedError(NO_TORCHSCRIPT)
         if not isinstance(x, Tensor) or x.dim() < sample_dims or x.numel() == 0:
             return self.segment(0), None  # the chain says what is wrong, or has nothing to do
         positions = x.numel() // self._inputs

@@ -84,10 +84,8 @@ def column(bias: Tensor, like: Tensor) -> Tensor:
 
 def skip_mask(like: Tensor, outputs: int, offset: bool) -> Tensor:
     """``skip``, (n, 1, ..., 1), of states of the shape of ``like``."""
-    mask = torch.full((like.shape[0], *(1 for _ in like.shape[1:])), offset, device=like.device)
-    if offset:
-        mask[like.shape[0] - outputs - 1] = False
-    return mask
+    width = like.shape[0]
+    return column((torch.arange(width, device=like.device) != width - outputs - 1) & offset, like)
 
 
 def skipped(skip: Tensor, lo: Tensor) -> Tensor:
@@ -137,6 +135,12 @@ def initial(
     return base, torch.zeros_like(base), _clip(lo, -base)
 
 
+def step(affine: Affine, skip: Tensor, base: Tensor, hi: Tensor, lo: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``lo`` behind a hidden layer, before it is renormalised."""
+    h = (base + hi) + lo
+    return _clip(skipped(skip, lo) + (affine(weight, h) + column(bias, h)), -(base + hi))
+
+
 def states(
     affine: Affine,
     base: Tensor,
@@ -152,11 +156,30 @@ def states(
     skip = skip_mask(lo, outputs, offset)
     yield start, hi, lo
     for number, (weight, bias) in enumerate(zip(hidden_weight, hidden_bias, strict=True), start + 1):
-        h = (base + hi) + lo
-        lo = _clip(skipped(skip, lo) + (affine(weight, h) + column(bias, h)), -(base + hi))
+        lo = step(affine, skip, base, hi, lo, weight, bias)
         if offset and number % RENORMALISE_PERIOD == 0:
             hi, lo = renormalise(base, hi, lo, skip)
         yield number, hi, lo
+
+
+def final(
+    affine: Affine,
+    base: Tensor,
+    hi: Tensor,
+    lo: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    outputs: int,
+    offset: bool,
+) -> Tensor:
+    """What a span gives: the last layer's output, or the state."""
+    if weight is None or bias is None:
+        return torch.stack((base, hi, lo)) if offset else lo.unsqueeze(0)
+    h = (base + hi) + lo
+    z = affine(weight, h) + column(bias, h)
+    if offset:
+        z = (hi + lo)[h.shape[0] - outputs :] + z
+    return _pool(z)
 
 
 def forward(
@@ -185,10 +208,4 @@ def forward(
         if between == 0 and 0 <= row < saved.shape[0]:
             parts = torch.stack((hi, lo)) if offset and segment > 1 else (base + hi) + lo
             saved[row] = parts.detach()
-    h = (base + hi) + lo
-    if last_weight is None or last_bias is None:
-        return torch.stack((base, hi, lo)) if offset else lo.unsqueeze(0), saved
-    z = affine(last_weight, h) + column(last_bias, h)
-    if offset:
-        z = (hi + lo)[h.shape[0] - outputs :] + z
-    return _pool(z), saved
+    return final(affine, base, hi, lo, last_weight, last_bias, outputs, offset), saved
