@@ -25,8 +25,9 @@ help:
 demo: $(READY)
 	$(BIN)/python -m narrowdeep.commands.demo
 
+# A process a core, each with one thread: with more they would wait for one another.
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 bench: $(READY)
 	$(BIN)/python -m pytest benchmarks --quiet --benchmark-json=bench.json --benchmark-columns=min,rounds

@@ -181,8 +181,10 @@ def _chain(
     if 0 in sample[1:]:
         raise ValueError(f"x must have images of at least 1x1 pixels, got {x.shape[-2]}x{x.shape[-1]}")
     settings = (float(scale), form == "offset", int(segment), snapshots)
-    out = span.chain(family.name, x.reshape(math.prod(x.shape[:-dims]), *sample), first, pairs, last, *settings)
-    return out if x.dim() == dims + 1 else out.reshape(*x.shape[:-dims], outputs)
+    if x.dim() == dims + 1:  # x itself: of a view of it AOT autograd takes second derivatives for 0
+        return span.chain(family.name, x, first, pairs, last, *settings)
+    flat = x.reshape(math.prod(x.shape[:-dims]), *sample)
+    return span.chain(family.name, flat, first, pairs, last, *settings).reshape(*x.shape[:-dims], outputs)
 
 
 def _wrong_sample(family: Family, x: Tensor, inputs: int) -> str:

@@ -26,11 +26,17 @@ class ChainBackwardJvpRun {
         packed(layer.in_registers()),
         size(tiles.size),
         workers(min_of(pool.threads, tiles.count)),
-        // states and tangents of a step stay in the second-level cache
-        step(max_of(4, min_of(64, (int64_t(1) << 18) / (2 * size * int64_t(sizeof(T)))))),
+        // States and tangents of a step stay in the second-level cache, unless too many steps were kept then.
+        step(max_of(root(s.layers), min_of(64, (int64_t(1) << 18) / (2 * size * int64_t(sizeof(T)))))),
         steps(max_of(1, ceil_div(s.layers, step))),
         longest(min_of(step, s.layers) + 1),
         room(max_of(size, s.in * tiles.row)) {}
+
+  static int64_t root(int64_t layers) {
+    int64_t root = 4;
+    while (root * root < layers) ++root;
+    return root;
+  }
 
   void run() {
     const Buffer memory(tiles.count * kept_elements() * int64_t(sizeof(T)));
@@ -142,8 +148,10 @@ class ChainBackwardJvpRun {
     const GradientSizes g = sizes(begin, end);
     const Buffer memory(args.need_params ? (workers - direct) * g.total * int64_t(sizeof(T)) : 0);
     ChainParams<T> results = args.grads;
-    results.hidden_weight += begin * layer.hidden_weights();
-    results.hidden_bias += begin * s.width;
+    if (args.need_params) {
+      results.hidden_weight += begin * layer.hidden_weights();
+      results.hidden_bias += begin * s.width;
+    }
     const auto sums_of = [&](int64_t worker) {
       return worker < direct ? results : g.at(memory.as<T>() + (worker - direct) * g.total);
     };

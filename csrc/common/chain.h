@@ -6,10 +6,12 @@
 //
 //   T, kMostVectors, kRunsOfTiles   number type; vectors of a tile at most; whether a thread's tiles are a run, or strided
 //   strips(shape, threads)          in how many lanes a sample is cut (common/state.h)
-//   in_registers()                  whether `forward_in_registers` and `backward_in_registers` run many layers at once
+//   in_registers()                  whether `forward_in_registers`, `backward_in_registers` and the same with tangents run
+//                                   many layers at once
 //   first, step, last               x to state 0; state l to l + 1; the last state to the outputs at every position
 //   last_back, step_back, first_back, gradient        their transposes, and the gradient of a weight and its bias
 //   first_tangent, step_tangent, last_tangent         their tangents
+//   transposed, gradient_scratch                      a product with a weight's transpose; room that `gradient` takes
 #pragma once
 
 #include "common/epilogue.h"

@@ -9,8 +9,9 @@
 namespace narrowdeep {
 namespace ND_ISA {
 
-constexpr int kNarrowest = 2, kWidestNarrow = 12;  // past 10 some spill, and it is still faster
-constexpr int kTileVectors = 4;                    // vectors in a tile at most
+// Past 10 some registers spill, and it is still faster. Without vectors there are no registers to speak of.
+constexpr int kNarrowest = 2, kWidestNarrow = kVectorBytes ? 12 : 8;
+constexpr int kTileVectors = 4;  // vectors in a tile at most
 
 // Hidden layers [begin, end) for V vectors of samples, without renormalisation. Arrays start at the first of the V vectors.
 // With STORE, the state after layer l goes to states + (l - begin + 1) * N * samples.

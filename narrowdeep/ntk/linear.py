@@ -34,6 +34,7 @@ class LinearizedModel(nn.Module):
                     "model must have narrow models with one chunk alone where it is more than one at its end: forward "
                     f"mode goes through nothing else, got {type(model).__name__}"
                 )
+        self._names = list(trained(self.model))
         for i, value in enumerate(trained(self.model).values()):
             self.register_buffer(f"start_{i}", value.clone())
 
@@ -42,8 +43,8 @@ class LinearizedModel(nn.Module):
         if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
             raise ValueError("x must not require gradients: a linearized model has them for its parameters alone")
         ours, graph = find(self.model), torch.is_grad_enabled()
-        params = {name: param for name, param in self.model.named_parameters() if param.requires_grad}
-        starts = {name: self.get_buffer(f"start_{i}") for i, name in enumerate(params)}
+        params = {name: self.model.get_parameter(name) for name in self._names}
+        starts = {name: self.get_buffer(f"start_{i}") for i, name in enumerate(self._names)}
         with reading(self.model):
             samples = checked_samples(self.model, ours, "x", x)
             function = function_of(self.model, ours)

@@ -19,7 +19,7 @@ from torch.autograd.function import Function
 
 THIRD_ORDER = (
     "narrowdeep differentiates its chains twice: third derivatives are not supported; use model.to_sequential() for"
-    " them"
+    " them (inside torch.compile, whose backward is one derivative more, take second ones under torch.no_grad())"
 )
 FORWARD_TWICE = (
     "narrowdeep has no forward mode over forward mode: take second derivatives by torch.func.hessian, by forward over "
@@ -72,7 +72,7 @@ def alone() -> bool:
 
 def below_autograd(op: Callable[..., Any], *args: Any) -> Any:
     """The op from inside its own node: not by way of the Autograd key again, which costs a third of a small call."""
-    if torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
         return op(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)

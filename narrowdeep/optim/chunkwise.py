@@ -34,7 +34,7 @@ class ChunkwisePass:
             start += params.layers
 
     def outputs(self, advance: Callable[[float], None]) -> Tensor:
-        """(N, out), float64."""
+        """(N, out)."""
         count = self._model.chunks
         states = list(self._batches)
         with torch.no_grad():
@@ -44,7 +44,7 @@ class ChunkwisePass:
                 for state, batch in zip(self._inputs[-1], self._batches, strict=True):
                     states.append(span(self._model._family, state, params, settings, 0))
                     advance(len(batch) / count)
-        return torch.cat(states).double()
+        return torch.cat(states)
 
     def backward(
         self, gradient: Tensor, move: Callable[[list[Tensor]], None], advance: Callable[[float], None]
@@ -53,10 +53,15 @@ class ChunkwisePass:
         batches, model = self._batches, self._model
         rows = list(gradient.to(model.last_weight.dtype).split(len(batches[0])))
         positions = batches[0][:, 0].numel()
-        for params, settings in reversed(list(self._chunks())):
+        chunks = list(self._chunks())
+        trained = [any(p is not None and p.requires_grad for p in params.flat()) for params, _ in chunks]
+        for number, (params, settings) in reversed(list(enumerate(chunks))):
             states = self._inputs.pop()
+            if not any(trained[: number + 1]):  # what is frozen at the begin needs no gradient
+                advance(sum(map(len, batches)) / model.chunks)
+                continue
             for i, batch in enumerate(batches):
-                state = states.pop(0).detach().requires_grad_(params.first is None)
+                state = states.pop(0).detach().requires_grad_(any(trained[:number]))
                 with torch.enable_grad():
                     out = span(model._family, state, params, settings, model.segment(positions))
                     out.backward(rows[i])

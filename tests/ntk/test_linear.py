@@ -124,6 +124,19 @@ def test_a_state_dict_goes_on_from_the_same_start() -> None:
     assert torch.equal(other(x), linear(x))
 
 
+def test_parameters_may_be_frozen_later() -> None:
+    model, x = moved("mlp")
+    linear: Any = linearize(model)
+    changed(linear)
+    before = linear(x).detach()
+    linear.model.first_weight.requires_grad_(False)
+    after = linear(x)
+    assert torch.equal(after.detach(), before)
+    after.sum().backward()
+    assert linear.model.first_weight.grad is None
+    assert linear.model.last_bias.grad is not None
+
+
 def test_bad_input() -> None:
     model, x = moved("mlp")
     with pytest.raises(TypeError, match="model must be a torch.nn.Module, got int"):

@@ -238,6 +238,41 @@ def test_aot_autograd_refuses_by_itself(case: Case) -> None:
     with pytest.raises(RuntimeError, match="does not currently support double backward"):
         first.square().sum().backward()
 
+    def penalty(x: Tensor) -> Tensor:  # for x alone: through what AOT keeps of it
+        out = model(x).square().sum()
+        (first,) = torch.autograd.grad(out, x, create_graph=True)
+        return torch.autograd.grad(first.square().sum() + 0 * out, x)[0]
+
+    assert penalty(x).abs().max() > 0
+    with pytest.raises(RuntimeError, match="does not currently support double backward"):
+        torch.compile(penalty, backend="aot_eager")(x)
+
+
+@both_families
+def test_a_compiled_hessian(case: Case) -> None:
+    """Without a graph of its own; with one AOT would take a third derivative, and the message says what to do."""
+    model, x = moved(case), doubles(case)[0][0]
+    sequence = model.to_sequential()
+
+    def second(x: Tensor) -> Tensor:
+        return hessian(lambda x: model(x).square().sum())(x)
+
+    compiled = torch.compile(second, backend="aot_eager")
+    with torch.no_grad():
+        assert_close(compiled(x), hessian(lambda x: sequence(x[None]).square().sum())(x).detach(), 1e-10)
+    with pytest.raises(Exception, match=r"take second ones under torch.no_grad\(\)"):
+        compiled(x.clone().requires_grad_())
+
+
+@both_families
+def test_compiled_autograd(case: Case) -> None:
+    model, x = moved(case), doubles(case)[0]
+    expected = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    loss = model(x).square().sum()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager", fullgraph=True)):
+        loss.backward()
+    all_close([p.grad for p in model.parameters()], expected)
+
 
 SECONDS: dict[str, Callable[..., Any]] = {
     "hessian": lambda f, x, t: hessian(f)(x),
