@@ -9,8 +9,13 @@
 namespace narrowdeep {
 namespace ND_ISA {
 
-// Past 10 some registers spill, and it is still faster. Without vectors there are no registers to speak of.
+// Past 10 some registers spill, and it is still faster. Without vectors there are no registers to speak of, and with
+// sanitizers the widest take minutes to compile.
+#if defined(__SANITIZE_ADDRESS__)
+constexpr int kNarrowest = 2, kWidestNarrow = 8;
+#else
 constexpr int kNarrowest = 2, kWidestNarrow = kVectorBytes ? 12 : 8;
+#endif
 constexpr int kTileVectors = 4;  // vectors in a tile at most
 
 // Hidden layers [begin, end) for V vectors of samples, without renormalisation. Arrays start at the first of the V vectors.
