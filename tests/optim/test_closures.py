@@ -343,6 +343,21 @@ def test_chunks_that_are_frozen_stay() -> None:
         assert torch.equal(value, kept[name]) is not value.requires_grad, name
 
 
+def test_first_chunks_that_are_frozen() -> None:
+    """No gradient goes so far, and the chunks behind them move as they do all at once."""
+    moved = []
+    for adaptive in (True, False):
+        model, x = task("mlp", chunks=3)
+        for param in (model.first_weight, model.first_bias, model.hidden_weight[0], model.hidden_bias[0]):
+            param.requires_grad_(False)
+        y = torch.ones_like(model(x).detach())
+        optimizer = GramGaussNewton(model, adaptive=adaptive, damping=0.1, kernel="empirical")
+        optimizer.step(x, y)
+        moved.append([p.detach().clone() for p in model.parameters()])
+    for one, other in zip(*moved, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
 def test_a_chunk_whose_gradient_is_not_finite_does_not_move() -> None:
     model, x = task("mlp", chunks=2)
     kept = copy.deepcopy(model.state_dict())
