@@ -7,7 +7,7 @@ parameters is then complete, used by a hook and freed before the next chunk's is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -168,9 +168,23 @@ def chain(
     snapshots: int | None = None,
 ) -> Tensor:
     """f(x), (B, out), of a chain whose hidden layers come in chunks, each a span; ``x`` is (B, in, *positions)."""
-    state, start, outputs = x, 0, last.weight.shape[0]
+    state = x
+    for params, settings in in_spans(first, hidden, last, scale, offset, last.weight.shape[0]):
+        state = span(family, state, params, settings, segment, snapshots)
+    return state
+
+
+def in_spans(
+    first: Affine | None,
+    hidden: Sequence[Affine],
+    last: Affine | None,
+    scale: float,
+    offset: bool,
+    outputs: int,
+    start: int = 0,
+) -> Iterator[tuple[ChainParams, ChainSettings]]:
+    """A span for each chunk of hidden layers, with the ends that there are; ``start`` is the state before the first."""
     for i, chunk in enumerate(hidden):
         params = ChainParams(first if i == 0 else None, chunk, last if i == len(hidden) - 1 else None)
-        state = span(family, state, params, ChainSettings(scale, offset, outputs, start), segment, snapshots)
+        yield params, ChainSettings(scale, offset, outputs, start)
         start += params.layers
-    return state

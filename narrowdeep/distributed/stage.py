@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from narrowdeep.chain.params import Affine, ChainParams, ChainSettings
-from narrowdeep.chain.span import span
+from narrowdeep.chain.params import Affine
+from narrowdeep.chain.span import in_spans, span
 from narrowdeep.checks import check_count
 from narrowdeep.functional import cast_up, check_tensors
 from narrowdeep.memory.step import auto_segment
@@ -94,12 +94,10 @@ class Stage(nn.Module):
         if input.requires_grad and not torch.compiler.is_compiling():  # gloo receives gradients as they are laid out
             input = input.view_as(input)
             input.register_hook(torch.Tensor.contiguous)
-        value, start = input if self.is_first else input.movedim(0, -1), self._start
-        for i, chunk in enumerate(hidden):
-            params = ChainParams(ends[0] if i == 0 else None, chunk, ends[1] if i == len(hidden) - 1 else None)
-            settings = ChainSettings(self.scale, self.form == "offset", self._outputs, start)
-            value = span(self._family, value, params, settings, segment, snapshots)
-            start += params.layers
+        value = input if self.is_first else input.movedim(0, -1)
+        settings = (self.scale, self.form == "offset", self._outputs, self._start)
+        for params, of in in_spans(ends[0], hidden, ends[1], *settings):
+            value = span(self._family, value, params, of, segment, snapshots)
         return value if self.is_last else value.movedim(-1, 0).contiguous()
 
     def _end(self, name: str) -> Affine | None:

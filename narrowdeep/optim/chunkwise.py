@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from narrowdeep.chain.params import Affine, ChainParams, ChainSettings
-from narrowdeep.chain.span import span
+from narrowdeep.chain.span import in_spans, span
 from narrowdeep.ntk.network import Narrow
 
 
@@ -27,11 +27,7 @@ class ChunkwisePass:
     def _chunks(self) -> Iterator[tuple[ChainParams, ChainSettings]]:
         model = self._model
         first, *hidden, last = (Affine(part.weight, part.bias) for part in model.spans())
-        start, outputs = 0, last.weight.shape[0]
-        for i, chunk in enumerate(hidden):
-            params = ChainParams(first if i == 0 else None, chunk, last if i == len(hidden) - 1 else None)
-            yield params, ChainSettings(model.scale, model.form == "offset", outputs, start)
-            start += params.layers
+        return in_spans(first, hidden, last, model.scale, model.form == "offset", last.weight.shape[0])
 
     def outputs(self, advance: Callable[[float], None]) -> Tensor:
         """(N, out)."""
