@@ -17,7 +17,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,22 @@ from narrowdeep.ntk.network import Narrow, Ours, check_module, find, reading
 
 _BLOCK_BYTES = 1 << 27
 """What the middle units of a block of layers may take."""
+
+
+class OutputGradients(NamedTuple):
+    """``J^T v`` in the rows of the right units, float64: the same in all layers, but for the middle unit's column.
+
+    Nothing where no weight, or no bias, of that kind is trained.
+    """
+
+    first: Tensor
+    """(out, in, f f), of the first weight"""
+    others: Tensor
+    """(out, n, f f), of every other weight, without the column of the middle unit"""
+    middle: Tensor
+    """(layers, out, f f): that column, of every weight but the first that is trained"""
+    bias: Tensor
+    """(out,)"""
 
 
 @dataclass(frozen=True)
@@ -102,6 +118,17 @@ class InitialFeatures:
         tensors = {name: values[name].to(value) for name, value in own.items() if isinstance(value, Tensor)}
         return dataclasses.replace(self, **tensors)
 
+    def are_of(self, model: nn.Module, ours: Ours | None) -> bool:
+        """Whether the model is at the initialisation that they are made of, with the same parameters trained."""
+        try:
+            now = dataclasses.asdict(InitialFeatures.of(model, ours))
+        except ValueError:
+            return False
+        own = dataclasses.asdict(self)
+        tensors = [name for name, value in own.items() if isinstance(value, Tensor)]
+        same = all(torch.equal(own.pop(name), now.pop(name)) for name in tensors)
+        return same and own == now
+
     def thinned(self, every: int) -> InitialFeatures:
         """Of one hidden layer in ``every``. Their Gram matrix is about the same: the weights are independent draws."""
         middle, bias = self.middle[::every], self.middle_bias[::every]
@@ -124,6 +151,26 @@ class InitialFeatures:
                 rows[:, begin : begin + block.shape[1]] = block
                 begin += block.shape[1]
         return out
+
+    def output_gradients(self, x: Tensor, v: Tensor) -> OutputGradients:
+        """``J^T v`` for samples x and v (N, out): the features times v, each by what its column was divided by."""
+        taps, inputs, v = self.kernel_size**2, x.shape[1], v.double()
+        columns = torch.cat([block.T @ v for block in self.blocks(x)])  # (F, out)
+        unit = self.scale * math.sqrt(self.depth)
+        ends = [inputs * taps * self.first, inputs * taps * (self.weights > 0), 1]
+        first, left, _, middle = columns.split([*ends, len(columns) - sum(ends)])
+        bias = v.sum(0)
+        others = v.new_zeros(self.outputs, inputs + 1 + self.outputs, taps)
+        if self.weights:
+            others[:, :inputs] = unit / math.sqrt(self.weights) * left.T.reshape(self.outputs, inputs, taps)
+            seen = _windows(self.kernel_size, (x if x.dim() == 4 else x[:, :, None, None]).double())
+            others[:, inputs + 1 :] = self.scale * bias[:, None, None] * seen.sum(0)
+        return OutputGradients(
+            unit * first.T.reshape(self.outputs, -1, taps),
+            others,
+            unit * middle.reshape(-1, taps, self.outputs).transpose(1, 2),
+            bias,
+        )
 
     def blocks(self, x: Tensor, dtype: torch.dtype = torch.float64) -> Iterator[Tensor]:
         """The columns of ``matrix``, a block of layers at a time."""
@@ -148,9 +195,10 @@ class InitialFeatures:
             else:
                 patches = functional.unfold(h, self.kernel_size, padding=self.kernel_size // 2).transpose(1, 2)
             for u, v in zip(weight.split(size), bias.split(size), strict=True):
-                middle = torch.relu_(patches @ u.to(dtype).T + v.to(dtype) / self.scale)  # (N, H W, layers)
-                sums = middle if seen.numel() == 1 else middle.transpose(1, 2) @ seen
-                yield sums.flatten(1).mul_(share)
+                # relu(share z) = share relu(z): no pass over (N, H W, layers) for it.
+                scaled = u.to(dtype) * share, v.to(dtype) * (share / self.scale)
+                middle = functional.linear(patches, *scaled).relu_()
+                yield (middle if seen.numel() == 1 else middle.transpose(1, 2) @ seen).flatten(1)
 
 
 def _windows(kernel_size: int, images: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from narrowdeep.ntk.network import check_module, find, function_of, reading
 from narrowdeep.ntk.spectrum import as_momentum
 from narrowdeep.optim.chunkwise import ChunkwisePass
 from narrowdeep.optim.fused_sgd import STEPPED
+from narrowdeep.optim.initial_step import InitialStep
 from narrowdeep.optim.kernels import EmpiricalKernel, FeatureKernel, FunctionKernel, Kernel, limit_kernel
 from narrowdeep.optim.losses import ClosureLoss, Loss, SquaredLoss
 from narrowdeep.optim.parameters import Parameters
@@ -64,7 +65,7 @@ class GaussNewtonStep:
 
 
 class GramGaussNewton:
-    """Gauss-Newton by the Gram matrix of the tangents: no learning rate, one backward pass a step.
+    """Gauss-Newton by the Gram matrix of the tangents: no learning rate, at most one backward pass a step.
 
     Where a model is linear in its parameters, the step
 
@@ -74,7 +75,8 @@ class GramGaussNewton:
     Grosse, "Fast convergence of natural gradient descent for overparameterized neural networks", 2019). A step measures
     f, solves the system, sends its solution backward through the network as the gradient of the outputs, and measures
     again. Narrow models are linear in this sense up to about 1/C_L (thesis section 3.2). For other modules there is no
-    L C_L^2 in either formula.
+    L C_L^2 in either formula. The first step of a network at its initialisation with ``kernel="features"`` runs it only
+    to measure: there J is known in closed form.
 
     The loss is ``1/(2N) sum ||f - y||^2``. Any other that is convex in the outputs, such as cross-entropy, is given as
     a closure, as to an optimizer of torch. With its gradient g and Hessian H at f the system is that of the generalised
@@ -204,8 +206,10 @@ class GramGaussNewton:
             x = closure.x
         samples, others, targets = self._checked(x, y, at, closure is not None)
         function: Loss = SquaredLoss(targets) if closure is None else closure
-        done, total, share = 0.0, 3 * len(x), self.ranks.share(len(x))
-        own = 3 * (share.stop - share.start)
+        initial = self._initial_step()
+        passes = 3 if initial is None else 1
+        done, total, share = 0.0, passes * len(x), self.ranks.share(len(x))
+        own = passes * (share.stop - share.start)
 
         def advance(count: float) -> None:
             nonlocal done
@@ -214,8 +218,11 @@ class GramGaussNewton:
                 on_batch(round(total * done / own) if own else total, total)
 
         with exact({param.device.type for param in self._params.params}):
-            chunkwise = self._chunkwise(samples)
-            given = self._outputs(x, advance) if chunkwise is None else chunkwise.outputs(advance)
+            chunkwise = self._chunkwise(samples) if initial is None else None
+            if initial is not None:
+                given = initial.outputs(samples)
+            else:
+                given = self._outputs(x, advance) if chunkwise is None else chunkwise.outputs(advance)
             fitted = given.reshape(len(x), -1).double()
             if not fitted.isfinite().all():
                 raise ValueError("model must have finite outputs at x, got NaN or infinity")
@@ -230,12 +237,15 @@ class GramGaussNewton:
             predicted = function.value(self._part_of(fitted, reached))
             outputs = None
             if at is not None and others is not None:
-                now = self._outputs(at, lambda _: None).reshape(len(at), -1).double()
+                given_at = self._outputs(at, lambda _: None) if initial is None else initial.outputs(others)
+                now = given_at.reshape(len(at), -1).double()
                 points = others if self._kernel.reads_samples else at
                 moved = self.ranks.rows(len(at), lambda rows: self._kernel.product(points[rows], seen, coefficients))
                 outputs = self._part_of(now, self._carried(others, now) + moved)
             try:
-                if chunkwise is None:
+                if initial is not None:
+                    initial.move(samples, coefficients, self.ranks)
+                elif chunkwise is None:
                     self._backward(x, coefficients, advance)
                     self._params.move()
                 else:
@@ -245,7 +255,7 @@ class GramGaussNewton:
                 measured = function.value(after)
                 accepted = not self.adaptive or measured < loss
                 if not accepted:
-                    self._params.restore()
+                    (self._params if initial is None else initial).restore()
             finally:
                 self._params.drop_gradients()
         step = GaussNewtonStep(loss, predicted, measured, damping, accepted, after if accepted else fitted, outputs)
@@ -298,6 +308,12 @@ class GramGaussNewton:
 
         with torch.no_grad():
             return self.ranks.rows(len(x), of)
+
+    def _initial_step(self) -> InitialStep | None:
+        """Where the model is still the one that the features are of."""
+        if self._ours is None or not isinstance(self._kernel, FeatureKernel):
+            return None
+        return InitialStep.of(self._ours, self._kernel.features, self._params)
 
     def _chunkwise(self, samples: Tensor) -> ChunkwisePass | None:
         """Where no step is taken back, and there are chunks to move one after another."""

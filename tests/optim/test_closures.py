@@ -332,12 +332,13 @@ def test_chunks_that_move_one_after_another_move_as_all_at_once(kind: str, form:
     assert [done for done, _ in calls[2]] == sorted(done for done, _ in calls[2])
 
 
-def test_chunks_that_are_frozen_stay() -> None:
+@pytest.mark.parametrize("kernel", ["features", "empirical"])
+def test_chunks_that_are_frozen_stay(kernel: Any) -> None:
     model, x = task("cnn", chunks=3)
     for param in (model.hidden_weight[1], model.hidden_bias[1], model.last_weight):
         param.requires_grad_(False)
     kept = copy.deepcopy(model.state_dict())
-    step = GramGaussNewton(model, damping=1e-3, kernel="features", adaptive=False).step(x, torch.rand(7, 3).double())
+    step = GramGaussNewton(model, damping=1e-3, kernel=kernel, adaptive=False).step(x, torch.rand(7, 3).double())
     assert step.measured == pytest.approx(step.predicted, rel=0.05)
     for name, value in model.named_parameters():
         assert torch.equal(value, kept[name]) is not value.requires_grad, name
