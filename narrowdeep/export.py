@@ -18,6 +18,7 @@ from torch._higher_order_ops.scan import scan_op  # torch's public scan compiles
 from narrowdeep.chain.family import FAMILIES
 from narrowdeep.ops import reference
 from narrowdeep.ops.mlp.reference import linear
+from narrowdeep.ops.params import ForwardArgs
 
 __all__ = ["decompositions"]
 
@@ -27,29 +28,17 @@ def _convolution(weight: Tensor, h: Tensor) -> Tensor:
     return torch.nn.functional.conv2d(h.movedim(-1, 0), weight, padding=weight.shape[-1] // 2).movedim(0, -1)
 
 
-_AFFINE: dict[str, reference.Affine] = {"mlp": linear, "cnn": _convolution}
+_AFFINE: dict[str, reference.LinearMap] = {"mlp": linear, "cnn": _convolution}
 
 
-def _forward(
-    affine: reference.Affine,
-    input: Tensor,
-    first_weight: Tensor | None,
-    first_bias: Tensor | None,
-    hidden_weight: Tensor,
-    hidden_bias: Tensor,
-    last_weight: Tensor | None,
-    last_bias: Tensor | None,
-    scale: float,
-    offset: bool,
-    outputs: int,
-    start: int,
-    segment: int,
-) -> tuple[Tensor, Tensor]:
+def _forward(affine: reference.LinearMap, *args: Any) -> tuple[Tensor, Tensor]:
     """``reference.forward`` with its loop as a scan; nothing is saved, as a program has no backward."""
-    words = reference.initial(affine, input, first_weight, first_bias, outputs, scale, offset)
+    input, params, (scale, offset, outputs, start), _ = ForwardArgs.of(args)
+    first, hidden, last = params
+    words = reference.initial(affine, input, first, outputs, scale, offset)
     base, hi, lo = (word.clone() for word in words)  # a scan takes no two views of one tensor
     skip = reference.skip_mask(lo, outputs, offset)
-    numbers = torch.arange(start + 1, start + 1 + hidden_weight.shape[0], device=lo.device)
+    numbers = torch.arange(start + 1, start + 1 + params.layers, device=lo.device)
 
     def layer(
         hi: Tensor, lo: Tensor, weight: Tensor, bias: Tensor, due: Tensor, base: Tensor, skip: Tensor
@@ -60,10 +49,10 @@ def _forward(
         moved = reference.renormalise(base, hi, lo, skip)
         return torch.where(due, moved[0], hi), torch.where(due, moved[1], lo)
 
-    if hidden_weight.shape[0]:
+    if params.layers:
         due = numbers % reference.RENORMALISE_PERIOD == 0
-        hi, lo = scan_op(layer, (hi, lo), (hidden_weight, hidden_bias, due), (base, skip))
-    output = reference.final(affine, base, hi, lo, last_weight, last_bias, outputs, offset)
+        hi, lo = scan_op(layer, (hi, lo), (*hidden, due), (base, skip))
+    output = reference.final(affine, base, hi, lo, last, outputs, offset)
     return output, output.new_empty(0)
 
 

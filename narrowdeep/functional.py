@@ -21,8 +21,8 @@ from torch import Tensor
 
 from narrowdeep.chain import span
 from narrowdeep.chain.family import FAMILIES, Family
-from narrowdeep.chain.params import Affine
 from narrowdeep.checks import shown
+from narrowdeep.ops.params import Affine
 
 Form = Literal["offset", "plain"]
 

@@ -1,21 +1,13 @@
-"""What a chain and its spans are made of: parameters, settings, and the numbers that a plan needs."""
+"""Which layers a model stores where, and the numbers that a plan needs."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-
-class Affine(NamedTuple):
-    """Weight and bias of one layer, or of many stacked: (rows, columns, *tap) and (rows,), behind (layers,) or not."""
-
-    weight: Tensor
-    bias: Tensor
 
 
 class LayerSpan(NamedTuple):
@@ -31,51 +23,6 @@ class LayerSpan(NamedTuple):
     def trainable(self) -> tuple[bool, bool]:
         """Of the weight and of the bias."""
         return self.weight.requires_grad, self.bias.requires_grad
-
-
-class ChainParams(NamedTuple):
-    """The parameters of a span. A missing end is None: the span then begins or ends with a state."""
-
-    first: Affine | None
-    """(n, in, *tap) and (n,)"""
-    hidden: Affine
-    """(layers, n, n, *tap) and (layers, n)"""
-    last: Affine | None
-    """(out, n, *tap) and (out,)"""
-
-    @classmethod
-    def of(cls, flat: Sequence[Any]) -> ChainParams:
-        """From the six, in the order of the ops."""
-        first, hidden, last = (Affine(*flat[i : i + 2]) for i in (0, 2, 4))
-        return cls(None if first.weight is None else first, hidden, None if last.weight is None else last)
-
-    def flat(self) -> tuple[Tensor | None, ...]:
-        """The six, in the order of the ops."""
-        return *(self.first or (None, None)), *self.hidden, *(self.last or (None, None))
-
-    @property
-    def layers(self) -> int:
-        """Hidden layers."""
-        return self.hidden.weight.shape[0]
-
-    def part(self, begin: int, end: int, last: bool = True) -> ChainParams:
-        """Hidden layers ``begin`` .. ``end - 1``, with the ends that they reach; ``last=False`` leaves out that one."""
-        hidden = Affine(self.hidden.weight[begin:end], self.hidden.bias[begin:end])
-        ends = (self.first if begin == 0 else None), (self.last if last and end == self.layers else None)
-        return ChainParams(ends[0], hidden, ends[1])
-
-
-class ChainSettings(NamedTuple):
-    """What else an op reads of a span, in the order of the ops."""
-
-    scale: float
-    """C_L"""
-    offset: bool
-    """Whether the parameters hold W - E (offset form) or W (plain form)."""
-    outputs: int
-    """Of the whole network."""
-    start: int
-    """Number of the state before the first hidden layer."""
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from narrowdeep.chain.family import FAMILIES
-from narrowdeep.chain.params import Affine, ChainParams, ChainSettings
 from narrowdeep.chain.schedule import Binomial, Schedule
 from narrowdeep.ops.autograd import EAGER_NODES, NODES, alone, below_autograd, nothing_saved
 from narrowdeep.ops.chain import PARAMS
+from narrowdeep.ops.params import Affine, ChainParams, ChainSettings
 
 
 class _Walk:

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from narrowdeep.chain.params import Affine
 from narrowdeep.chain.span import in_spans, span
 from narrowdeep.checks import check_count
 from narrowdeep.functional import cast_up, check_tensors
 from narrowdeep.memory.step import auto_segment
 from narrowdeep.modules import state
 from narrowdeep.modules.base import DTYPES, HALF, PARAMETER_NAMES, DeepNarrowBase
+from narrowdeep.ops.params import Affine
 
 
 class Stage(nn.Module):

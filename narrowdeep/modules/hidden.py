@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from narrowdeep.chain.params import Affine, ChainParams, ChainSettings
 from narrowdeep.chain.span import span
 from narrowdeep.checks import check_count
+from narrowdeep.ops.params import Affine, ChainParams, ChainSettings
 from narrowdeep.ops.value import state_value
 
 

@@ -12,6 +12,7 @@ from narrowdeep.modules import DeepNarrowCNN, DeepNarrowMLP
 from narrowdeep.ntk.empirical import _factor, _pair, checked_samples, empirical_ntk
 from narrowdeep.ntk.network import Ours, check_batch, check_module, find, reading
 from narrowdeep.ops.gram import reference
+from narrowdeep.ops.params import Affine
 from narrowdeep.ops.reference import base_and_rest, column, initial, skip_mask, skipped, states
 
 
@@ -137,7 +138,7 @@ def _preactivations(
     x, outputs, offset = x.detach().double(), last_weight.shape[0], model.form == "offset"
     base, rest = base_and_rest(x.movedim(0, -1), first_weight.shape[0], outputs, model.scale, offset)
     yield base, rest + (family.affine(first_weight, x.movedim(0, -1)) + column(first_bias, base))
-    _, hi, lo = initial(family.affine, x, first_weight, first_bias, outputs, model.scale, offset)
+    _, hi, lo = initial(family.affine, x, Affine(first_weight, first_bias), outputs, model.scale, offset)
     skip = skip_mask(base, outputs, offset)
     through = states(family.affine, base, hi, lo, hidden_weight, hidden_bias, outputs, offset)
     for (_, hi, lo), weight, bias in zip(through, hidden_weight, hidden_bias, strict=False):

@@ -40,6 +40,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from narrowdeep.ops import autograd
+from narrowdeep.ops.params import BackwardArgs, BackwardJvpArgs, ChainParams, ForwardArgs, JvpArgs
 from narrowdeep.ops.reference import saved_shape
 
 PARAMS = ("first_weight", "first_bias", "hidden_weight", "hidden_bias", "last_weight", "last_bias")
@@ -80,34 +81,39 @@ def define(family: str, title: str) -> ChainOps:
         library.define(f"{family}_{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     ops = ChainOps(**{name: getattr(torch.ops.narrowdeep, f"{family}_{name}").default for name in _SCHEMAS})
 
-    def new_output(input: Tensor, first: Tensor | None, hidden: Tensor, last: Tensor | None, offset: bool) -> Tensor:
+    def new_output(input: Tensor, params: ChainParams, offset: bool) -> Tensor:
+        first, hidden, last = params
         batch = input.shape[-1] if first is None else input.shape[0]
         if last is not None:
-            return input.new_empty(batch, last.shape[0])
+            return input.new_empty(batch, last.weight.shape[0])
         positions = input.shape[2:-1] if first is None else input.shape[2:]
-        return input.new_empty(3 if offset else 1, hidden.shape[1], *positions, batch)
+        return input.new_empty(3 if offset else 1, hidden.weight.shape[1], *positions, batch)
 
-    def new_gradients(input: Tensor, params: tuple[Tensor | None, ...], need_input: bool, need_params: bool) -> Any:
-        grads = [input.new_empty(p.shape if need_params and p is not None else 0) for p in params]
-        return input.new_empty(input.shape if need_input else 0), *grads
+    def new_gradients(call: BackwardArgs | BackwardJvpArgs) -> Any:
+        input, needed = call.input, call.need_params
+        grads = [input.new_empty(p.shape if needed and p is not None else 0) for p in call.params.flat()]
+        return input.new_empty(input.shape if call.need_input else 0), *grads
 
     @torch.library.register_fake(f"narrowdeep::{family}_forward")
-    def _(input, w1, b1, wh, bh, wl, bl, scale, offset, outputs, start, segment):
-        state = tuple(new_output(input, w1, wh, None, offset).shape[1:])
-        saved = saved_shape(wh.shape[0], state, offset, segment, w1 is not None, wl is not None)
-        return new_output(input, w1, wh, wl, offset), input.new_empty(saved)
+    def _(*args):
+        input, params, settings, segment = ForwardArgs.of(args)
+        state = tuple(new_output(input, params._replace(last=None), settings.offset).shape[1:])
+        ends = params.first is not None, params.last is not None
+        saved = saved_shape(params.layers, state, settings.offset, segment, *ends)
+        return new_output(input, params, settings.offset), input.new_empty(saved)
 
     @torch.library.register_fake(f"narrowdeep::{family}_backward")
-    def _(grad, input, w1, b1, wh, bh, wl, bl, saved, scale, offset, outputs, start, segment, need_input, need_params):
-        return new_gradients(input, (w1, b1, wh, bh, wl, bl), need_input, need_params)
+    def _(*args):
+        return new_gradients(BackwardArgs.of(args))
 
     @torch.library.register_fake(f"narrowdeep::{family}_backward_jvp")
-    def _(grad, grad_t, input, w1, b1, wh, bh, wl, bl, *rest):
-        return new_gradients(input, (w1, b1, wh, bh, wl, bl), *rest[-2:])
+    def _(*args):
+        return new_gradients(BackwardJvpArgs.of(args))
 
     @torch.library.register_fake(f"narrowdeep::{family}_jvp")
-    def _(input, w1, b1, wh, bh, wl, *rest):
-        return new_output(input, w1, wh, wl, rest[9])
+    def _(*args):
+        call = JvpArgs.of(args)
+        return new_output(call.input, call.params, call.settings.offset)
 
     _register_vmap(family, ops)
     _register_flops(family)
@@ -121,32 +127,44 @@ def _register_flops(family: str) -> None:
     def formula(name: str, function: Callable[..., int]) -> None:
         register_flop_formula(getattr(torch.ops.narrowdeep, f"{family}_{name}"))(function)
 
-    def products(input: Any, first: Any, *weights: Any) -> int:
-        """One product of each weight that is there with states of the positions and the batch of ``input``."""
-        size = math.prod(input) // (input[1] if first is not None else input[0] * input[1])
+    def weights(params: Any) -> list[Any]:
+        first, hidden, last = params
+        return [first and first.weight, hidden.weight, last and last.weight]
+
+    def products(call: Any, *weights: Any) -> int:
+        """One product of each weight that is there with states of the positions and the batch of the input."""
+        size = math.prod(call.input) // (call.input[1] if call.params.first else call.input[0] * call.input[1])
         return 2 * size * sum(math.prod(weight) for weight in weights if weight is not None)
 
-    def forward(input: Any, w1: Any, b1: Any, wh: Any, bh: Any, wl: Any, *rest: Any, **_: Any) -> int:
-        return products(input, w1, w1, wh, wl)
+    def forward(*args: Any, **_: Any) -> int:
+        call = ForwardArgs.of(args)
+        return products(call, *weights(call.params))
 
-    def backward(grad: Any, input: Any, w1: Any, b1: Any, wh: Any, bh: Any, wl: Any, *rest: Any, **_: Any) -> int:
-        need_input, need_params = rest[-2:]
-        back = products(input, w1, wh, wl, w1 if need_input else None) if need_input or need_params else 0
-        return back + (products(input, w1, w1, wh, wl) if need_params else 0)
+    def backward(*args: Any, **_: Any) -> int:
+        call = BackwardArgs.of(args)
+        first, *others = weights(call.params)
+        back = products(call, *others, first if call.need_input else None)
+        sums = products(call, first, *others) if call.need_params else 0
+        return sums + (back if call.need_input or call.need_params else 0)
 
-    def jvp(input: Any, w1: Any, b1: Any, wh: Any, bh: Any, wl: Any, bl: Any, *rest: Any, **_: Any) -> int:
-        input_t, w1_t, _b1_t, wh_t, _bh_t, wl_t, *_rest = rest
-        return products(input, w1, wh, wl, None if input_t is None else w1, w1_t, wh_t, wl_t)
+    def jvp(*args: Any, **_: Any) -> int:
+        return tangent(JvpArgs.of(args))
 
-    def backward_jvp(grad: Any, grad_t: Any, input: Any, *rest: Any, **_: Any) -> int:
+    def tangent(call: Any) -> int:
+        (first, *others), t = weights(call.params), call.tangents
+        weights_t = t.first_weight, t.hidden_weight, t.last_weight
+        return products(call, first, *others, None if t.input is None else first, *weights_t)
+
+    def backward_jvp(*args: Any, **_: Any) -> int:
         """The jvp; both gradients through every layer; two products a weight."""
-        (w1, _b1, wh, _bh, wl, _bl), tangents, (need_input, need_params) = rest[:6], rest[6:13], rest[-2:]
-        if not (need_input or need_params):
+        call = BackwardJvpArgs.of(args)
+        if not (call.need_input or call.need_params):
             return 0
-        ends = w1 if need_input else None, tangents[1] if need_input else None
-        back = products(input, w1, *[wh, wl] * 2, tangents[3], tangents[5], *ends)
-        sums = products(input, w1, *[w1, wh, wl] * 2) if need_params else 0
-        return jvp(input, *rest[:6], *tangents) + back + sums
+        (first, *others), t = weights(call.params), call.tangents
+        ends = (first, t.first_weight) if call.need_input else ()
+        back = products(call, *others * 2, t.hidden_weight, t.last_weight, *ends)
+        sums = products(call, *[first, *others] * 2) if call.need_params else 0
+        return tangent(call) + back + sums
 
     for function in (forward, backward, jvp, backward_jvp):
         formula(function.__name__, function)
@@ -198,58 +216,68 @@ def loop_vmap(op: Callable[..., Any], info: Any, in_dims: tuple, args: tuple) ->
 def _register_vmap(family: str, ops: ChainOps) -> None:
     """Samples are independent: a vmap over data alone is a larger batch; a vmap over parameters is a loop."""
 
-    def batch_dims(params: tuple[Tensor | None, ...]) -> tuple[int, int]:
+    def batch_dims(params: ChainParams) -> tuple[int, int]:
         """The batch dimension of the input and of the output: first of x and f(x), last of states."""
-        return (-1 if params[0] is None else 0), (-1 if params[4] is None else 0)
+        return (-1 if params.first is None else 0), (-1 if params.last is None else 0)
 
     @torch.library.register_vmap(f"narrowdeep::{family}_forward")
     def _(info, in_dims, input, *rest):
         size = info.batch_size
         if any(d is not None for d in in_dims[1:]):
             return loop_vmap(ops.forward, info, in_dims, (input, *rest))
-        before, after = batch_dims(rest[:6])
+        before, after = batch_dims(ForwardArgs.of((input, *rest)).params)
         out, saved = ops.forward(_fold(input, in_dims[0], size, before), *rest)
         batch = _batch(input, in_dims[0], before)
         (out, out_dim), (saved, saved_dim) = _unfold(out, size, batch, after), _unfold(saved, size, batch, -1)
         return (out, saved), (out_dim, saved_dim)
 
     @torch.library.register_vmap(f"narrowdeep::{family}_backward")
-    def _(info, in_dims, grad, input, *rest):
-        size, params, saved, need_input, need_params = info.batch_size, rest[:6], rest[6], rest[12], rest[13]
-        if need_params or any(d is not None for d in in_dims[2:8]):
-            return loop_vmap(ops.backward, info, in_dims, (grad, input, *rest))
-        before, after = batch_dims(params)
-        folded = (_fold(grad, in_dims[0], size, after), _fold(input, in_dims[1], size, before))
-        grad_input, *empty = ops.backward(*folded, *params, _fold(saved, in_dims[8], size, -1), *rest[7:])
+    def _(info, in_dims, *args):
+        size, call = info.batch_size, BackwardArgs.of(args)
+        dims: Any = BackwardArgs.of(in_dims)
+        if call.need_params or any(d is not None for d in dims.params.flat()):
+            return loop_vmap(ops.backward, info, in_dims, args)
+        before, after = batch_dims(call.params)
+        folded = (_fold(call.grad, dims.grad, size, after), _fold(call.input, dims.input, size, before))
+        saved = _fold(call.saved, dims.saved, size, -1)
+        needed = call.need_input, call.need_params
+        grad_input, *empty = ops.backward(*folded, *call.params.flat(), saved, *call.settings, call.segment, *needed)
         grad_dim = None
-        if need_input:
-            grad_input, grad_dim = _unfold(grad_input, size, _batch(input, in_dims[1], before), before)
+        if call.need_input:
+            grad_input, grad_dim = _unfold(grad_input, size, _batch(call.input, dims.input, before), before)
         return (grad_input, *empty), (grad_dim, *[None] * 6)
 
     @torch.library.register_vmap(f"narrowdeep::{family}_backward_jvp")
-    def _(info, in_dims, grad, grad_t, input, *rest):
-        size, params, input_t, need_input, need_params = info.batch_size, rest[:6], rest[6], rest[17], rest[18]
-        if need_params or any(d is not None for i, d in enumerate(in_dims) if i not in (0, 1, 2, 9)):
-            return loop_vmap(ops.backward_jvp, info, in_dims, (grad, grad_t, input, *rest))
-        before, after = batch_dims(params)
+    def _(info, in_dims, *args):
+        size, call = info.batch_size, BackwardJvpArgs.of(args)
+        dims: Any = BackwardJvpArgs.of(in_dims)
+        if call.need_params or any(d is not None for d in (*dims.params.flat(), *dims.tangents[1:])):
+            return loop_vmap(ops.backward_jvp, info, in_dims, args)
+        before, after = batch_dims(call.params)
 
         def fold(tensor: Tensor | None, dim: int | None, batch_dim: int) -> Tensor | None:
             return None if tensor is None else _fold(tensor, dim, size, batch_dim)
 
-        folded = fold(grad, in_dims[0], after), fold(grad_t, in_dims[1], after), fold(input, in_dims[2], before)
-        found, *empty = ops.backward_jvp(*folded, *params, fold(input_t, in_dims[9], before), *rest[7:])
+        grads = fold(call.grad, dims.grad, after), fold(call.grad_t, dims.grad_t, after)
+        input = fold(call.input, dims.input, before)
+        tangents = call.tangents._replace(input=fold(call.tangents.input, dims.tangents.input, before))
+        needed = call.need_input, call.need_params
+        found, *empty = ops.backward_jvp(*grads, input, *call.params.flat(), *tangents, *call.settings, *needed)
         dim = None
-        if need_input:
-            found, dim = _unfold(found, size, _batch(input, in_dims[2], before), before)
+        if call.need_input:
+            found, dim = _unfold(found, size, _batch(call.input, dims.input, before), before)
         return (found, *empty), (dim, *[None] * 6)
 
     @torch.library.register_vmap(f"narrowdeep::{family}_jvp")
-    def _(info, in_dims, input, *rest):
-        size, input_t = info.batch_size, rest[6]
-        if any(d is not None for i, d in enumerate(in_dims) if i not in (0, 7)):
-            return loop_vmap(ops.jvp, info, in_dims, (input, *rest))
-        before, after = batch_dims(rest[:6])
-        if input_t is not None:
-            input_t = _fold(input_t, in_dims[7], size, before)
-        out = ops.jvp(_fold(input, in_dims[0], size, before), *rest[:6], input_t, *rest[7:])
-        return _unfold(out, size, _batch(input, in_dims[0], before), after)
+    def _(info, in_dims, *args):
+        size, call = info.batch_size, JvpArgs.of(args)
+        dims: Any = JvpArgs.of(in_dims)
+        if any(d is not None for d in (*dims.params.flat(), *dims.tangents[1:])):
+            return loop_vmap(ops.jvp, info, in_dims, args)
+        before, after = batch_dims(call.params)
+        tangents = call.tangents
+        if tangents.input is not None:
+            tangents = tangents._replace(input=_fold(tangents.input, dims.tangents.input, size, before))
+        input = _fold(call.input, dims.input, size, before)
+        out = ops.jvp(input, *call.params.flat(), *tangents, *call.settings)
+        return _unfold(out, size, _batch(call.input, dims.input, before), after)

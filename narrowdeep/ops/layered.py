@@ -12,10 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from narrowdeep.ops.params import Affine, BackwardArgs, ForwardArgs, JvpArgs
 from narrowdeep.ops.precision import at_full_precision
 from narrowdeep.ops.reference import RENORMALISE_PERIOD, saved_shape, two_sum
 
@@ -259,82 +261,48 @@ def _step(layer: Layer, state: HiLo, weight: Tensor, bias: Tensor, h: Tensor, z:
         state.renormalise()
 
 
-def initial(layer: Layer, input: Tensor, params: Params, scale: float, offset: bool, outputs: int) -> HiLo:
+def initial(layer: Layer, input: Tensor, first: Affine | None, scale: float, offset: bool, outputs: int) -> HiLo:
     """The state before the first hidden layer: what the first layer makes of x, or the state that is given."""
-    weight, bias = params[:2]
-    if weight is None or bias is None:
+    if first is None:
         return entered(input, outputs)
-    return first_state(layer, input.movedim(0, -1), weight, bias, outputs, scale, offset)
+    return first_state(layer, input.movedim(0, -1), *first, outputs, scale, offset)
 
 
 @at_full_precision
-def forward(
-    layer: Layer,
-    input: Tensor,
-    first_weight: Tensor | None,
-    first_bias: Tensor | None,
-    hidden_weight: Tensor,
-    hidden_bias: Tensor,
-    last_weight: Tensor | None,
-    last_bias: Tensor | None,
-    scale: float,
-    offset: bool,
-    outputs: int,
-    start: int,
-    segment: int,
-) -> tuple[Tensor, Tensor]:
+def forward(layer: Layer, *args: Any) -> tuple[Tensor, Tensor]:
     """(output, saved) of a span."""
-    params = (first_weight, first_bias, hidden_weight, hidden_bias, last_weight, last_bias)
-    layers = hidden_weight.shape[0]
-    state = initial(layer, input, params, scale, offset, outputs)
-    ends = first_weight is not None, last_weight is not None
+    input, params, (scale, offset, outputs, start), segment = ForwardArgs.of(args)
+    first, hidden, last = params
+    state = initial(layer, input, first, scale, offset, outputs)
+    layers, ends = params.layers, (first is not None, last is not None)
     saved = state.lo.new_empty(saved_shape(layers, tuple(state.lo.shape), offset, segment, *ends))
     h, z = torch.empty_like(state.lo), torch.empty_like(state.lo)
     for j in range(layers + 1):
         state.full(out=h)
         row, between = divmod(j, segment) if segment else (0, 1)
-        row -= first_weight is None
+        row -= first is None
         if between == 0 and 0 <= row < saved.shape[0]:
             saved[row, -1] = h if segment == 1 else state.lo
             if offset and segment > 1:
                 saved[row, 0] = state.hi
         if j < layers:
-            _step(layer, state, hidden_weight[j], hidden_bias[j], h, z, start + j + 1)
-    if last_weight is None or last_bias is None:
-        return state.state(), saved
-    return last_output(layer, state, h, last_weight, last_bias), saved
+            _step(layer, state, hidden.weight[j], hidden.bias[j], h, z, start + j + 1)
+    return (state.state() if last is None else last_output(layer, state, h, *last)), saved
 
 
 @at_full_precision
-def backward(
-    layer: Layer,
-    grad: Tensor,
-    input: Tensor,
-    first_weight: Tensor | None,
-    first_bias: Tensor | None,
-    hidden_weight: Tensor,
-    hidden_bias: Tensor,
-    last_weight: Tensor | None,
-    last_bias: Tensor | None,
-    saved: Tensor,
-    scale: float,
-    offset: bool,
-    outputs: int,
-    start: int,
-    segment: int,
-    need_input: bool,
-    need_params: bool,
-) -> tuple[Tensor, ...]:
+def backward(layer: Layer, *args: Any) -> tuple[Tensor, ...]:
     """(gradient of input, gradients of the six parameters); with segment 0 the forward runs again first."""
-    params = (first_weight, first_bias, hidden_weight, hidden_bias, last_weight, last_bias)
-    layers, width = hidden_weight.shape[:2]
+    grad, input, params, saved, settings, segment, need_input, need_params = BackwardArgs.of(args)
+    (scale, offset, outputs, start), (first, hidden, last) = settings, params
+    layers, width = hidden.weight.shape[:2]
     if segment == 0:
         segment = max(2, math.isqrt(layers))
-        saved = forward(layer, input, *params, scale, offset, outputs, start, segment)[1]
-    grads = [input.new_empty(0 if p is None or not need_params else p.shape) for p in params]
+        saved = forward(layer, input, *params.flat(), *settings, segment)[1]
+    grads = [input.new_empty(0 if p is None or not need_params else p.shape) for p in params.flat()]
     hidden_grads = grads[2:4] if need_params else []
     middle = width - outputs - 1
-    if first_weight is None:
+    if first is None:
         base, skipped = (input[0] if offset else None), 1
     else:
         x = input.movedim(0, -1)
@@ -345,7 +313,7 @@ def backward(
 
     def states(begin: int, end: int) -> Sequence[Tensor]:
         """Values of the states ``begin`` .. ``end``, counted from the span's first."""
-        given = begin == 0 and first_weight is None
+        given = begin == 0 and first is None
         if segment == 1:
             rows = [saved[j - skipped, 0] for j in range(begin + given, end + 1)]
             return [entered(input, outputs).full(out=h_given), *rows] if given else rows
@@ -353,29 +321,29 @@ def backward(
         state.full(out=scratch[0])
         for j in range(begin, end):
             h = scratch[j - begin]
-            _step(layer, state, hidden_weight[j], hidden_bias[j], h, z, start + j + 1)
+            _step(layer, state, hidden.weight[j], hidden.bias[j], h, z, start + j + 1)
             state.full(out=scratch[j + 1 - begin])
         return scratch
 
-    gradient = None if last_weight is not None else entered(grad, outputs)
+    gradient = None if last is not None else entered(grad, outputs)
     end = layers
     for begin in range((layers - 1) // segment * segment if layers else 0, -1, -segment):
         # The state after the last hidden layer is wanted by the last layer alone.
         h = states(begin, end) if gradient is None else states(begin, end - 1) if begin < end else ()
         if gradient is None:
-            assert last_weight is not None
-            r, gradient = last_gradient(layer, grad, h[end - begin], last_weight, offset)
+            assert last is not None
+            r, gradient = last_gradient(layer, grad, h[end - begin], last.weight, offset)
             gradient.mask(h[end - begin] <= 0, gradient.lo.clone())
             if need_params:
                 last_gradients(layer, r, h[end - begin], grads[4:])
-        _step_back(layer, gradient, h, hidden_weight, hidden_grads, begin, end, start, full, z)
+        _step_back(layer, gradient, h, hidden.weight, hidden_grads, begin, end, start, full, z)
         end = begin
     assert gradient is not None
-    if first_weight is None:
+    if first is None:
         return gradient.state() if need_input else input.new_empty(0), *grads
     gradient.full(out=full)
     ends = grads[:2] if need_params else []
-    return first_gradients(layer, full, x, first_weight, ends, scale, offset, need_input), *grads
+    return first_gradients(layer, full, x, first.weight, ends, scale, offset, need_input), *grads
 
 
 def _step_back(
@@ -407,57 +375,38 @@ def _step_back(
 
 
 @at_full_precision
-def jvp(
-    layer: Layer,
-    input: Tensor,
-    first_weight: Tensor | None,
-    first_bias: Tensor | None,
-    hidden_weight: Tensor,
-    hidden_bias: Tensor,
-    last_weight: Tensor | None,
-    last_bias: Tensor | None,
-    input_t: Tensor | None,
-    first_weight_t: Tensor | None,
-    first_bias_t: Tensor | None,
-    hidden_weight_t: Tensor | None,
-    hidden_bias_t: Tensor | None,
-    last_weight_t: Tensor | None,
-    last_bias_t: Tensor | None,
-    scale: float,
-    offset: bool,
-    outputs: int,
-    start: int,
-) -> Tensor:
+def jvp(layer: Layer, *args: Any) -> Tensor:
     """The tangent of a span's output."""
-    params: Params = (first_weight, first_bias, hidden_weight, hidden_bias, last_weight, last_bias)
-    hidden_t = hidden_weight_t, hidden_bias_t
-    first_t = input_t, first_weight_t, first_bias_t
-    state, tangent = initial_tangent(layer, input, params, first_t, scale, offset, outputs)
+    input, params, tangents, (scale, offset, outputs, start) = JvpArgs.of(args)
+    hidden_t = tangents.hidden_weight, tangents.hidden_bias
+    first_t = tangents.input, tangents.first_weight, tangents.first_bias
+    state, tangent = initial_tangent(layer, input, params.first, first_t, scale, offset, outputs)
     h, room = state.full(out=torch.empty_like(state.lo)), torch.empty_like(state.lo)
-    for j in range(hidden_weight.shape[0]):
-        step_tangent(layer, state, tangent, (hidden_weight, hidden_bias), hidden_t, j, h, room, start + j + 1)
-    if last_weight is None:
+    for j in range(params.layers):
+        step_tangent(layer, state, tangent, params.hidden, hidden_t, j, h, room, start + j + 1)
+    if params.last is None:
         return tangent.state()
-    return last_tangent(layer, tangent, tangent.full(out=room), h, last_weight, (last_weight_t, last_bias_t))
+    last_t = tangents.last_weight, tangents.last_bias
+    return last_tangent(layer, tangent, tangent.full(out=room), h, params.last.weight, last_t)
 
 
 def initial_tangent(
     layer: Layer,
     input: Tensor,
-    params: Params,
+    first: Affine | None,
     tangents: tuple[Tensor | None, ...],
     scale: float,
     offset: bool,
     outputs: int,
 ) -> tuple[HiLo, HiLo]:
     """``initial`` and its tangent. ``tangents`` are those of the input, first_weight and first_bias."""
-    input_t, first_weight = tangents[0], params[0]
-    state = initial(layer, input, params, scale, offset, outputs)
-    if first_weight is None:
+    input_t = tangents[0]
+    state = initial(layer, input, first, scale, offset, outputs)
+    if first is None:
         return state, entered(torch.zeros_like(input) if input_t is None else input_t, outputs)
     first_t = (None if input_t is None else input_t.movedim(0, -1), *tangents[1:])
     value = state.full(out=torch.empty_like(state.lo))
-    return state, first_tangent(layer, input.movedim(0, -1), value, first_weight, outputs, first_t, scale, offset)
+    return state, first_tangent(layer, input.movedim(0, -1), value, first.weight, outputs, first_t, scale, offset)
 
 
 def step_tangent(

@@ -18,6 +18,7 @@ from narrowdeep.ops.layered import (
     last_gradients,
     step_tangent,
 )
+from narrowdeep.ops.params import BackwardJvpArgs
 from narrowdeep.ops.precision import at_full_precision
 from narrowdeep.ops.reference import RENORMALISE_PERIOD
 
@@ -29,20 +30,17 @@ def _product_rule(layer: Layer, g: Tensor, g_t: Tensor, h: Tensor, h_t: Tensor, 
 
 
 @at_full_precision
-def backward_jvp(layer: Layer, grad: Tensor, grad_t: Tensor | None, input: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def backward_jvp(layer: Layer, *args: Any) -> tuple[Tensor, ...]:
     """Tangents of a span's gradients; arguments as ``narrowdeep.ops.chain`` has them. Keeps sqrt(layers) states."""
-    params, tangents = rest[:6], rest[6:13]
-    scale, offset, outputs, start, need_input, need_params = rest[13:]
-    first_weight, _, hidden_weight, hidden_bias, last_weight, _ = params
-    hidden = hidden_weight, hidden_bias
-    input_t, first_weight_t, _, weight_t, bias_t, last_weight_t, _ = tangents
-    layers = hidden[0].shape[0]
+    grad, grad_t, input, params, tangents, settings, need_input, need_params = BackwardJvpArgs.of(args)
+    (scale, offset, outputs, start), (first, hidden, last) = settings, params
+    weight_t, bias_t, layers = tangents.hidden_weight, tangents.hidden_bias, params.layers
     step = max(1, math.isqrt(layers))
-    grads = [input.new_empty(0 if p is None or not need_params else p.shape) for p in params]
+    grads = [input.new_empty(0 if p is None or not need_params else p.shape) for p in params.flat()]
     if grad_t is None:
         grad_t = torch.zeros_like(grad)
 
-    state, tangent = initial_tangent(layer, input, params, tangents[:3], scale, offset, outputs)
+    state, tangent = initial_tangent(layer, input, first, tangents[:3], scale, offset, outputs)
     h, room = state.full(out=torch.empty_like(state.lo)), torch.empty_like(state.lo)
     kept: list[tuple[HiLo, HiLo]] = []
     for j in range(layers):
@@ -50,13 +48,13 @@ def backward_jvp(layer: Layer, grad: Tensor, grad_t: Tensor | None, input: Tenso
             kept.append((state.clone(), tangent.clone()))
         step_tangent(layer, state, tangent, hidden, (weight_t, bias_t), j, h, room, start + j + 1)
 
-    if last_weight is None:
+    if last is None:
         g, g_t = entered(grad, outputs), entered(grad_t, outputs)
     else:
-        r, g = last_gradient(layer, grad, h, last_weight, offset)
-        r_t, g_t = last_gradient(layer, grad_t, h, last_weight, offset)
-        if last_weight_t is not None:
-            g_t.lo.add_(layer.transpose(last_weight_t, r, room))
+        r, g = last_gradient(layer, grad, h, last.weight, offset)
+        r_t, g_t = last_gradient(layer, grad_t, h, last.weight, offset)
+        if tangents.last_weight is not None:
+            g_t.lo.add_(layer.transpose(tangents.last_weight, r, room))
         for gradient in (g, g_t):
             gradient.mask(h <= 0, gradient.lo.clone())
         if need_params:
@@ -77,20 +75,20 @@ def backward_jvp(layer: Layer, grad: Tensor, grad_t: Tensor | None, input: Tenso
             value, value_t = values.pop()
             if need_params:
                 _product_rule(layer, full, full_t, value, value_t, [grads[2][j], grads[3][j]])
-            layer.transpose(hidden[0][j], full, z)
-            layer.transpose(hidden[0][j], full_t, z_t)
+            layer.transpose(hidden.weight[j], full, z)
+            layer.transpose(hidden.weight[j], full_t, z_t)
             if weight_t is not None:
                 z_t.add_(layer.transpose(weight_t[j], full, room))
             for gradient, product in ((g, z), (g_t, z_t)):
                 gradient.mask(value <= 0, gradient.add_skip(product))
                 if (start + j + 1) % RENORMALISE_PERIOD == 0:
                     gradient.renormalise()
-    if first_weight is None:
+    if first is None:
         return g_t.state() if need_input else input.new_empty(0), *grads
     x, full, full_t = input.movedim(0, -1), g.full(out=full), g_t.full(out=full_t)
-    found = first_gradients(layer, full_t, x, first_weight, grads[:2] if need_params else [], scale, offset, need_input)
-    if need_params and input_t is not None:
-        grads[0].add_(layer.weight_grad(full, input_t.movedim(0, -1), torch.empty_like(grads[0])))
-    if need_input and first_weight_t is not None:
-        found.add_(layer.transpose(first_weight_t, full, torch.empty_like(x)).movedim(-1, 0))
+    found = first_gradients(layer, full_t, x, first.weight, grads[:2] if need_params else [], scale, offset, need_input)
+    if need_params and tangents.input is not None:
+        grads[0].add_(layer.weight_grad(full, tangents.input.movedim(0, -1), torch.empty_like(grads[0])))
+    if need_input and tangents.first_weight is not None:
+        found.add_(layer.transpose(tangents.first_weight, full, torch.empty_like(x)).movedim(-1, 0))
     return found, *grads

@@ -31,14 +31,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from narrowdeep.ops.params import Affine, ForwardArgs
+
 RENORMALISE_PERIOD = 32
 """Layers between two exact moves of ``lo`` into ``hi`` (2.6e-8 off at L = 10000; more often gains nothing)."""
 
-Affine = Callable[[Tensor, Tensor], Tensor]
+LinearMap = Callable[[Tensor, Tensor], Tensor]
 """The linear map of one layer without its bias, (weight, h) -> z. States have the batch last."""
 
 
@@ -123,26 +126,26 @@ def base_and_rest(x: Tensor, width: int, outputs: int, scale: float, offset: boo
 
 
 def initial(
-    affine: Affine, input: Tensor, weight: Tensor | None, bias: Tensor | None, outputs: int, scale: float, offset: bool
+    affine: LinearMap, input: Tensor, first: Affine | None, outputs: int, scale: float, offset: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(base, hi, lo)`` before the first hidden layer: what the first layer makes of x, or the state that is given."""
-    if weight is None or bias is None:
+    if first is None:
         zero = torch.zeros_like(input[0])
         return (input[0], input[1], input[2]) if offset else (zero, zero, input[0])
     x = input.movedim(0, -1)
-    base, rest = base_and_rest(x, weight.shape[0], outputs, scale, offset)
-    lo = rest + (affine(weight, x) + column(bias, x))
+    base, rest = base_and_rest(x, first.weight.shape[0], outputs, scale, offset)
+    lo = rest + (affine(first.weight, x) + column(first.bias, x))
     return base, torch.zeros_like(base), _clip(lo, -base)
 
 
-def step(affine: Affine, skip: Tensor, base: Tensor, hi: Tensor, lo: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def step(affine: LinearMap, skip: Tensor, base: Tensor, hi: Tensor, lo: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """``lo`` behind a hidden layer, before it is renormalised."""
     h = (base + hi) + lo
     return _clip(skipped(skip, lo) + (affine(weight, h) + column(bias, h)), -(base + hi))
 
 
 def states(
-    affine: Affine,
+    affine: LinearMap,
     base: Tensor,
     hi: Tensor,
     lo: Tensor,
@@ -163,49 +166,29 @@ def states(
 
 
 def final(
-    affine: Affine,
-    base: Tensor,
-    hi: Tensor,
-    lo: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    outputs: int,
-    offset: bool,
+    affine: LinearMap, base: Tensor, hi: Tensor, lo: Tensor, last: Affine | None, outputs: int, offset: bool
 ) -> Tensor:
     """What a span gives: the last layer's output, or the state."""
-    if weight is None or bias is None:
+    if last is None:
         return torch.stack((base, hi, lo)) if offset else lo.unsqueeze(0)
     h = (base + hi) + lo
-    z = affine(weight, h) + column(bias, h)
+    z = affine(last.weight, h) + column(last.bias, h)
     if offset:
         z = (hi + lo)[h.shape[0] - outputs :] + z
     return _pool(z)
 
 
-def forward(
-    affine: Affine,
-    input: Tensor,
-    first_weight: Tensor | None,
-    first_bias: Tensor | None,
-    hidden_weight: Tensor,
-    hidden_bias: Tensor,
-    last_weight: Tensor | None,
-    last_bias: Tensor | None,
-    scale: float,
-    offset: bool,
-    outputs: int,
-    start: int,
-    segment: int,
-) -> tuple[Tensor, Tensor]:
+def forward(affine: LinearMap, *args: Any) -> tuple[Tensor, Tensor]:
     """(output, saved) of a span; arguments and results as ``narrowdeep.ops.chain`` has them. Differentiable."""
-    base, hi, lo = initial(affine, input, first_weight, first_bias, outputs, scale, offset)
-    ends = first_weight is not None, last_weight is not None
-    saved = lo.new_empty(saved_shape(hidden_weight.shape[0], tuple(lo.shape), offset, segment, *ends))
-    hidden = hidden_weight, hidden_bias
+    input, params, (scale, offset, outputs, start), segment = ForwardArgs.of(args)
+    first, hidden, last = params
+    base, hi, lo = initial(affine, input, first, outputs, scale, offset)
+    ends = first is not None, last is not None
+    saved = lo.new_empty(saved_shape(params.layers, tuple(lo.shape), offset, segment, *ends))
     for number, hi, lo in states(affine, base, hi, lo, *hidden, outputs, offset, start):  # noqa: B020
         row, between = divmod(number - start, segment) if segment else (0, 1)
-        row -= first_weight is None
+        row -= first is None
         if between == 0 and 0 <= row < saved.shape[0]:
             parts = torch.stack((hi, lo)) if offset and segment > 1 else (base + hi) + lo
             saved[row] = parts.detach()
-    return final(affine, base, hi, lo, last_weight, last_bias, outputs, offset), saved
+    return final(affine, base, hi, lo, last, outputs, offset), saved

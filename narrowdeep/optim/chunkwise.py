@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from narrowdeep.chain.params import Affine, ChainParams, ChainSettings
 from narrowdeep.chain.span import in_spans, span
 from narrowdeep.ntk.network import Narrow
+from narrowdeep.ops.params import Affine, ChainParams, ChainSettings
 
 
 class ChunkwisePass:

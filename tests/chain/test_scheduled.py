@@ -15,10 +15,10 @@ from torch import Tensor
 from narrowdeep import DeepNarrowCNN, DeepNarrowMLP
 from narrowdeep.chain import span
 from narrowdeep.chain.family import FAMILIES
-from narrowdeep.chain.params import Affine
 from narrowdeep.chain.schedule import fewest_advances, first_snapshots
 from narrowdeep.functional import conv_chain, mlp_chain
 from narrowdeep.memory import BudgetError, plan
+from narrowdeep.ops.params import Affine
 
 KINDS = ["mlp", "cnn"]
 

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from narrowdeep.ops.cnn.reference import convolution, patches
 from narrowdeep.ops.mlp.reference import linear
+from narrowdeep.ops.params import Affine
 from narrowdeep.ops.reference import (
     RENORMALISE_PERIOD,
-    Affine,
+    LinearMap,
     behind_relu,
     initial,
     renormalise,
@@ -47,7 +48,7 @@ def layer_factors(
     """
     first_weight, first_bias, hidden_weight, hidden_bias, last_weight, _ = params
     outputs, width = last_weight.shape[:2]
-    base, hi, lo = initial(family.affine, x, first_weight, first_bias, outputs, scale, offset)
+    base, hi, lo = initial(family.affine, x, Affine(first_weight, first_bias), outputs, scale, offset)
     hidden = hidden_weight, hidden_bias
     values = [(base + h_hi) + h_lo for _, h_hi, h_lo in states(family.affine, base, hi, lo, *hidden, outputs, offset)]
     samples, positions = x.shape[0], x.shape[2:]
@@ -123,8 +124,8 @@ def _conv_layer_gram(left: Factors, right: Factors, weight: Tensor, has_weight: 
 class Family:
     """What the kernels of the two kinds of chain differ in."""
 
-    affine: Affine
-    transpose: Affine
+    affine: LinearMap
+    transpose: LinearMap
     """(weight, gradient of z) -> gradient of h"""
     weight_jacobian: Callable[[Tensor, Tensor, Tensor], Tensor]
     """(B, h, weight) -> (N, out, *weight.shape), of which only the filter size is read"""
