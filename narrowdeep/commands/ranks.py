@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch.distributed as dist
 import typer
@@ -15,8 +16,10 @@ from narrowdeep.distributed.ranks import ALONE, LostRankError, Ranks
 
 
 @contextmanager
-def launched(device: str) -> Iterator[Ranks]:
+def launched(device: str, timeout: float) -> Iterator[Ranks]:
     """The ranks that ``torchrun`` (or whoever sets RANK and WORLD_SIZE) has started; else this process alone.
+
+    ``timeout``: seconds that one waits for another, in the beginning and in every exchange.
 
     Raises: ValueError where torch has no backend for the device; OSError where the others are not found.
     """
@@ -31,7 +34,7 @@ def launched(device: str) -> Iterator[Ranks]:
                 "build of torch does not have"
             )
         try:
-            dist.init_process_group(backend)
+            dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             raise OSError(f"the other processes of torchrun cannot be reached: {reason}") from None

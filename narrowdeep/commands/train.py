@@ -144,6 +144,9 @@ def train(
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Write scalars for TensorBoard into --out; needs tensorboard.")
     ] = False,
+    timeout: Annotated[
+        float, typer.Option(min=1, max=1e6, help="Seconds that a process under torchrun waits for another one.")
+    ] = 1800.0,
     config: ConfigOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -178,7 +181,7 @@ def train(
         "dtype": dtype and dtype.value,
     }
     asked = {name: value for name, value in given.items() if value is not None}
-    with launched(device) as ranks:
+    with launched(device, timeout) as ranks:
         quiet = json or not ranks.is_first
         with together(ranks):
             if lr is not None:

@@ -258,6 +258,31 @@ def workers(launcher: int) -> dict[int, int]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds processes in /proc")
+def test_a_rank_that_hangs_is_given_up_after_the_timeout(tmp_path: Path) -> None:
+    command = [*TORCHRUN, "2", "--monitor-interval", "10", "-m", "narrowdeep", "train", "--timeout", "3"]
+    command += ["--task", "toy", "--depth", "20", "--epochs", "1000000", "--no-plot", "--out", str(tmp_path / "run")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path) as launcher:
+        stopped = None
+        try:
+            deadline = time.monotonic() + 90
+            while len(read_metrics(tmp_path / "run")) < 2 and launcher.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.1)
+            stopped = workers(launcher.pid)[1]
+            os.kill(stopped, signal.SIGSTOP)
+            began = time.monotonic()
+            while "has lost the others" not in (line := next(iter(launcher.stderr or ()), "has lost the others")):
+                pass
+            seconds = time.monotonic() - began
+        finally:
+            if stopped is not None:
+                os.kill(stopped, signal.SIGKILL)
+            launcher.kill()
+    assert line.startswith("error: rank 0 of 2 has lost the others")
+    assert seconds < 30  # torch's own is 1800
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds processes in /proc")
 def test_a_rank_that_is_killed(tmp_path: Path) -> None:
     # torchrun ends the other rank when it looks, which is not before that one has seen it for itself.
     command = [*TORCHRUN, "2", "--monitor-interval", "10", "-m", "narrowdeep", "train"]
