@@ -407,7 +407,7 @@ def _fit(
             epoch = min(trainer.epoch + 1, trainer.config.epochs)
             bar.update(line, completed=trainer.step_count * unit, epoch=epoch, rate=rate, loss=loss)
 
-        trainer.on_batch = lambda done, _: bar.update(line, completed=trainer.step_count * unit + done)
+        trainer.on_batch = lambda done, of: bar.update(line, completed=trainer.step_count * unit + unit * done // of)
         try:
             with memory_errors(), warnings.catch_warnings():
                 warnings.simplefilter("default")

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -29,6 +29,9 @@ from narrowdeep.ntk.network import Narrow, Ours, check_module, find, reading
 
 _BLOCK_BYTES = 1 << 27
 """What the middle units of a block of layers may take."""
+
+_PATCH_BYTES = 1 << 23
+"""What the patches of a block of samples may take: they are read again for every block of layers."""
 
 
 class OutputGradients(NamedTuple):
@@ -152,10 +155,28 @@ class InitialFeatures:
                 begin += block.shape[1]
         return out
 
-    def output_gradients(self, x: Tensor, v: Tensor) -> OutputGradients:
-        """``J^T v`` for samples x and v (N, out): the features times v, each by what its column was divided by."""
+    def are_finite(self, x: Tensor) -> bool:
+        """Whether no hidden state of x overflows in its dtype, by a bound; False for x that is not finite."""
+        largest = self.scale * float(x.abs().max()) if x.numel() else 0.0
+        weights = torch.cat([self.middle_first, self.middle]).abs().sum(1)
+        biases = torch.cat([self.middle_first_bias, self.middle_bias]).abs()
+        weight, bias = (float(part.max()) if len(part) else 0.0 for part in (weights, biases))
+        return largest * max(1.0, weight) + bias + self.scale < torch.finfo(x.dtype).max
+
+    def output_gradients(self, x: Tensor, v: Tensor, advance: Callable[[float], None]) -> OutputGradients:
+        """``J^T v`` for samples x and v (N, out): the features times v, each by what its column was divided by.
+
+        ``advance`` is called with the samples done.
+        """
         taps, inputs, v = self.kernel_size**2, x.shape[1], v.double()
-        columns = torch.cat([block.T @ v for block in self.blocks(x)])  # (F, out)
+        columns = v.new_zeros(self.count(inputs), v.shape[1])
+        size = max(1, _PATCH_BYTES // max(1, 8 * taps * x[:1].numel()))
+        for part, rows in zip(x.split(size), v.split(size), strict=True):
+            begin = 0
+            for block in self.blocks(part):
+                columns[begin : begin + block.shape[1]].addmm_(block.T, rows)
+                begin += block.shape[1]
+            advance(len(part))
         unit = self.scale * math.sqrt(self.depth)
         ends = [inputs * taps * self.first, inputs * taps * (self.weights > 0), 1]
         first, left, _, middle = columns.split([*ends, len(columns) - sum(ends)])

@@ -206,8 +206,8 @@ class GramGaussNewton:
             x = closure.x
         samples, others, targets = self._checked(x, y, at, closure is not None)
         function: Loss = SquaredLoss(targets) if closure is None else closure
-        initial = self._initial_step()
-        passes = 3 if initial is None else 1
+        initial = self._initial_step(samples, *(() if others is None else (others,)))
+        passes = 3 if initial is None else 2
         done, total, share = 0.0, passes * len(x), self.ranks.share(len(x))
         own = passes * (share.stop - share.start)
 
@@ -244,7 +244,7 @@ class GramGaussNewton:
                 outputs = self._part_of(now, self._carried(others, now) + moved)
             try:
                 if initial is not None:
-                    initial.move(samples, coefficients, self.ranks)
+                    initial.move(samples, coefficients, self.ranks, advance)
                 elif chunkwise is None:
                     self._backward(x, coefficients, advance)
                     self._params.move()
@@ -309,11 +309,12 @@ class GramGaussNewton:
         with torch.no_grad():
             return self.ranks.rows(len(x), of)
 
-    def _initial_step(self) -> InitialStep | None:
-        """Where the model is still the one that the features are of."""
-        if self._ours is None or not isinstance(self._kernel, FeatureKernel):
+    def _initial_step(self, *samples: Tensor) -> InitialStep | None:
+        """Where the model is still the one that the features are of, on all ranks."""
+        if not isinstance(self._kernel, FeatureKernel):
             return None
-        return InitialStep.of(self._ours, self._kernel.features, self._params)
+        found = InitialStep.of(self.model, self._kernel.features, self._params, self.adaptive, *samples)
+        return None if self.ranks.any(found is None) else found
 
     def _chunkwise(self, samples: Tensor) -> ChunkwisePass | None:
         """Where no step is taken back, and there are chunks to move one after another."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from narrowdeep.distributed.ranks import Ranks
 from narrowdeep.ntk.features import InitialFeatures, OutputGradients
-from narrowdeep.ntk.network import Narrow, Ours
+from narrowdeep.ntk.network import Narrow, find
 from narrowdeep.optim.parameters import Parameters
 
 
@@ -20,65 +22,76 @@ class InitialStep:
     model: Narrow
     features: InitialFeatures
     rate: float
-    _before: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    adaptive: bool
+    """Whether it may be taken back, for which it keeps the rows that it moves."""
+    _before: tuple[tuple[Tensor, Tensor], ...] = ()
     """Rows of the parameters, and what was in them."""
 
     @classmethod
-    def of(cls, ours: Ours, features: InitialFeatures, params: Parameters) -> InitialStep | None:
-        """None where the model is not what ``features`` are of, or where a hook or a parametrization sees gradients."""
-        spans = ours.model.spans()
-        trained = [p for span in spans for p in (span.weight, span.bias) if p.requires_grad]
-        if params.momentum or {id(p) for p in trained} != {id(p) for p in params.params}:
+    def of(
+        cls, model: nn.Module, features: InitialFeatures, params: Parameters, adaptive: bool, *samples: Tensor
+    ) -> InitialStep | None:
+        """None where ``model`` is not what the features are of, where a state of ``samples`` overflows, and where
+        something else than the parameters may see their gradients, or other outputs than the network's come out."""
+        if params.momentum or any(isinstance(part, DistributedDataParallel) for part in model.modules()):
+            return None
+        try:
+            ours = find(model)
+        except ValueError:  # hooks
+            return None
+        if ours is None or ours.family is None:
+            return None
+        trained = [p for span in ours.model.spans() for p in (span.weight, span.bias) if p.requires_grad]
+        if {id(p) for p in trained} != {id(p) for p in params.params}:
             return None
         hooked = any(p._backward_hooks or (p.numel() and p._post_accumulate_grad_hooks) for p in trained)
-        if hooked or not features.are_of(ours.model, ours):
+        if hooked or not features.are_of(model, ours) or not all(map(features.are_finite, samples)):
             return None
-        return cls(ours.model, features, params.rate)
+        return cls(ours.model, features, params.rate, adaptive)
 
     def outputs(self, x: Tensor) -> Tensor:
-        """(N, out), all 0.
-
-        Raises: ValueError for x that is not finite.
-        """
-        if not x.isfinite().all():
-            raise ValueError("model must have finite outputs at x, got NaN or infinity")
+        """(N, out), all 0."""
         return x.new_zeros(len(x), self.features.outputs)
 
     @torch.no_grad()
-    def move(self, x: Tensor, coefficients: Tensor, ranks: Ranks) -> None:
+    def move(self, x: Tensor, coefficients: Tensor, ranks: Ranks, advance: Callable[[float], None]) -> None:
         """Parameters by ``rate J^T coefficients``.
 
         Raises: RuntimeError, before any moves, where that is not finite.
         """
         share = ranks.share(len(x))
-        found = self.features.output_gradients(x[share], coefficients[share])
+        found = self.features.output_gradients(x[share], coefficients[share], advance)
         ranks.sum_(*found)
         dtype = self.model.first_weight.dtype
-        first, others, middle, bias = changes = OutputGradients(*((self.rate * part).to(dtype) for part in found))
+        changes = OutputGradients(*((self.rate * part).to(dtype) for part in found))
         if not all(bool(part.isfinite().all()) for part in changes):
             raise RuntimeError("the step is not finite: the model is as it was (take a larger damping)")
+        moves = list(self._moves(changes))
+        if self.adaptive:
+            self._before = tuple((rows, rows.clone()) for rows, _, whole in moves if whole)
+        for rows, change, _ in moves:
+            rows += change
+
+    def _moves(self, changes: OutputGradients) -> Iterator[tuple[Tensor, Tensor, bool]]:
+        """(rows of a parameter, what is added, whether it is all of them and not the middle unit's column alone)."""
         inputs, done = self.model.first_weight.shape[1], 0
         for span in self.model.spans():
             last = span.layers.stop == self.model.depth
             stacked = not last and span.layers.start > 0
             right = (slice(None),) * stacked + (slice(None) if last else slice(inputs + 1, None),)
             if span.bias.requires_grad:
-                self._add(span.bias[right], bias)
+                yield span.bias[right], changes.bias, True
             if not span.weight.requires_grad:
                 continue
             rows = span.weight[right]  # (layers, out, n, *tap), or of one layer
             if span.layers.start == 0:
-                self._add(rows, first.reshape(rows.shape))
+                yield rows, changes.first.reshape(rows.shape), True
                 continue
-            self._add(rows, others.reshape(rows.shape[stacked:]))
+            yield rows, changes.others.reshape(rows.shape[stacked:]), True
             count = len(span.layers)
             column = rows[:, :, inputs] if stacked else rows[None, :, inputs]
-            column += middle[done : done + count].reshape(column.shape)
+            yield column, changes.middle[done : done + count].reshape(column.shape), False
             done += count
-
-    def _add(self, rows: Tensor, change: Tensor) -> None:
-        self._before.append((rows, rows.clone()))
-        rows += change
 
     @torch.no_grad()
     def restore(self) -> None:

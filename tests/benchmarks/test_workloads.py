@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.peers import PEERS, Compiled, Eager, JaxScan, Narrowdeep
 from benchmarks.workloads import PERTURBATION, WORKLOADS, Measure, Workload, check, make_problem, truth
+from narrowdeep import DeepNarrowMLP
 
 EVERY: dict[Measure, dict[str, float]] = {"forward": {}, "forward + backward": {}, "step with SGD": {}}
 SMALL = [
@@ -86,6 +87,19 @@ def test_operations_of_an_mlp_are_those_torch_counts(workload):
     with FlopCounterMode(display=False) as both:
         network(x).backward(torch.ones_like(output))
     assert workload.flops("forward + backward") == both.get_total_flops()
+
+
+def test_operations_of_a_tangent_are_those_torch_counts_of_eager_layers():
+    model = DeepNarrowMLP(3, 2, 6)
+    eager = model.to_sequential()
+    x = torch.randn(4, 3)
+    counts = []
+    for network in (model, eager):
+        params = {name: param.detach() for name, param in network.named_parameters()}
+        with FlopCounterMode(display=False) as counter:
+            torch.func.jvp(lambda p, net=network: torch.func.functional_call(net, p, (x,)), (params,), (params,))
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1]
 
 
 def test_operations_of_a_cnn_leave_out_the_padding():

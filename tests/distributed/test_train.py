@@ -208,6 +208,26 @@ def test_the_command_on_two_ranks(tmp_path: Path) -> None:
     assert "warning: the run had 2 ranks and goes on with 1: the last bits may differ" in error
 
 
+def _first_step(rank: int, way: str) -> Any:
+    """Of a network at its initialisation, behind DDP or with a hook on one of the ranks."""
+    torch.manual_seed(1)
+    model, x = DeepNarrowMLP(3, 2, 20, scale=50.0, dtype=torch.float64), torch.rand(10, 3, dtype=torch.float64)
+    y = torch.sin(4 * x[:, :2])
+    whole = torch.nn.parallel.DistributedDataParallel(model) if way == "ddp" else model
+    own = slice(5 * rank, 5 * rank + 5) if way == "ddp" else slice(None)
+    if way == "hook" and rank == 0:
+        model.last_weight.register_hook(lambda grad: None)
+    ranks = {} if way == "ddp" else {"ranks": Ranks.of()}
+    GramGaussNewton(whole, damping=1e-2, kernel="features", adaptive=False, **ranks).step(x[own], y[own])  # type: ignore
+    return torch.cat([param.detach().flatten() for param in model.parameters()])
+
+
+@pytest.mark.parametrize("way", ["ddp", "hook", "ranks"])
+def test_ranks_take_the_same_first_step(way: str) -> None:
+    one, other = run(_first_step, 2, way)
+    assert torch.equal(one, other)
+
+
 def test_gauss_newton_on_two_ranks(tmp_path: Path) -> None:
     arguments = ["train", "--task", "digits01", "--depth", "30", "--optimizer", "gauss-newton", "--no-plot"]
     arguments += ["--dtype", "float64", "--out"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from narrowdeep import DeepNarrowCNN, DeepNarrowMLP
 from narrowdeep.ntk.features import InitialFeatures
 from narrowdeep.optim import GramGaussNewton
 from narrowdeep.optim.gauss_newton import GaussNewtonStep
+from narrowdeep.optim.initial_step import InitialStep
 
 Narrow = DeepNarrowMLP | DeepNarrowCNN
 
@@ -66,11 +68,13 @@ def test_parameters_move_by_the_gradient_of_a_backward(
     found: list[Tensor] = []
     gradients = InitialFeatures.output_gradients
 
-    def kept_coefficients(self: InitialFeatures, samples: Tensor, v: Tensor) -> Any:
+    def kept_coefficients(self: InitialFeatures, samples: Tensor, v: Tensor, advance: Any) -> Any:
         found.append(v)
-        return gradients(self, samples, v)
+        return gradients(self, samples, v, advance)
 
     monkeypatch.setattr(InitialFeatures, "output_gradients", kept_coefficients)
+    module = sys.modules["narrowdeep.ntk.features"]  # the package has a function of that name
+    monkeypatch.setattr(module, "_PATCH_BYTES", 3 * 8 * 9 * x[0].numel())  # a few samples a block
     refuse_backwards(model, monkeypatch)
     y = torch.randn(7, 2, dtype=x.dtype)
     step = optimizer.step(x, y)
@@ -114,16 +118,27 @@ def hooked(model: Narrow) -> None:
     model.last_weight.register_hook(lambda grad: 0.5 * grad)
 
 
+def hooked_module(model: Narrow) -> None:
+    model.register_forward_hook(lambda *args: args[2] + 1)
+
+
+def replaced(model: Narrow) -> None:
+    forward = model.forward
+    model.forward = lambda x: forward(x) + 1  # type: ignore[method-assign]
+
+
 def frozen_later(model: Narrow) -> None:
     model.last_weight.requires_grad_(False)
 
 
 @pytest.mark.filterwarnings("ignore:the step has taken the loss")  # by a kernel of other weights
-@pytest.mark.parametrize("change", [changed, drawn_again, hooked, frozen_later])
+@pytest.mark.parametrize("change", [changed, drawn_again, hooked, hooked_module, replaced, frozen_later])
 def test_any_other_network_takes_a_backward(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = task("mlp")
     optimizer = GramGaussNewton(model, kernel="features", damping=1e-2)
     change(model)
+    y = torch.randn(7, 2, dtype=x.dtype)
+    before = float((y - model(x).detach()).square().sum()) / 14
     calls: list[int] = []
     backward = GramGaussNewton._backward
 
@@ -132,8 +147,18 @@ def test_any_other_network_takes_a_backward(change: Any, monkeypatch: pytest.Mon
         backward(*args)
 
     monkeypatch.setattr(GramGaussNewton, "_backward", counted)
-    optimizer.step(x, torch.randn(7, 2, dtype=x.dtype))
+    assert optimizer.step(x, y).loss == pytest.approx(before, rel=1e-12)
     assert calls == [1]
+
+
+def test_a_step_that_cannot_be_taken_back_keeps_no_copy() -> None:
+    model, x = task("mlp", chunks=3)
+    optimizer = GramGaussNewton(model, kernel="features", damping=1e-2, adaptive=False)
+    made: list[InitialStep] = []
+    of = optimizer._initial_step
+    optimizer._initial_step = lambda *args: made.append(of(*args)) or made[0]  # type: ignore
+    optimizer.step(x, torch.randn(7, 2, dtype=x.dtype))
+    assert made[0]._before == ()
 
 
 def test_the_network_runs_once_and_only_to_measure() -> None:
@@ -147,7 +172,7 @@ def test_the_network_runs_once_and_only_to_measure() -> None:
         )
         entropy = GramGaussNewton(copy.deepcopy(model), kernel="features", damping=1e-2)
         if by_backward:
-            squares._initial_step = entropy._initial_step = lambda: None  # type: ignore[method-assign]
+            squares._initial_step = entropy._initial_step = lambda *_: None  # type: ignore[method-assign]
         progress: list[tuple[int, int]] = []
         steps.append(
             squares.step(
@@ -157,7 +182,7 @@ def test_the_network_runs_once_and_only_to_measure() -> None:
                 on_batch=lambda *done, seen=progress: seen.append(done),
             )
         )
-        assert progress[-3:] == ([(24, 30), (28, 30), (30, 30)] if by_backward else [(4, 10), (8, 10), (10, 10)])
+        assert progress[-3:] == ([(24, 30), (28, 30), (30, 30)] if by_backward else [(14, 20), (18, 20), (20, 20)])
 
         def loss(net: nn.Module = entropy.model) -> Tensor:
             return nn.functional.cross_entropy(net(x), labels)
@@ -169,14 +194,24 @@ def test_the_network_runs_once_and_only_to_measure() -> None:
         torch.testing.assert_close(one.fitted, other.fitted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_samples_that_are_not_finite_are_refused(bad: float) -> None:
-    model, x = task("mlp")
+@pytest.mark.parametrize("adaptive", [True, False])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e38])
+def test_samples_whose_outputs_are_not_finite_are_refused(bad: float, adaptive: bool) -> None:
+    model, x = task("mlp", torch.float32)
     kept = flat(model)
     x[3, 1] = bad
     with pytest.raises(ValueError, match="model must have finite outputs at x, got NaN or infinity"):
-        GramGaussNewton(model, kernel="features").step(x, torch.randn(7, 2, dtype=x.dtype))
+        GramGaussNewton(model, kernel="features", adaptive=adaptive).step(x, torch.randn(7, 2))
     assert torch.equal(flat(model), kept)
+
+
+def test_one_of_the_others_that_is_not_finite_has_no_prediction() -> None:
+    model, x = task("mlp")
+    others = x[:3].clone()
+    others[1, 0] = float("nan")
+    step = GramGaussNewton(model, kernel="features", damping=1e-2).step(x, torch.randn(7, 2).double(), at=others)
+    assert step.outputs is not None
+    assert step.outputs.isfinite().all(1).tolist() == [True, False, True]
 
 
 def test_a_step_too_large_for_the_parameters_is_refused() -> None:
