@@ -28,7 +28,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
+from triton.runtime.jit import JITCallable
 
 from narrowdeep.ops import triton_chain, triton_common
 from narrowdeep.ops.cnn import triton as cnn
@@ -161,7 +161,7 @@ def _sources(function: Any, found: dict[str, str]) -> dict[str, str]:
     found[function.fn.__qualname__] = ast.dump(tree)
     for name in {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}:
         value = function.fn.__globals__.get(name)
-        if isinstance(value, JITFunction):
+        if isinstance(value, JITCallable):
             if name not in found:
                 _sources(value, found)
         elif isinstance(value, triton.language.constexpr):

@@ -5,6 +5,7 @@ Where kernels do not reach, ``layered.py`` takes their place.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from narrowdeep.ops import layered
 from narrowdeep.ops.reference import RENORMALISE_PERIOD, saved_shape
 from narrowdeep.ops.triton_common import Block, choose_block, empty, launch, scratch_bytes
 from narrowdeep.ops.triton_kernels import chain_backward, chain_forward, chain_jvp, chain_recompute
+from narrowdeep.ops.triton_packed import PACK, pack, packed_shape
 
 MOST_SEGMENTS = 65_535
 """Of a group: CUDA's limit for the second dimension of a grid."""
@@ -48,7 +50,14 @@ def constants(family: Family, kernel: str, x: Tensor, weight: Tensor, middle: in
         "WIDTH": weight.shape[1],
         "BLOCK": block.samples,
         "ALIGNED": x.shape[0] % 4 == 0,
+        "AHEAD": block.ahead,
     } | family.constants(kernel, x, weight)
+
+
+def packed(family: Family, kernel: str, x: Tensor, weight: Tensor) -> bool:
+    """Whether a kernel reads hidden layers as records: all lanes need every number, as the MLP's do."""
+    values = family.constants(kernel, x, weight)
+    return values["ROWS"] == 1 and values["TAP"] == 0
 
 
 def _padded(x: Tensor, weight: Tensor, block: Block, segments: int) -> tuple[int, ...]:
@@ -79,6 +88,19 @@ class Span:
     def words(self) -> int:
         """Of a state: base, hi and lo, or lo alone in plain form."""
         return 1 if self.middle < 0 else 3
+
+    @functools.cached_property
+    def records(self) -> Tensor:
+        """The hidden layers as ``triton_packed.py`` has them."""
+        weight, bias = self.hidden
+        records = empty(weight, *packed_shape(weight))
+        grid = (triton.cdiv(records.numel(), PACK),)
+        launch(pack, grid, weight, bias, records, self.layers, num_warps=4, WIDTH=weight.shape[1], BLOCK=PACK)
+        return records
+
+    def weights(self, kernel: str) -> tuple[Tensor, Tensor]:
+        """Hidden weights and biases as a kernel reads them."""
+        return (self.records, self.hidden[1]) if packed(self.family, kernel, self.x, self.hidden[0]) else self.hidden
 
     def run(
         self,
@@ -156,7 +178,7 @@ def forward(
     # A kernel saves the states at both ends, too: one more row is cheaper than a question in every layer.
     saved = empty(lo, *saved_shape(layers, tuple(lo.shape), offset, segment))
     final = empty(lo, these.words, *lo.shape)
-    tensors = (base, hi, lo, *these.hidden, saved if segment else final, final)
+    tensors = (base, hi, lo, *these.weights("forward"), saved if segment else final, final)
     numbers = (layers, segment if segment > 1 else layers, these.phase)
     these.run(chain_forward, "forward", tensors, numbers, SAVE=min(segment, 2))
     low = 1 if first_weight is None and segment else 0
@@ -214,7 +236,7 @@ class Descent:
             count = last - first
             if segment > 1:
                 h = empty(saved, count + (last == layers), *shape)
-                tensors: tuple[Tensor, ...] = (base, row, saved, *these.hidden, h)
+                tensors: tuple[Tensor, ...] = (base, row, saved, *these.weights("recompute"), h)
                 numbers: tuple[int, ...] = (layers, segment, these.phase, first // segment, given)
                 these.run(chain_recompute, "recompute", tensors, numbers, segments=triton.cdiv(count, segment))
             elif given and first == 0:  # the state that came in was not saved again
@@ -233,7 +255,7 @@ class Descent:
                 before = words(top)
             g = empty(saved, count, *shape) if keep_g else h
             self.gradient = empty(saved, these.words, *shape)
-            tensors = (*before, these.hidden[0], h, self.gradient, g)
+            tensors = (*before, these.weights("backward")[0], h, self.gradient, g)
             numbers = (layers, these.phase, first, last, int(masked))
             these.run(chain_backward, "backward", tensors, numbers, STORE=keep_g)
             yield first, last, h[:count], g
@@ -252,7 +274,7 @@ def layers_a_group(state: Tensor, segment: int, device: torch.device) -> int:
 
 
 def workspace(family: Family, x: Tensor, weight: Tensor, offset: bool, segment: int) -> int | None:
-    """Bytes that ``backward`` takes for a group of layers; None where layers run one at a time.
+    """Bytes that ``backward`` takes for the weights as it reads them and for a group of layers; None: one at a time.
 
     Only shape, dtype and device of x and of the hidden weights are read; ``segment`` is at least 1.
     """
@@ -274,7 +296,10 @@ def workspace(family: Family, x: Tensor, weight: Tensor, offset: bool, segment: 
         return states * state.numel() + max(backward, scratch("recompute", triton.cdiv(count, segment)))
 
     top = (layers - 1) % step + 1  # the first group has the very last state too
-    return max(group(top, top + 1), group(step, step) if layers > step else 0) * x.element_size()
+    most = max(group(top, top + 1), group(step, step) if layers > step else 0)
+    if packed(family, "backward", x, weight):
+        most += math.prod(packed_shape(weight))
+    return most * x.element_size()
 
 
 def backward(
@@ -361,7 +386,7 @@ def jvp(
         value = before.full(out=torch.empty_like(before.lo))
         ends = (first_weight, outputs, first_t, scale, offset)
         state, tangent = words(before), words(layered.first_tangent(family.layer, x, value, *ends))
-    weight, bias = these.hidden
+    weight, bias = these.weights("jvp")
     h = empty(state[2], *state[2].shape)
     final = empty(h, these.words, *h.shape)
     tensors = (
@@ -369,7 +394,7 @@ def jvp(
         *tangent,
         weight,
         bias,
-        weight if hidden_weight_t is None else hidden_weight_t.contiguous(),
+        these.hidden[0] if hidden_weight_t is None else hidden_weight_t.contiguous(),
         bias if hidden_bias_t is None else hidden_bias_t.contiguous(),
         h,
         final,

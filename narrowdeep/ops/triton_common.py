@@ -46,7 +46,7 @@ _autotune = False
 
 @dataclass(frozen=True)
 class Block:
-    """Samples of a program, its warps, and the registers a thread may have.
+    """Samples of a program, its warps, the registers a thread may have.
 
     Without a limit ptxas takes fewer than a chain needs so that more programs fit a multiprocessor, and spills.
     """
@@ -54,6 +54,8 @@ class Block:
     samples: int
     warps: int
     registers: int | None = None
+    ahead: int = 0
+    """Layers whose records (``triton_packed.py``) are loaded before they are used."""
 
 
 def autotune(enabled: bool = True) -> None:

@@ -39,6 +39,7 @@ from narrowdeep.ops.triton_common import (
     write_state,
     zeros_like_state,
 )
+from narrowdeep.ops.triton_packed import layer_size, next_record, packed_product, read_ahead, read_record, spare_layers
 
 _LOOSE = ["batch", "layers", "segment", "phase", "first", "last", "given", "masked"]
 """Integers that must not make another kernel."""
@@ -143,6 +144,7 @@ def _advance(
     LENGTH: tl.constexpr,
     BLOCK: tl.constexpr,
     STORE: tl.constexpr,
+    AHEAD: tl.constexpr,
     PREFETCH: tl.constexpr,
 ):
     """Take (total, hi, lo) from state start to state stop, with total = base + hi. Layer ``end`` - 1 is the last.
@@ -151,18 +153,25 @@ def _advance(
     """
     OFFSET: tl.constexpr = MIDDLE >= 0
     COUNT: tl.constexpr = (WIDTH + ROWS - 1) // ROWS
-    LAYER: tl.constexpr = WIDTH * WIDTH * (TAP * TAP if TAP else 1)
+    LAYER: tl.constexpr = layer_size(WIDTH, ROWS, TAP)
+    PACKED: tl.constexpr = ROWS == 1 and TAP == 0
+    if PACKED:
+        ahead = read_ahead(weight_ptr + start * LAYER, LAYER, LAYER, AHEAD)
     for chunk in range(start // RENORMALISE_PERIOD, (stop + RENORMALISE_PERIOD - 1) // RENORMALISE_PERIOD):
         low = tl.maximum(chunk * RENORMALISE_PERIOD, start)
         high = tl.minimum(chunk * RENORMALISE_PERIOD + RENORMALISE_PERIOD, stop)
         prefetch(weight_ptr, high * LAYER, end * LAYER, RENORMALISE_PERIOD * LAYER, PREFETCH)
-        prefetch(bias_ptr, high * WIDTH, end * WIDTH, RENORMALISE_PERIOD * WIDTH, PREFETCH)
-        for j in range(low, high):
+        prefetch(bias_ptr, high * WIDTH, end * WIDTH, RENORMALISE_PERIOD * WIDTH, PREFETCH and not PACKED)
+        for j in tl.range(low, high, loop_unroll_factor=2 * AHEAD if AHEAD else 1):
             h = add_states(total, lo, COUNT) if OFFSET else lo
             if STORE:
                 write_state(h_ptr + j * (WIDTH * batch), h, column, batch, WIDTH, ROWS)
-            bias = read_bias(bias_ptr + j * WIDTH, WIDTH, ROWS)
-            z = affine(weight_ptr + j * LAYER, h, bias, room, j % 2, WIDTH, ROWS, False, TAP, HEIGHT, LENGTH, BLOCK)
+            if PACKED:
+                record, ahead = next_record(ahead, weight_ptr + (j + AHEAD) * LAYER, LAYER, AHEAD)
+                z = packed_product(record, h, record[WIDTH * WIDTH :], WIDTH, False)
+            else:
+                bias = read_bias(bias_ptr + j * WIDTH, WIDTH, ROWS)
+                z = affine(weight_ptr + j * LAYER, h, bias, room, j % 2, WIDTH, ROWS, False, TAP, HEIGHT, LENGTH, BLOCK)
             if OFFSET:
                 z = add_skip(z, lo, MIDDLE, COUNT, ROWS)
             lo = clip(z, total, OFFSET, COUNT)
@@ -195,6 +204,7 @@ def chain_forward(
     LENGTH: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGNED: tl.constexpr,
+    AHEAD: tl.constexpr,
     PREFETCH: tl.constexpr,
 ):
     """The state (base, hi, lo), each (n, B), to ``final`` after all layers, (3, n, B). In plain form lo and (1, n, B).
@@ -204,7 +214,7 @@ def chain_forward(
     """
     OFFSET: tl.constexpr = MIDDLE >= 0
     COUNT: tl.constexpr = (WIDTH + ROWS - 1) // ROWS
-    LAYER: tl.constexpr = WIDTH * WIDTH * (TAP * TAP if TAP else 1)
+    LAYER: tl.constexpr = layer_size(WIDTH, ROWS, TAP)
     batch = batch.to(tl.int64)
     phase = phase.to(tl.int64)
     end = layers.to(tl.int64) + phase
@@ -214,7 +224,7 @@ def chain_forward(
     column, room = lanes(scratch_ptr, batch, WIDTH, TAP, HEIGHT, LENGTH, BLOCK)
     batch *= HEIGHT * LENGTH
     matrix = WIDTH * batch
-    weight_ptr -= phase * LAYER
+    weight_ptr += (spare_layers(ROWS, TAP) - phase) * LAYER
     bias_ptr -= phase * WIDTH
     prefetch(weight_ptr, phase * LAYER, end * LAYER, RENORMALISE_PERIOD * LAYER, PREFETCH)
     prefetch(bias_ptr, phase * WIDTH, end * WIDTH, RENORMALISE_PERIOD * WIDTH, PREFETCH)
@@ -236,7 +246,7 @@ def chain_forward(
             saved_ptr += matrix
         total, hi, lo = _advance(
             total, hi, lo, base_ptr, weight_ptr, bias_ptr, saved_ptr, start, stop, end, column, batch, room,
-            MIDDLE, WIDTH, ROWS, TAP, HEIGHT, LENGTH, BLOCK, SAVE == 1, PREFETCH,
+            MIDDLE, WIDTH, ROWS, TAP, HEIGHT, LENGTH, BLOCK, SAVE == 1, AHEAD, PREFETCH,
         )  # fmt: skip
     if SAVE == 1:
         h = add_states(total, lo, COUNT) if OFFSET else lo
@@ -267,6 +277,7 @@ def chain_recompute(
     LENGTH: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGNED: tl.constexpr,
+    AHEAD: tl.constexpr,
     PREFETCH: tl.constexpr,
 ):
     """Program (block, i): the states of segment first + i from the one at its start, and the very last state.
@@ -276,7 +287,7 @@ def chain_recompute(
     """
     OFFSET: tl.constexpr = MIDDLE >= 0
     COUNT: tl.constexpr = (WIDTH + ROWS - 1) // ROWS
-    LAYER: tl.constexpr = WIDTH * WIDTH * (TAP * TAP if TAP else 1)
+    LAYER: tl.constexpr = layer_size(WIDTH, ROWS, TAP)
     WORDS: tl.constexpr = 2 if OFFSET else 1
     batch = batch.to(tl.int64)
     phase = phase.to(tl.int64)
@@ -292,7 +303,7 @@ def chain_recompute(
     start = phase + number * segment
     stop = tl.minimum(start + segment, end)
     h_ptr -= (phase + first * segment) * matrix
-    weight_ptr -= phase * LAYER
+    weight_ptr += (spare_layers(ROWS, TAP) - phase) * LAYER
     bias_ptr -= phase * WIDTH
     prefetch(weight_ptr, start * LAYER, end * LAYER, RENORMALISE_PERIOD * LAYER, PREFETCH)
     row_ptr = saved_ptr + (number - given) * (WORDS * matrix)
@@ -306,7 +317,7 @@ def chain_recompute(
         hi = lo
     total, hi, lo = _advance(
         total, hi, lo, base_ptr, weight_ptr, bias_ptr, h_ptr, start, stop, end, column, batch, room,
-        MIDDLE, WIDTH, ROWS, TAP, HEIGHT, LENGTH, BLOCK, True, PREFETCH,
+        MIDDLE, WIDTH, ROWS, TAP, HEIGHT, LENGTH, BLOCK, True, AHEAD, PREFETCH,
     )  # fmt: skip
     if stop == end:
         h = add_states(total, lo, COUNT) if OFFSET else lo
@@ -338,6 +349,7 @@ def chain_backward(
     LENGTH: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGNED: tl.constexpr,
+    AHEAD: tl.constexpr,
     PREFETCH: tl.constexpr,
 ):
     """Layers last-1 down to first. STORE: G of states first+1 .. last to ``g``, (last - first, n, B).
@@ -348,7 +360,9 @@ def chain_backward(
     """
     OFFSET: tl.constexpr = MIDDLE >= 0
     COUNT: tl.constexpr = (WIDTH + ROWS - 1) // ROWS
-    LAYER: tl.constexpr = WIDTH * WIDTH * (TAP * TAP if TAP else 1)
+    LAYER: tl.constexpr = layer_size(WIDTH, ROWS, TAP)
+    PACKED: tl.constexpr = ROWS == 1 and TAP == 0
+    WEIGHTS: tl.constexpr = (WIDTH * WIDTH + 3) // 4 * 4  # of a record: all but the bias
     batch = batch.to(tl.int64)
     phase = phase.to(tl.int64)
     end = layers.to(tl.int64) + phase
@@ -361,9 +375,9 @@ def chain_backward(
     matrix = WIDTH * batch
     h_ptr -= first * matrix
     g_ptr -= (first + 1) * matrix
-    weight_ptr -= phase * LAYER
-    ahead = tl.maximum(last - RENORMALISE_PERIOD, phase) * LAYER
-    prefetch(weight_ptr, ahead, end * LAYER, RENORMALISE_PERIOD * LAYER, PREFETCH)
+    weight_ptr += (spare_layers(ROWS, TAP) - phase) * LAYER
+    below = tl.maximum(last - RENORMALISE_PERIOD, phase) * LAYER
+    prefetch(weight_ptr, below, end * LAYER, RENORMALISE_PERIOD * LAYER, PREFETCH)
     lo = read_state(lo_ptr, column, batch, WIDTH, ROWS)
     if OFFSET:
         total, hi = enter(base_ptr, hi_ptr, column, batch, MIDDLE, WIDTH, ROWS)
@@ -373,22 +387,33 @@ def chain_backward(
     if masked == 0:
         h = read_state(h_ptr + last * matrix, column, batch, WIDTH, ROWS)
         lo = mask_gradient(h, lo, total, OFFSET, COUNT)
+    if PACKED:
+        ahead = read_ahead(weight_ptr + (last - 1) * LAYER, -LAYER, WEIGHTS, AHEAD)
+    if AHEAD > 0:
+        next_h = read_state(h_ptr + (last - 1) * matrix, column, batch, WIDTH, ROWS)
     for down in range(0, last // RENORMALISE_PERIOD - (first + 1) // RENORMALISE_PERIOD + 1):
         chunk = last // RENORMALISE_PERIOD - down
         low = tl.maximum(chunk * RENORMALISE_PERIOD, first + 1)
         high = tl.minimum(chunk * RENORMALISE_PERIOD + RENORMALISE_PERIOD - 1, last)
-        ahead = tl.maximum(low - 1 - RENORMALISE_PERIOD, phase) * LAYER
-        prefetch(weight_ptr, ahead, end * LAYER, RENORMALISE_PERIOD * LAYER, PREFETCH)
-        for i in range(0, high - low + 1):
+        below = tl.maximum(low - 1 - RENORMALISE_PERIOD, phase) * LAYER
+        prefetch(weight_ptr, below, end * LAYER, RENORMALISE_PERIOD * LAYER, PREFETCH)
+        for i in tl.range(0, high - low + 1, loop_unroll_factor=2 * AHEAD if AHEAD else 1):
             s = high - i
             full = add_states(total, lo, COUNT) if OFFSET else lo
             if STORE:
                 write_state(g_ptr + s * matrix, full, column, batch, WIDTH, ROWS)
-            h = read_state(h_ptr + (s - 1) * matrix, column, batch, WIDTH, ROWS)
-            weight = weight_ptr + (s - 1) * LAYER
-            grad = affine(
-                weight, full, zeros_like_state(lo, COUNT), room, s % 2, WIDTH, ROWS, True, TAP, HEIGHT, LENGTH, BLOCK
-            )
+            if AHEAD > 0:
+                h = next_h
+                next_h = read_state(h_ptr + tl.maximum(s - 2, first) * matrix, column, batch, WIDTH, ROWS)
+            else:
+                h = read_state(h_ptr + (s - 1) * matrix, column, batch, WIDTH, ROWS)
+            weight = weight_ptr + (s - 1 - AHEAD) * LAYER
+            zeros = zeros_like_state(lo, COUNT)
+            if PACKED:
+                record, ahead = next_record(ahead, weight, WEIGHTS, AHEAD)
+                grad = packed_product(record, full, zeros, WIDTH, True)
+            else:
+                grad = affine(weight, full, zeros, room, s % 2, WIDTH, ROWS, True, TAP, HEIGHT, LENGTH, BLOCK)
             if OFFSET:
                 grad = add_skip(grad, lo, MIDDLE, COUNT, ROWS)
             lo = mask_gradient(h, grad, total, OFFSET, COUNT)
@@ -426,6 +451,7 @@ def chain_jvp(
     LENGTH: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGNED: tl.constexpr,
+    AHEAD: tl.constexpr,
     PREFETCH: tl.constexpr,
 ):
     """A state (base, hi, lo) and its tangent (base_t, hi_t, lo_t) through all layers; lo and lo_t in plain form.
@@ -434,7 +460,9 @@ def chain_jvp(
     """
     OFFSET: tl.constexpr = MIDDLE >= 0
     COUNT: tl.constexpr = (WIDTH + ROWS - 1) // ROWS
-    LAYER: tl.constexpr = WIDTH * WIDTH * (TAP * TAP if TAP else 1)
+    LAYER: tl.constexpr = layer_size(WIDTH, ROWS, TAP)
+    DENSE: tl.constexpr = layer_size(WIDTH, 0, TAP)
+    PACKED: tl.constexpr = ROWS == 1 and TAP == 0
     batch = batch.to(tl.int64)
     phase = phase.to(tl.int64)
     end = layers.to(tl.int64) + phase
@@ -442,9 +470,9 @@ def chain_jvp(
         batch = tl.multiple_of(batch, 4)
     column, room = lanes(scratch_ptr, batch, WIDTH, TAP, HEIGHT, LENGTH, BLOCK)
     batch *= HEIGHT * LENGTH
-    weight_ptr -= phase * LAYER
+    weight_ptr += (spare_layers(ROWS, TAP) - phase) * LAYER
     bias_ptr -= phase * WIDTH
-    weight_t_ptr -= phase * LAYER
+    weight_t_ptr -= phase * DENSE
     bias_t_ptr -= phase * WIDTH
     lo = read_state(lo_ptr, column, batch, WIDTH, ROWS)
     lo_t = read_state(lo_t_ptr, column, batch, WIDTH, ROWS)
@@ -462,19 +490,25 @@ def chain_jvp(
         high = tl.minimum(chunk * RENORMALISE_PERIOD + RENORMALISE_PERIOD, end)
         prefetch(weight_ptr, high * LAYER, end * LAYER, RENORMALISE_PERIOD * LAYER, PREFETCH)
         if HAS_WEIGHT_T:
-            prefetch(weight_t_ptr, high * LAYER, end * LAYER, RENORMALISE_PERIOD * LAYER, PREFETCH)
+            prefetch(weight_t_ptr, high * DENSE, end * DENSE, RENORMALISE_PERIOD * DENSE, PREFETCH)
         for j in range(low, high):
             h = add_states(total, lo, COUNT) if OFFSET else lo
             full = add_states(total_t, lo_t, COUNT) if OFFSET else lo_t
             dz = read_bias(bias_t_ptr + j * WIDTH, WIDTH, ROWS) if HAS_BIAS_T else zeros_like_state(lo_t, COUNT)
             if HAS_WEIGHT_T:
                 dz = affine(
-                    weight_t_ptr + j * LAYER, h, dz, room, j % 2, WIDTH, ROWS, False, TAP, HEIGHT, LENGTH, BLOCK
+                    weight_t_ptr + j * DENSE, h, dz, room, j % 2, WIDTH, ROWS, False, TAP, HEIGHT, LENGTH, BLOCK
                 )
-            turn = (j + 1) % 2 if HAS_WEIGHT_T else 0
-            dz = affine(weight_ptr + j * LAYER, full, dz, room, turn, WIDTH, ROWS, False, TAP, HEIGHT, LENGTH, BLOCK)
-            bias = read_bias(bias_ptr + j * WIDTH, WIDTH, ROWS)
-            z = affine(weight_ptr + j * LAYER, h, bias, room, 1 - turn, WIDTH, ROWS, False, TAP, HEIGHT, LENGTH, BLOCK)
+            weight = weight_ptr + j * LAYER
+            if PACKED:
+                record = read_record(weight, LAYER)
+                dz = packed_product(record, full, dz, WIDTH, False)
+                z = packed_product(record, h, record[WIDTH * WIDTH :], WIDTH, False)
+            else:
+                turn = (j + 1) % 2 if HAS_WEIGHT_T else 0
+                dz = affine(weight, full, dz, room, turn, WIDTH, ROWS, False, TAP, HEIGHT, LENGTH, BLOCK)
+                bias = read_bias(bias_ptr + j * WIDTH, WIDTH, ROWS)
+                z = affine(weight, h, bias, room, 1 - turn, WIDTH, ROWS, False, TAP, HEIGHT, LENGTH, BLOCK)
             if OFFSET:
                 dz = add_skip(dz, lo_t, MIDDLE, COUNT, ROWS)
                 z = add_skip(z, lo, MIDDLE, COUNT, ROWS)
