@@ -238,9 +238,11 @@ def _compile(entry: Entry, function: Any, options: dict[str, Any], block: Block)
 
 
 def _products(entry: Entry, options: dict[str, Any], block: Block) -> float:
-    """Multiply-add instructions of a layer and warp of an MLP's chain, one sample a lane; 0 for all else."""
-    if entry.family != "mlp" or entry.kernel not in _CHAIN or options["ROWS"] > 1:
+    """Multiply-add instructions of a layer and warp of an MLP's chain, 0 for tiles and for all else."""
+    if entry.family != "mlp" or entry.kernel not in _CHAIN or options["ROWS"] == mlp.TILE:
         return 0
+    if block.fragments:
+        return 3 * ((entry.width + 7) // 8) ** 2
     return (3 if entry.kernel == "jvp" else 1) * entry.width**2 * block.samples / (32 * block.warps)
 
 

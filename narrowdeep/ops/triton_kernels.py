@@ -24,11 +24,13 @@ import triton
 import triton.language as tl
 
 from narrowdeep.ops.triton_common import (
+    FRAGMENT,
     RENORMALISE_PERIOD,
     add_skip,
     add_states,
     clip,
     enter,
+    entry_count,
     leave,
     mask_gradient,
     prefetch,
@@ -39,7 +41,15 @@ from narrowdeep.ops.triton_common import (
     write_state,
     zeros_like_state,
 )
-from narrowdeep.ops.triton_packed import layer_size, next_record, packed_product, read_ahead, read_record, spare_layers
+from narrowdeep.ops.triton_packed import (
+    is_packed,
+    layer_size,
+    next_record,
+    packed_product,
+    read_ahead,
+    record_bias,
+    spare_layers,
+)
 
 _LOOSE = ["batch", "layers", "segment", "phase", "first", "last", "given", "masked"]
 """Integers that must not make another kernel."""
@@ -54,10 +64,15 @@ def lanes(
     HEIGHT: tl.constexpr,
     LENGTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    ROWS: tl.constexpr = 1,
 ):
     """(column of the state matrix of every lane, the program's room in scratch memory as ``affine`` takes it)."""
     if TAP == 0:
-        column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        if ROWS == FRAGMENT:
+            lane = tl.arange(0, 2 * BLOCK)
+            column = tl.program_id(0).to(tl.int64) * BLOCK + lane // 32 * 16 + lane % 32 // 4
+        else:
+            column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         room = (scratch_ptr, column, column)
     else:
         POSITIONS: tl.constexpr = HEIGHT * LENGTH
@@ -152,11 +167,12 @@ def _advance(
     STORE: write state s to h_ptr[s] for start <= s < stop.
     """
     OFFSET: tl.constexpr = MIDDLE >= 0
-    COUNT: tl.constexpr = (WIDTH + ROWS - 1) // ROWS
+    COUNT: tl.constexpr = entry_count(WIDTH, ROWS)
     LAYER: tl.constexpr = layer_size(WIDTH, ROWS, TAP)
-    PACKED: tl.constexpr = ROWS == 1 and TAP == 0
+    PACKED: tl.constexpr = is_packed(ROWS, TAP)
+    LANES: tl.constexpr = lo[0].shape[0]
     if PACKED:
-        ahead = read_ahead(weight_ptr + start * LAYER, LAYER, LAYER, AHEAD)
+        ahead = read_ahead(weight_ptr + start * LAYER, LAYER, WIDTH, ROWS, True, AHEAD, LANES)
     for chunk in range(start // RENORMALISE_PERIOD, (stop + RENORMALISE_PERIOD - 1) // RENORMALISE_PERIOD):
         low = tl.maximum(chunk * RENORMALISE_PERIOD, start)
         high = tl.minimum(chunk * RENORMALISE_PERIOD + RENORMALISE_PERIOD, stop)
@@ -167,8 +183,9 @@ def _advance(
             if STORE:
                 write_state(h_ptr + j * (WIDTH * batch), h, column, batch, WIDTH, ROWS)
             if PACKED:
-                record, ahead = next_record(ahead, weight_ptr + (j + AHEAD) * LAYER, LAYER, AHEAD)
-                z = packed_product(record, h, record[WIDTH * WIDTH :], WIDTH, False)
+                weight = weight_ptr + (j + AHEAD) * LAYER
+                record, ahead = next_record(ahead, weight, WIDTH, ROWS, True, AHEAD, LANES)
+                z = packed_product(record, h, record_bias(record, WIDTH, ROWS), WIDTH, ROWS, False)
             else:
                 bias = read_bias(bias_ptr + j * WIDTH, WIDTH, ROWS)
                 z = affine(weight_ptr + j * LAYER, h, bias, room, j % 2, WIDTH, ROWS, False, TAP, HEIGHT, LENGTH, BLOCK)
@@ -213,7 +230,7 @@ def chain_forward(
     MIDDLE is the number of the middle unit in offset form, -1 in plain form.
     """
     OFFSET: tl.constexpr = MIDDLE >= 0
-    COUNT: tl.constexpr = (WIDTH + ROWS - 1) // ROWS
+    COUNT: tl.constexpr = entry_count(WIDTH, ROWS)
     LAYER: tl.constexpr = layer_size(WIDTH, ROWS, TAP)
     batch = batch.to(tl.int64)
     phase = phase.to(tl.int64)
@@ -221,7 +238,7 @@ def chain_forward(
     segment = segment.to(tl.int64)
     if ALIGNED:
         batch = tl.multiple_of(batch, 4)
-    column, room = lanes(scratch_ptr, batch, WIDTH, TAP, HEIGHT, LENGTH, BLOCK)
+    column, room = lanes(scratch_ptr, batch, WIDTH, TAP, HEIGHT, LENGTH, BLOCK, ROWS)
     batch *= HEIGHT * LENGTH
     matrix = WIDTH * batch
     weight_ptr += (spare_layers(ROWS, TAP) - phase) * LAYER
@@ -286,7 +303,7 @@ def chain_recompute(
     such a row at ``given_ptr`` and the others from row s - 1. ``h``, (states, n, B), begins with state first * segment.
     """
     OFFSET: tl.constexpr = MIDDLE >= 0
-    COUNT: tl.constexpr = (WIDTH + ROWS - 1) // ROWS
+    COUNT: tl.constexpr = entry_count(WIDTH, ROWS)
     LAYER: tl.constexpr = layer_size(WIDTH, ROWS, TAP)
     WORDS: tl.constexpr = 2 if OFFSET else 1
     batch = batch.to(tl.int64)
@@ -296,7 +313,7 @@ def chain_recompute(
     first = first.to(tl.int64)
     if ALIGNED:
         batch = tl.multiple_of(batch, 4)
-    column, room = lanes(scratch_ptr, batch, WIDTH, TAP, HEIGHT, LENGTH, BLOCK)
+    column, room = lanes(scratch_ptr, batch, WIDTH, TAP, HEIGHT, LENGTH, BLOCK, ROWS)
     batch *= HEIGHT * LENGTH
     matrix = WIDTH * batch
     number = first + tl.program_id(1)
@@ -359,10 +376,9 @@ def chain_backward(
     state first.
     """
     OFFSET: tl.constexpr = MIDDLE >= 0
-    COUNT: tl.constexpr = (WIDTH + ROWS - 1) // ROWS
+    COUNT: tl.constexpr = entry_count(WIDTH, ROWS)
     LAYER: tl.constexpr = layer_size(WIDTH, ROWS, TAP)
-    PACKED: tl.constexpr = ROWS == 1 and TAP == 0
-    WEIGHTS: tl.constexpr = (WIDTH * WIDTH + 3) // 4 * 4  # of a record: all but the bias
+    PACKED: tl.constexpr = is_packed(ROWS, TAP)
     batch = batch.to(tl.int64)
     phase = phase.to(tl.int64)
     end = layers.to(tl.int64) + phase
@@ -370,7 +386,7 @@ def chain_backward(
     last = last.to(tl.int64) + phase
     if ALIGNED:
         batch = tl.multiple_of(batch, 4)
-    column, room = lanes(scratch_ptr, batch, WIDTH, TAP, HEIGHT, LENGTH, BLOCK)
+    column, room = lanes(scratch_ptr, batch, WIDTH, TAP, HEIGHT, LENGTH, BLOCK, ROWS)
     batch *= HEIGHT * LENGTH
     matrix = WIDTH * batch
     h_ptr -= first * matrix
@@ -387,8 +403,9 @@ def chain_backward(
     if masked == 0:
         h = read_state(h_ptr + last * matrix, column, batch, WIDTH, ROWS)
         lo = mask_gradient(h, lo, total, OFFSET, COUNT)
+    LANES: tl.constexpr = lo[0].shape[0]
     if PACKED:
-        ahead = read_ahead(weight_ptr + (last - 1) * LAYER, -LAYER, WEIGHTS, AHEAD)
+        ahead = read_ahead(weight_ptr + (last - 1) * LAYER, -LAYER, WIDTH, ROWS, False, AHEAD, LANES)
     if AHEAD > 0:
         next_h = read_state(h_ptr + (last - 1) * matrix, column, batch, WIDTH, ROWS)
     for down in range(0, last // RENORMALISE_PERIOD - (first + 1) // RENORMALISE_PERIOD + 1):
@@ -410,8 +427,8 @@ def chain_backward(
             weight = weight_ptr + (s - 1 - AHEAD) * LAYER
             zeros = zeros_like_state(lo, COUNT)
             if PACKED:
-                record, ahead = next_record(ahead, weight, WEIGHTS, AHEAD)
-                grad = packed_product(record, full, zeros, WIDTH, True)
+                record, ahead = next_record(ahead, weight, WIDTH, ROWS, False, AHEAD, LANES)
+                grad = packed_product(record, full, zeros, WIDTH, ROWS, True)
             else:
                 grad = affine(weight, full, zeros, room, s % 2, WIDTH, ROWS, True, TAP, HEIGHT, LENGTH, BLOCK)
             if OFFSET:
@@ -451,7 +468,6 @@ def chain_jvp(
     LENGTH: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGNED: tl.constexpr,
-    AHEAD: tl.constexpr,
     PREFETCH: tl.constexpr,
 ):
     """A state (base, hi, lo) and its tangent (base_t, hi_t, lo_t) through all layers; lo and lo_t in plain form.
@@ -460,9 +476,7 @@ def chain_jvp(
     """
     OFFSET: tl.constexpr = MIDDLE >= 0
     COUNT: tl.constexpr = (WIDTH + ROWS - 1) // ROWS
-    LAYER: tl.constexpr = layer_size(WIDTH, ROWS, TAP)
-    DENSE: tl.constexpr = layer_size(WIDTH, 0, TAP)
-    PACKED: tl.constexpr = ROWS == 1 and TAP == 0
+    LAYER: tl.constexpr = WIDTH * WIDTH * (TAP * TAP if TAP else 1)
     batch = batch.to(tl.int64)
     phase = phase.to(tl.int64)
     end = layers.to(tl.int64) + phase
@@ -470,9 +484,9 @@ def chain_jvp(
         batch = tl.multiple_of(batch, 4)
     column, room = lanes(scratch_ptr, batch, WIDTH, TAP, HEIGHT, LENGTH, BLOCK)
     batch *= HEIGHT * LENGTH
-    weight_ptr += (spare_layers(ROWS, TAP) - phase) * LAYER
+    weight_ptr -= phase * LAYER
     bias_ptr -= phase * WIDTH
-    weight_t_ptr -= phase * DENSE
+    weight_t_ptr -= phase * LAYER
     bias_t_ptr -= phase * WIDTH
     lo = read_state(lo_ptr, column, batch, WIDTH, ROWS)
     lo_t = read_state(lo_t_ptr, column, batch, WIDTH, ROWS)
@@ -490,25 +504,19 @@ def chain_jvp(
         high = tl.minimum(chunk * RENORMALISE_PERIOD + RENORMALISE_PERIOD, end)
         prefetch(weight_ptr, high * LAYER, end * LAYER, RENORMALISE_PERIOD * LAYER, PREFETCH)
         if HAS_WEIGHT_T:
-            prefetch(weight_t_ptr, high * DENSE, end * DENSE, RENORMALISE_PERIOD * DENSE, PREFETCH)
+            prefetch(weight_t_ptr, high * LAYER, end * LAYER, RENORMALISE_PERIOD * LAYER, PREFETCH)
         for j in range(low, high):
             h = add_states(total, lo, COUNT) if OFFSET else lo
             full = add_states(total_t, lo_t, COUNT) if OFFSET else lo_t
             dz = read_bias(bias_t_ptr + j * WIDTH, WIDTH, ROWS) if HAS_BIAS_T else zeros_like_state(lo_t, COUNT)
             if HAS_WEIGHT_T:
                 dz = affine(
-                    weight_t_ptr + j * DENSE, h, dz, room, j % 2, WIDTH, ROWS, False, TAP, HEIGHT, LENGTH, BLOCK
+                    weight_t_ptr + j * LAYER, h, dz, room, j % 2, WIDTH, ROWS, False, TAP, HEIGHT, LENGTH, BLOCK
                 )
-            weight = weight_ptr + j * LAYER
-            if PACKED:
-                record = read_record(weight, LAYER)
-                dz = packed_product(record, full, dz, WIDTH, False)
-                z = packed_product(record, h, record[WIDTH * WIDTH :], WIDTH, False)
-            else:
-                turn = (j + 1) % 2 if HAS_WEIGHT_T else 0
-                dz = affine(weight, full, dz, room, turn, WIDTH, ROWS, False, TAP, HEIGHT, LENGTH, BLOCK)
-                bias = read_bias(bias_ptr + j * WIDTH, WIDTH, ROWS)
-                z = affine(weight, h, bias, room, 1 - turn, WIDTH, ROWS, False, TAP, HEIGHT, LENGTH, BLOCK)
+            turn = (j + 1) % 2 if HAS_WEIGHT_T else 0
+            dz = affine(weight_ptr + j * LAYER, full, dz, room, turn, WIDTH, ROWS, False, TAP, HEIGHT, LENGTH, BLOCK)
+            bias = read_bias(bias_ptr + j * WIDTH, WIDTH, ROWS)
+            z = affine(weight_ptr + j * LAYER, h, bias, room, 1 - turn, WIDTH, ROWS, False, TAP, HEIGHT, LENGTH, BLOCK)
             if OFFSET:
                 dz = add_skip(dz, lo_t, MIDDLE, COUNT, ROWS)
                 z = add_skip(z, lo, MIDDLE, COUNT, ROWS)

@@ -129,7 +129,16 @@ def test_worse_is_over_five_per_cent() -> None:
 def test_cycles_are_not_raised_unless_told_to(flags: list[str], tmp_path: Any) -> None:
     """The row stays as it was, and so out of date, which fails above."""
     entry = Entry("mlp", "forward", F32, True, 4, 90)
-    common = {"samples": 32, "warps": 1, "registers": 1, "spills": 0, "shared": 0, "loop": 1, "fma": 0.0, "mix": {}}
+    common: dict[str, Any] = {
+        "samples": 32,
+        "warps": 1,
+        "registers": 1,
+        "spills": 0,
+        "shared": 0,
+        "loop": 1,
+        "fma": 0.0,
+        "mix": {},
+    }
     old, new = (Figures(k, **common, modelled=_row(c, 1.0)) for k, c in (("old", 100.0), ("new", 106.0)))
     table = tmp_path / "table.json"
     table.write_text(json.dumps({VERSION: {str(entry): asdict(old)}}))

@@ -123,6 +123,16 @@ def supported(kernel: str, x: Tensor, weight: Tensor) -> bool:
     return 0 < width <= most and layers > 0 and x.shape[0] > 0
 
 
+def fragments(kernel: str, x: Tensor, width: int, offset: bool) -> bool:
+    """Whether tensor cores take the products: float32 from width 5 on, in offset form.
+
+    There a product is a small part of a state. In plain form it is all of it, and what tensor cores cut off in every
+    layer where others round would add up. The interpreter has no tensor cores, nor sm_75 such that take float32.
+    """
+    able = triton_common.capability(x.device) >= 80 and not triton_common.INTERPRETED
+    return offset and 4 < width <= 16 and x.dtype == torch.float32 and kernel in triton_chain.PACKED and able
+
+
 def blocks(kernel: str, x: Tensor, weight: Tensor, offset: bool) -> list[Block]:
     """Blocks of samples to choose from, the one with the best instruction mix first (4 warps share cached weights)."""
     width = weight.shape[1]
@@ -131,11 +141,14 @@ def blocks(kernel: str, x: Tensor, weight: Tensor, offset: bool) -> list[Block]:
         if kernel == "recompute" and width > 64:
             return [Block(16, 8, limit)]  # 32 samples spill 24 bytes on sm_80
         return [Block(32, 4 if width <= 32 and kernel != "jvp" else 8, limit)]
+    if fragments(kernel, x, width, offset):
+        many, few = (2, 2) if width <= 8 else (1, 2) if kernel == "forward" else (0, 0)  # more would spill
+        return [Block(64, 4, None, many, True), Block(16, 1, 255, few, True)]
     table = _SAMPLES | (_SAMPLES_BLACKWELL if triton_common.capability(x.device) >= 100 else {})
     most = table[kernel, x.dtype, offset][0 if width <= 4 else 1 if width <= 8 else 2]
     sizes = [most >> i for i in range(4) if most >> i]
     limit = 255 if kernel == "backward" and x.dtype == torch.float64 else None
-    ahead = _AHEAD[x.dtype] if width <= 4 and kernel != "jvp" else 0
+    ahead = _AHEAD[x.dtype] if width <= 4 else 0
     return [Block(128 * size, 4, limit, ahead) for size in sizes] + [Block(32, 1, 255, ahead)]
 
 
