@@ -101,14 +101,15 @@ def times(kernel: str, width: int, batch: int) -> tuple[Block, dict[str, float]]
 
 
 def main() -> None:
-    print("| kernel | n | B | block | memory | multiply-adds | load/store | modelled, L1 | first from L2 |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    print("| kernel | n | B | block | memory | multiply-adds | load/store | modelled, L1 | first from L2 | expected |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for kernel in ("forward", "recompute", "backward", "weight_gradient"):
         for width in (4, 8, 16):
             for batch in (128, 65_536):
                 block, found = times(kernel, width, batch)
                 cells = " | ".join(f"{1e3 * t:.2f}" for t in found.values())
-                print(f"| {kernel} | {width} | {batch:,} | {block.samples} / {block.warps} | {cells} |")
+                expected = f"{1e3 * max(found.values()):.2f} ms"
+                print(f"| {kernel} | {width} | {batch:,} | {block.samples} / {block.warps} | {cells} | {expected} |")
 
 
 if __name__ == "__main__":

@@ -171,7 +171,7 @@ def test_random_warp_order(case: Case, seed: int) -> None:
     ids=str,
 )
 def test_tensor_cores_are_as_accurate_as_float32(case: Case, target: int) -> None:
-    """Against float64, no result is more than twice as far off as the reference in float32, and none biased."""
+    """Against float64, no result is more than twice as far off as the reference in float32."""
     inputs, settings = draw_inputs(case), (SCALE, case.offset, case.out_features, 0)
     grad = draw(case.batch, case.out_features, dtype=F32, seed=8)
 
