@@ -144,10 +144,12 @@ def blocks(kernel: str, x: Tensor, weight: Tensor, offset: bool) -> list[Block]:
     if fragments(kernel, x, width, offset):
         many, few = (2, 2) if width <= 8 else (1, 2) if kernel == "forward" else (0, 0)  # more would spill
         return [Block(64, 4, None, many, True), Block(16, 1, 255, few, True)]
-    table = _SAMPLES | (_SAMPLES_BLACKWELL if triton_common.capability(x.device) >= 100 else {})
+    blackwell = triton_common.capability(x.device) >= 100
+    table = _SAMPLES | (_SAMPLES_BLACKWELL if blackwell else {})
     most = table[kernel, x.dtype, offset][0 if width <= 4 else 1 if width <= 8 else 2]
     sizes = [most >> i for i in range(4) if most >> i]
-    limit = 255 if kernel == "backward" and x.dtype == torch.float64 else None
+    spilling = (kernel == "backward" and x.dtype == torch.float64) or (blackwell and width <= 4)
+    limit = 255 if spilling else None
     ahead = _AHEAD[x.dtype] if width <= 4 else 0
     return [Block(128 * size, 4, limit, ahead) for size in sizes] + [Block(32, 1, 255, ahead)]
 
