@@ -1,88 +1,115 @@
-"""What each kernel of the MLP chain could at best take on an A100 and an H100: the table of docs/gpu.md, as Markdown.
+"""What each kernel should take on an H100, by the modelled cycles of docs/gpu_static.json: the table of docs/gpu.md.
 
-``python -m benchmarks.gpu.roofline``. A model, not a measurement, of float32 in plain form: multiply-adds, issued
-instructions (from docs/gpu_static.json) and the chain of dependent instructions of one layer each give a time that no
-run can beat. Memory traffic is taken at the bandwidth of device memory; where h and G fit the second-level cache, the
-truth lies below that column.
+``python -m benchmarks.gpu.roofline``. A model, not a measurement, of float32 in offset form, with the blocks that
+``choose_block`` picks. Beside it what no schedule can beat: multiply-adds on the units that take them, load and store
+wavefronts, the traffic of h and G to device memory. Where h and G fit the second-level cache, the truth lies below that
+last one.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
+from typing import Any
 
+import torch
+import triton
+
+from benchmarks.gpu.modelled import resident
 from benchmarks.gpu.static_figures import TABLE
+from narrowdeep.ops.mlp import triton as mlp
+from narrowdeep.ops.triton_common import MULTIPROCESSORS, Block, choose_block
 
 DEPTH = 10_000
-LATENCY = 4  # cycles from one FFMA to the next that needs it
-LOAD = 33  # cycles of a load that hits the first-level cache
-
-
-@dataclass(frozen=True)
-class Device:
-    """``cycles_a_product``: issue cycles of a warp's FFMA on one of 4 schedulers."""
-
-    name: str
-    multiprocessors: int
-    clock: float
-    bandwidth: float
-    cycles_a_product: int
-
-
-DEVICES = (Device("A100", 108, 1.41e9, 1.555e12, 2), Device("H100", 132, 1.83e9, 3.35e12, 1))
+SEGMENT = 100
+CLOCK = 1.83e9
+BANDWIDTH = 3.35e12
+FFMA_A_CYCLE = 128
+"""Of a multiprocessor."""
+HMMA_CYCLES = 8
+"""That one of 16 x 8 x 8 holds a scheduler's tensor core, as the model has it."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """Of one layer and one sample: multiply-adds, and numbers of memory traffic beyond the weights."""
+    """Of one layer and sample: numbers of memory traffic beyond the weights; segments that run side by side."""
 
-    products: int
     traffic: int
+    segments: int = 1
 
 
 def work(kernel: str, width: int) -> Work:
     """Forward: boundaries are negligible. Recompute writes h; backward reads h and writes G; sums read both."""
-    n = width
     return {
-        "forward": Work(n * n, 0),
-        "recompute": Work(n * n, n),
-        "backward": Work(n * n, 2 * n),
-        "weight_gradient": Work(n * n + n, 2 * n),
+        "forward": Work(0),
+        "recompute": Work(width, DEPTH // SEGMENT),
+        "backward": Work(2 * width),
+        "weight_gradient": Work(2 * width, DEPTH),
     }[kernel]
 
 
-def floor(kernel: str, width: int, batch: int, device: Device) -> dict[str, float]:
-    """Seconds for DEPTH layers by memory, arithmetic, issue, and latency."""
-    form = "" if kernel == "weight_gradient" else "plain "
-    tables = json.loads(TABLE.read_text())
-    figures = tables[max(tables)][f"mlp {kernel} float32 {form}n={width} sm_90"]
-    todo = work(kernel, width)
-    schedulers = 4 * device.multiprocessors
+def chosen(kernel: str, width: int, batch: int) -> Block:
+    """The block of a batch."""
+    if kernel == "weight_gradient":
+        return Block(mlp.weight_gradient_block(width, torch.float32)[1], 4)
+    x, weight = torch.empty(batch, 1, device="meta"), torch.empty(1, width, width, device="meta")
+    found: list[Block] = []
+    samples = batch * work(kernel, width).segments
+    choose_block((), mlp.blocks(kernel, x, weight, True), samples, torch.device("cpu"), found.append)
+    return found[0]
+
+
+def cycles(row: dict[str, Any], block: Block, shared: int, programs: int, kind: str) -> float:
+    """Cycles of a layer for ``programs`` programs on one multiprocessor, which takes them in turns if too many."""
+    at_once = min(programs, resident(block.warps, row["registers"], shared))
+    turns = math.ceil(programs / at_once)
+    at_once = math.ceil(programs / turns)
+    figures = {int(p): c for p, c in row[kind].items()}
+    least = min((p for p in figures if p >= at_once), default=max(figures))
+    return turns * figures[least] * max(1, at_once / least)
+
+
+def times(kernel: str, width: int, batch: int) -> tuple[Block, dict[str, float]]:
+    """Seconds for DEPTH layers: by memory, multiply-adds, load/store wavefronts, and modelled in L1 and in L2."""
+    name = f"mlp {kernel} float32 {'' if kernel == 'weight_gradient' else 'offset '}n={width} sm_90"
+    figures = json.loads(TABLE.read_text())[triton.__version__][name]
+    block, todo = chosen(kernel, width, batch), work(kernel, width)
+    row = figures["modelled"][f"{block.samples}/{block.warps}"]
+    layers = DEPTH / todo.segments  # of one program
+    steps = 1
+    if kernel == "weight_gradient":  # an iteration takes the samples of a block and some rows of a layer
+        rows = mlp.weight_gradient_block(width, torch.float32)[0]
+        steps = math.ceil(min(batch, 4096) / block.samples)
+        programs = todo.segments * math.ceil(batch / 4096) * math.ceil(width / rows)
+    else:
+        programs = todo.segments * math.ceil(batch / block.samples)
+    share = math.ceil(programs / MULTIPROCESSORS)
     weights = 0 if kernel == "weight_gradient" else width * width + width
-    memory = DEPTH * 4 * (weights + todo.traffic * batch) / device.bandwidth
-    arithmetic = DEPTH * todo.products * batch / (32 * schedulers) * device.cycles_a_product / device.clock
-    products = figures["fma"] * figures["loop"]
-    cycles = figures["loop"] + products * (device.cycles_a_product - 1)
-    lanes = products / todo.products * 32  # samples a warp has served after one turn of the loop
-    issue = DEPTH * cycles * batch / lanes / schedulers / device.clock
-    chain = width * LATENCY + 2 * LATENCY + (LOAD if kernel == "backward" else 0)
-    latency = DEPTH * chain / device.clock if kernel in ("forward", "backward") else 0.0
-    if kernel == "recompute":  # segments of 64 layers side by side
-        latency = 64 * chain / device.clock
-    return {"memory": memory, "arithmetic": arithmetic, "issue": issue, "latency": latency}
+    memory = DEPTH * 4 * (weights + todo.traffic * batch) / BANDWIDTH
+    if block.fragments:
+        tiles = math.ceil(width / 8) ** 2 * math.ceil(batch / 16)
+        arithmetic = DEPTH * 3 * tiles * HMMA_CYCLES / (4 * MULTIPROCESSORS)
+    else:
+        arithmetic = DEPTH * width * (width + (kernel == "weight_gradient")) * batch / (FFMA_A_CYCLE * MULTIPROCESSORS)
+    moved = layers * steps * share * block.warps * row["wavefronts"]
+    modelled = [
+        layers * steps * cycles(row, block, figures["shared"], share, kind) / CLOCK for kind in ("cycles", "cycles_l2")
+    ]
+    bounds = {"memory": memory, "arithmetic": arithmetic / CLOCK, "load/store": moved / CLOCK}
+    return block, bounds | {"L1": modelled[0], "L2": modelled[1]}
 
 
 def main() -> None:
-    print("| kernel | n | device | B | memory | arithmetic | issue | latency | expected |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    print("| kernel | n | B | block | memory | multiply-adds | load/store | modelled, L1 | first from L2 | expected |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for kernel in ("forward", "recompute", "backward", "weight_gradient"):
         for width in (4, 8, 16):
-            for device in DEVICES:
-                for batch in (128, 65_536):
-                    times = floor(kernel, width, batch, device)
-                    cells = " | ".join(f"{1e3 * t:.2f}" if t else "-" for t in times.values())
-                    expected = f"{1e3 * max(times.values()):.2f} ms"
-                    print(f"| {kernel} | {width} | {device.name} | {batch:,} | {cells} | {expected} |")
+            for batch in (128, 65_536):
+                block, found = times(kernel, width, batch)
+                cells = " | ".join(f"{1e3 * t:.2f}" for t in found.values())
+                expected = f"{1e3 * max(found.values()):.2f} ms"
+                print(f"| {kernel} | {width} | {batch:,} | {block.samples} / {block.warps} | {cells} | {expected} |")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,9 @@
 {kernel: figures}}: all of it with --fresh (minutes), else what has changed since. Every row has the key of what was
 compiled, so that a test can tell without compiling that none is out of date. Instruction counts are those of the
 innermost loop, over layers, samples, positions or entries, as issued by one warp.
+
+Rows of sm_90 have modelled cycles too (``modelled.py``), of every block that may be chosen. A row that would need over
+5% more of them than before is not written unless --slower.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import json
 import multiprocessing
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -28,8 +32,9 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
+from triton.runtime.jit import JITCallable
 
+from benchmarks.gpu import modelled
 from narrowdeep.ops import triton_chain, triton_common
 from narrowdeep.ops.cnn import triton as cnn
 from narrowdeep.ops.gram import triton as gram
@@ -74,7 +79,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Figures:
-    """``spills`` are stack and local bytes a thread; ``fma`` the share of multiply-adds in the loop."""
+    """``spills`` are stack and local bytes a thread; ``fma`` the share of multiply-adds in the loop.
+
+    ``modelled``: by block, samples/warps; empty for other targets and for plain form.
+    """
 
     key: str
     samples: int
@@ -85,6 +93,7 @@ class Figures:
     loop: int
     fma: float
     mix: dict[str, int]
+    modelled: dict[str, Any]
 
 
 def _tensors(entry: Entry) -> tuple[torch.Tensor, torch.Tensor]:
@@ -121,34 +130,38 @@ def entries() -> Iterator[Entry]:
             yield Entry("cnn", "pair_sums", dtype, None, 0, target)
 
 
-def _kernel(entry: Entry) -> tuple[Any, dict[str, Any], Block]:
-    """(the function, its constants, its block)."""
+def _kernel(entry: Entry) -> tuple[Any, list[tuple[Block, dict[str, Any]]]]:
+    """(the function, its blocks with the constants of each)."""
     n = entry.width
     image = {"TAP": 3, "HEIGHT": 7, "LENGTH": 7}
     if entry.kernel in _CHAIN:
         x, weight = _tensors(entry)
         family = mlp.FAMILY if entry.family == "mlp" else cnn.FAMILY
         function, more = _CHAIN[entry.kernel]
-        with mock.patch.object(triton_common, "capability", return_value=entry.target):
-            block = family.blocks(entry.kernel, x, weight, bool(entry.offset))[0]
         middle = 1 if entry.offset else -1
-        options = triton_chain.constants(family, entry.kernel, x, weight, middle, block) | more
-        return function, options, block
+        with mock.patch.object(triton_common, "capability", return_value=entry.target):
+            blocks = family.blocks(entry.kernel, x, weight, bool(entry.offset))
+            constants = [triton_chain.constants(family, entry.kernel, x, weight, middle, block) for block in blocks]
+        return function, [(block, values | more) for block, values in zip(blocks, constants, strict=True)]
     if entry.kernel == "gram_sums":
         options = {"WEIGHT": True, "BIAS": True, "DIAGONAL": False, "WIDTH": n, "LAYERS": 64, "PAIRS": gram.PAIRS}
-        return gram.gram_sums, options, Block(gram.PAIRS, 4)
+        return gram.gram_sums, [(Block(gram.PAIRS, 4), options)]
     if entry.kernel == "pair_sums":
         options = {"DIAGONAL": False, "PAIRS": gram.TILE_PAIRS, "ENTRIES": gram.TILE_ENTRIES}
-        return gram.pair_sums, options, Block(gram.TILE_PAIRS, 4)
+        return gram.pair_sums, [(Block(gram.TILE_PAIRS, 4), options)]
     if entry.family == "mlp":
         rows, samples = mlp.weight_gradient_block(n, entry.dtype)
         options = {"WIDTH": n, "ROWS": rows, "SPLIT": 4096, "BLOCK": samples, "ALIGNED": True}
-        return mlp.weight_gradient, options, Block(samples, 4)
+        return mlp.weight_gradient, [(Block(samples, 4), options)]
     options = image | {"ROWS": cnn.weight_gradient_rows(n, 3), "BLOCK": 128}
     if entry.kernel == "filter_jacobians":
         options |= {"WEIGHT": True, "BIAS": True, "UNITS": n, "CHANNELS": n}
-        return gram.filter_jacobians, options, Block(128, 4)
-    return cnn.weight_gradient, options | {"WIDTH": n, "SPLIT": 8192}, Block(128, 4)
+        return gram.filter_jacobians, [(Block(128, 4), options)]
+    return cnn.weight_gradient, [(Block(128, 4), options | {"WIDTH": n, "SPLIT": 8192})]
+
+
+def _is_modelled(entry: Entry) -> bool:
+    return entry.target == modelled.TARGET and entry.offset is not False
 
 
 def _sources(function: Any, found: dict[str, str]) -> dict[str, str]:
@@ -161,7 +174,7 @@ def _sources(function: Any, found: dict[str, str]) -> dict[str, str]:
     found[function.fn.__qualname__] = ast.dump(tree)
     for name in {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}:
         value = function.fn.__globals__.get(name)
-        if isinstance(value, JITFunction):
+        if isinstance(value, JITCallable):
             if name not in found:
                 _sources(value, found)
         elif isinstance(value, triton.language.constexpr):
@@ -170,9 +183,10 @@ def _sources(function: Any, found: dict[str, str]) -> dict[str, str]:
 
 
 def key(entry: Entry) -> str:
-    """Of what is compiled: the kernel's source, its constants and its block. Triton's version the table has itself."""
-    function, options, block = _kernel(entry)
-    parts = (sorted(_sources(function, {}).items()), sorted(options.items()), block)
+    """Of what is compiled: the kernel's source, its constants and its blocks. Triton's version the table has itself."""
+    function, blocks = _kernel(entry)
+    compiled = [(sorted(options.items()), block) for block, options in blocks[: None if _is_modelled(entry) else 1]]
+    parts = (sorted(_sources(function, {}).items()), compiled)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
@@ -198,9 +212,8 @@ def _loops(listing: str) -> list[collections.Counter[str]]:
     return [collections.Counter(opcode.split(".")[0] for opcode, _ in code[a : b + 1]) for a, b in inner]
 
 
-def measure(entry: Entry) -> Figures:
-    """Compile for the target and read the binary."""
-    function, options, block = _kernel(entry)
+def _compile(entry: Entry, function: Any, options: dict[str, Any], block: Block) -> tuple[Any, str, int, int]:
+    """(the compiled kernel, its disassembly, registers, spilled bytes)."""
     signature, constants, hints = {}, {}, {}
     for i, name in enumerate(function.arg_names):
         if name in options:
@@ -219,23 +232,50 @@ def measure(entry: Entry) -> Figures:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", _tool("cuobjdump", "-res-usage", file.name))
-        loops = _loops(_tool("nvdisasm", "-c", file.name))
+        listing = _tool("nvdisasm", "-c", file.name)
     assert usage is not None
+    return compiled, listing, int(usage[1]), int(usage[2]) + int(usage[3])
+
+
+def _products(entry: Entry, options: dict[str, Any], block: Block) -> float:
+    """Multiply-add instructions of a layer and warp of an MLP's chain, 0 for tiles and for all else."""
+    if entry.family != "mlp" or entry.kernel not in _CHAIN or options["ROWS"] == mlp.TILE:
+        return 0
+    if block.fragments:
+        return 3 * ((entry.width + 7) // 8) ** 2
+    return (3 if entry.kernel == "jvp" else 1) * entry.width**2 * block.samples / (32 * block.warps)
+
+
+def measure(entry: Entry) -> Figures:
+    """Compile for the target and read the binary."""
+    function, blocks = _kernel(entry)
+    rows = {}
+    for i, (block, options) in enumerate(blocks if _is_modelled(entry) else blocks[:1]):
+        compiled, listing, registers, spills = _compile(entry, function, options, block)
+        if i == 0:
+            first = (listing, registers, spills, compiled.metadata.shared)
+        if _is_modelled(entry):
+            limits = (block.warps, registers, compiled.metadata.shared)
+            found = modelled.model(compiled.asm["cubin"], *limits, _products(entry, options, block))
+            if found is not None:
+                rows[f"{block.samples}/{block.warps}"] = asdict(found)
+    listing, registers, spills, shared = first
 
     def products(mix: collections.Counter[str]) -> int:
         return sum(mix[name] for name in ("FFMA", "FFMA2", "DFMA", "HMMA", "DMMA"))
 
-    mix = max(loops, key=products)
+    mix = max(_loops(listing), key=products)
     return Figures(
         key=key(entry),
-        samples=block.samples,
-        warps=block.warps,
-        registers=int(usage[1]),
-        spills=int(usage[2]) + int(usage[3]),
-        shared=compiled.metadata.shared,
+        samples=blocks[0][0].samples,
+        warps=blocks[0][0].warps,
+        registers=registers,
+        spills=spills,
+        shared=shared,
         loop=mix.total(),
         fma=round(products(mix) / mix.total(), 3),
         mix=dict(sorted(mix.items(), key=lambda pair: (-pair[1], pair[0]))[:8]),
+        modelled=rows,
     )
 
 
@@ -250,16 +290,26 @@ def main() -> None:
     """Write this Triton's table; figures already there for these sources are kept unless --fresh."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--fresh", action="store_true", help="measure everything again")
+    parser.add_argument("--slower", action="store_true", help="write rows that take over 5%% more modelled cycles")
     arguments = parser.parse_args()
     tables: dict[str, dict[str, Any]] = json.loads(TABLE.read_text()) if TABLE.exists() else {}
     wanted = {str(entry): entry for entry in entries()}
-    kept = {} if arguments.fresh else tables.get(triton.__version__, {})
-    table = tables[triton.__version__] = {name: row for name, row in kept.items() if name in wanted}
-    missing = [e for name, e in wanted.items() if table.get(name, {}).get("key") != key(e)]
+    before = tables.get(triton.__version__, {})
+    table = tables[triton.__version__] = {name: row for name, row in before.items() if name in wanted}
+    missing = [e for name, e in wanted.items() if arguments.fresh or table.get(name, {}).get("key") != key(e)]
+    slower = []
     for entry, figures in measure_all(missing):
+        old = table.get(str(entry), {}).get("modelled", {})
+        if found := modelled.worse(old, figures.modelled):
+            slower += [f"{entry}: {what}" for what in found]
+            if not arguments.slower:
+                continue
         table[str(entry)] = asdict(figures)
         print(f"{entry}: {figures}", flush=True)
         TABLE.write_text(json.dumps(tables, indent=1, sort_keys=True) + "\n")
+    if slower:
+        print("slower by over 5%", "" if arguments.slower else " and not written (--slower writes them)", ":", sep="")
+        sys.exit("\n".join(slower))
 
 
 if __name__ == "__main__":

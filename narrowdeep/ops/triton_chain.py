@@ -5,6 +5,7 @@ Where kernels do not reach, ``layered.py`` takes their place.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,8 +17,12 @@ from torch import Tensor
 
 from narrowdeep.ops import layered
 from narrowdeep.ops.reference import RENORMALISE_PERIOD, saved_shape
-from narrowdeep.ops.triton_common import Block, choose_block, empty, launch, scratch_bytes
+from narrowdeep.ops.triton_common import FRAGMENT, Block, choose_block, empty, launch, scratch_bytes
 from narrowdeep.ops.triton_kernels import chain_backward, chain_forward, chain_jvp, chain_recompute
+from narrowdeep.ops.triton_packed import SPARE, is_packed, layer_size, pack
+
+PACKED = ("forward", "recompute", "backward")
+"""Kernels that read an MLP's hidden layers as records (``triton_packed.py``), tiles excepted."""
 
 MOST_SEGMENTS = 65_535
 """Of a group: CUDA's limit for the second dimension of a grid."""
@@ -43,12 +48,29 @@ class Family:
 
 def constants(family: Family, kernel: str, x: Tensor, weight: Tensor, middle: int, block: Block) -> dict[str, Any]:
     """Every constant of a chain kernel but its own; ``middle`` is -1 in plain form."""
-    return {
+    values = {
         "MIDDLE": middle,
         "WIDTH": weight.shape[1],
         "BLOCK": block.samples,
         "ALIGNED": x.shape[0] % 4 == 0,
     } | family.constants(kernel, x, weight)
+    if kernel in PACKED:
+        values["AHEAD"] = block.ahead
+    return values | {"ROWS": FRAGMENT.value} if block.fragments else values
+
+
+def packed_shape(family: Family, kernel: str, x: Tensor, weight: Tensor, offset: bool) -> tuple[int, ...] | None:
+    """(orders, layers and spare ones, numbers of a record) of the records that a call reads, None where it reads none.
+
+    A ``kernel`` backward, with recompute, has its own order behind the forward's where that makes a difference.
+    """
+    block = family.blocks(kernel, x, weight, offset)[0]
+    values = constants(family, kernel, x, weight, 0 if offset else -1, block)
+    rows, tap = values["ROWS"], values["TAP"]
+    if not is_packed(rows, tap):
+        return None
+    orders = 2 if block.fragments and kernel == "backward" else 1
+    return orders, weight.shape[0] + 2 * SPARE.value, layer_size(weight.shape[1], rows, tap)
 
 
 def _padded(x: Tensor, weight: Tensor, block: Block, segments: int) -> tuple[int, ...]:
@@ -70,6 +92,8 @@ class Span:
     """Number of the middle unit, -1 in plain form."""
     phase: int
     """Number of the first state, modulo RENORMALISE_PERIOD."""
+    reader: str
+    """The kernel that records are for, see ``packed_shape``; "" if none reads any."""
 
     @property
     def layers(self) -> int:
@@ -79,6 +103,25 @@ class Span:
     def words(self) -> int:
         """Of a state: base, hi and lo, or lo alone in plain form."""
         return 1 if self.middle < 0 else 3
+
+    @functools.cached_property
+    def records(self) -> Tensor | None:
+        """The hidden layers as ``triton_packed.py`` has them; None where ``reader`` takes them as they are."""
+        weight, bias = self.hidden
+        offset = self.middle >= 0
+        shape = packed_shape(self.family, self.reader, self.x, weight, offset) if self.reader else None
+        if shape is None:
+            return None
+        records = empty(weight, *shape)
+        rows = FRAGMENT.value if self.family.blocks(self.reader, self.x, weight, offset)[0].fragments else 1
+        grid = (shape[1], shape[0])
+        launch(pack, grid, weight, bias, records, self.layers, num_warps=1, WIDTH=weight.shape[1], ROWS=rows)
+        return records
+
+    def weights(self, kernel: str) -> tuple[Tensor, Tensor]:
+        """Hidden weights and biases as a kernel reads them."""
+        weight, bias = self.hidden
+        return weight if self.records is None else self.records[-1 if kernel == "backward" else 0], bias
 
     def run(
         self,
@@ -109,12 +152,14 @@ def samples(input: Tensor, first_weight: Tensor | None) -> Tensor:
     return input if first_weight is not None else input[0].movedim(-1, 0)
 
 
-def span(family: Family, input: Tensor, params: layered.Params, offset: bool, outputs: int, start: int) -> Span:
+def span(
+    family: Family, input: Tensor, params: layered.Params, offset: bool, outputs: int, start: int, reader: str = ""
+) -> Span:
     """Of a call."""
     weight, bias = params[2], params[3]
     middle = weight.shape[1] - outputs - 1 if offset else -1
     hidden = weight.contiguous(), bias.contiguous()
-    return Span(family, samples(input, params[0]), hidden, middle, start % RENORMALISE_PERIOD)
+    return Span(family, samples(input, params[0]), hidden, middle, start % RENORMALISE_PERIOD, reader)
 
 
 def words(state: Tensor | layered.HiLo) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,7 +191,7 @@ def forward(
     params = (first_weight, first_bias, hidden_weight, hidden_bias, last_weight, last_bias)
     if not family.supported("forward", samples(input, first_weight), hidden_weight):
         return layered.forward(family.layer, input, *params, scale, offset, outputs, start, segment)
-    these = span(family, input, params, offset, outputs, start)
+    these = span(family, input, params, offset, outputs, start, "forward")
     layers = these.layers
     if first_weight is None or first_bias is None:
         base, hi, lo = words(input)
@@ -156,7 +201,7 @@ def forward(
     # A kernel saves the states at both ends, too: one more row is cheaper than a question in every layer.
     saved = empty(lo, *saved_shape(layers, tuple(lo.shape), offset, segment))
     final = empty(lo, these.words, *lo.shape)
-    tensors = (base, hi, lo, *these.hidden, saved if segment else final, final)
+    tensors = (base, hi, lo, *these.weights("forward"), saved if segment else final, final)
     numbers = (layers, segment if segment > 1 else layers, these.phase)
     these.run(chain_forward, "forward", tensors, numbers, SAVE=min(segment, 2))
     low = 1 if first_weight is None and segment else 0
@@ -198,7 +243,7 @@ class Descent:
         Before the first one, ``r`` and ``h_last`` are what ``layered.last_gradients`` takes, if there is a last layer.
         """
         segment, offset, last_weight = self.segment, self.offset, self.params[4]
-        these = span(self.family, self.input, self.params, offset, self.outputs, self.start)
+        these = span(self.family, self.input, self.params, offset, self.outputs, self.start, "backward")
         saved, layers = self.saved.contiguous(), these.layers
         given = int(self.params[0] is None)
         if given:
@@ -214,7 +259,7 @@ class Descent:
             count = last - first
             if segment > 1:
                 h = empty(saved, count + (last == layers), *shape)
-                tensors: tuple[Tensor, ...] = (base, row, saved, *these.hidden, h)
+                tensors: tuple[Tensor, ...] = (base, row, saved, *these.weights("recompute"), h)
                 numbers: tuple[int, ...] = (layers, segment, these.phase, first // segment, given)
                 these.run(chain_recompute, "recompute", tensors, numbers, segments=triton.cdiv(count, segment))
             elif given and first == 0:  # the state that came in was not saved again
@@ -233,7 +278,7 @@ class Descent:
                 before = words(top)
             g = empty(saved, count, *shape) if keep_g else h
             self.gradient = empty(saved, these.words, *shape)
-            tensors = (*before, these.hidden[0], h, self.gradient, g)
+            tensors = (*before, these.weights("backward")[0], h, self.gradient, g)
             numbers = (layers, these.phase, first, last, int(masked))
             these.run(chain_backward, "backward", tensors, numbers, STORE=keep_g)
             yield first, last, h[:count], g
@@ -252,7 +297,7 @@ def layers_a_group(state: Tensor, segment: int, device: torch.device) -> int:
 
 
 def workspace(family: Family, x: Tensor, weight: Tensor, offset: bool, segment: int) -> int | None:
-    """Bytes that ``backward`` takes for a group of layers; None where layers run one at a time.
+    """Bytes that ``backward`` takes for the weights as it reads them and for a group of layers; None: one at a time.
 
     Only shape, dtype and device of x and of the hidden weights are read; ``segment`` is at least 1.
     """
@@ -274,7 +319,8 @@ def workspace(family: Family, x: Tensor, weight: Tensor, offset: bool, segment: 
         return states * state.numel() + max(backward, scratch("recompute", triton.cdiv(count, segment)))
 
     top = (layers - 1) % step + 1  # the first group has the very last state too
-    return max(group(top, top + 1), group(step, step) if layers > step else 0) * x.element_size()
+    most = max(group(top, top + 1), group(step, step) if layers > step else 0)
+    return (most + math.prod(packed_shape(family, "backward", x, weight, offset) or (0,))) * x.element_size()
 
 
 def backward(

@@ -1,8 +1,9 @@
 """Device functions shared by the Triton kernels of both chains, and the one place that launches a kernel.
 
-A hidden state is a tuple of tensors, so that one kernel text serves two layouts. ``ROWS`` = 1: an entry is a unit,
+A hidden state is a tuple of tensors, so that one kernel text serves three layouts. ``ROWS`` = 1: an entry is a unit,
 shape (BLOCK,), one sample a lane, weights are scalars (no lane ever talks to another). ``ROWS`` = 16: an entry is a
-tile of 16 units, shape (16, BLOCK), weights are tiles of ``tl.dot``. Matrices in memory are (n, B), batch last.
+tile of 16 units, shape (16, BLOCK), weights are tiles of ``tl.dot``. ``ROWS`` = 8: an entry is a register of a tensor
+core's accumulator, shape (2 BLOCK,). Matrices in memory are (n, B), batch last.
 """
 
 # ruff: noqa: RUF005 (the kernel language has no starred tuples)
@@ -25,10 +26,13 @@ from narrowdeep.ops.triton_dispatch import KernelError
 
 RENORMALISE_PERIOD = tl.constexpr(_RENORMALISE_PERIOD)
 
-_INTERPRETED = knobs.runtime.interpret
+INTERPRETED = knobs.runtime.interpret
 
 _PREFETCH_BYTES = 64 << 10
 """Weights of RENORMALISE_PERIOD layers are asked for ahead if they fit the first-level cache beside the states."""
+
+FRAGMENT = tl.constexpr(8)
+"""ROWS of the layout that tensor cores take and give (``triton_fragments.py``): two units of two samples a lane."""
 
 TILE = 16
 """Units a tile of the ``tl.dot`` layout holds: the least ``tl.dot`` takes."""
@@ -46,7 +50,7 @@ _autotune = False
 
 @dataclass(frozen=True)
 class Block:
-    """Samples of a program, its warps, and the registers a thread may have.
+    """Samples of a program, its warps, the registers a thread may have.
 
     Without a limit ptxas takes fewer than a chain needs so that more programs fit a multiprocessor, and spills.
     """
@@ -54,6 +58,10 @@ class Block:
     samples: int
     warps: int
     registers: int | None = None
+    ahead: int = 0
+    """Layers whose records (``triton_packed.py``) are loaded before they are used."""
+    fragments: bool = False
+    """States in the layout of tensor cores (ROWS = FRAGMENT)."""
 
 
 def autotune(enabled: bool = True) -> None:
@@ -84,7 +92,7 @@ def scratch_bytes(device: torch.device) -> int:
 def prefetched(weight: Tensor) -> bool:
     """Whether hidden weights (layers, n, n, ...) are asked for ahead. The interpreter knows no inline assembly."""
     layer = math.prod(weight.shape[1:]) * weight.element_size()
-    return not _INTERPRETED and layer * _RENORMALISE_PERIOD <= _PREFETCH_BYTES
+    return not INTERPRETED and layer * _RENORMALISE_PERIOD <= _PREFETCH_BYTES
 
 
 def empty(like: Tensor, *shape: int) -> Tensor:
@@ -149,10 +157,43 @@ def unit_index(i: tl.constexpr, ROWS: tl.constexpr):
     return i * ROWS + tl.arange(0, ROWS)[:, None]
 
 
+@triton.constexpr_function
+def entry_count(width, rows):
+    """Entries of a state."""
+    return 4 * ((width + 7) // 8) if rows == 8 else (width + rows - 1) // rows
+
+
+@triton.constexpr_function
+def may_hold(i, unit, rows):
+    """Whether an entry, ROWS > 1, has the unit in any lane."""
+    return i // 4 == unit // 8 and i % 2 == unit % 2 if rows == 8 else i == unit // rows
+
+
 @triton.jit
-def skip(i: tl.constexpr, MIDDLE: tl.constexpr, ROWS: tl.constexpr):
+def fragment_unit(i: tl.constexpr, LANES: tl.constexpr):
+    """Unit numbers of entry i, ROWS = FRAGMENT."""
+    return i // 4 * 8 + i % 2 + 2 * (tl.arange(0, LANES) % 4)
+
+
+@triton.jit
+def fragment_place(column, batch, i: tl.constexpr, WIDTH: tl.constexpr):
+    """(where entry i is in a (n, B) matrix, which of its lanes are inside), ROWS = FRAGMENT."""
+    unit = fragment_unit(i, column.shape[0])
+    sample = column + i % 4 // 2 * 8
+    inside = sample < batch
+    if i // 4 * 8 + 8 > WIDTH:
+        inside = inside & (unit < WIDTH)
+    return unit * batch + sample, inside
+
+
+@triton.jit
+def skip(i: tl.constexpr, MIDDLE: tl.constexpr, ROWS: tl.constexpr, entry):
     """Where the diagonal of E is 1 in entry i: everywhere but at the middle unit."""
-    return unit_index(i, ROWS) != MIDDLE
+    if ROWS == FRAGMENT:
+        unit = fragment_unit(i, entry.shape[0])
+    else:
+        unit = unit_index(i, ROWS)
+    return unit != MIDDLE
 
 
 @triton.jit
@@ -160,6 +201,9 @@ def read_entry(ptr, column, batch, i: tl.constexpr, WIDTH: tl.constexpr, ROWS: t
     """Entry i of the (n, B) matrix at ptr; 0 outside."""
     if ROWS == 1:
         entry = tl.load(ptr + i * batch + column, mask=column < batch, other=0.0)
+    elif ROWS == FRAGMENT:
+        place, inside = fragment_place(column, batch, i, WIDTH)
+        entry = tl.load(ptr + place, mask=inside, other=0.0)
     else:
         unit = unit_index(i, ROWS)
         inside = (unit < WIDTH) & (column[None, :] < batch)
@@ -171,7 +215,7 @@ def read_entry(ptr, column, batch, i: tl.constexpr, WIDTH: tl.constexpr, ROWS: t
 def read_state(ptr, column, batch, WIDTH: tl.constexpr, ROWS: tl.constexpr):
     """Entries of the (n, B) matrix at ptr."""
     state = ()
-    for i in tl.static_range((WIDTH + ROWS - 1) // ROWS):
+    for i in tl.static_range(entry_count(WIDTH, ROWS)):
         state = state + (read_entry(ptr, column, batch, i, WIDTH, ROWS),)
     return state
 
@@ -184,7 +228,7 @@ def enter(base_ptr, hi_ptr, column, batch, MIDDLE: tl.constexpr, WIDTH: tl.const
     """
     total = ()
     hi = ()
-    for i in tl.static_range((WIDTH + ROWS - 1) // ROWS):
+    for i in tl.static_range(entry_count(WIDTH, ROWS)):
         entry = read_entry(hi_ptr, column, batch, i, WIDTH, ROWS)
         total = total + (read_entry(base_ptr, column, batch, i, WIDTH, ROWS) + entry,)
         if ROWS == 1 and i == MIDDLE:
@@ -196,9 +240,12 @@ def enter(base_ptr, hi_ptr, column, batch, MIDDLE: tl.constexpr, WIDTH: tl.const
 @triton.jit
 def write_state(ptr, state, column, batch, WIDTH: tl.constexpr, ROWS: tl.constexpr):
     """The way back from ``read_state``."""
-    for i in tl.static_range((WIDTH + ROWS - 1) // ROWS):
+    for i in tl.static_range(entry_count(WIDTH, ROWS)):
         if ROWS == 1:
             tl.store(ptr + i * batch + column, state[i], mask=column < batch)
+        elif ROWS == FRAGMENT:
+            place, inside = fragment_place(column, batch, i, WIDTH)
+            tl.store(ptr + place, state[i], mask=inside)
         else:
             unit = unit_index(i, ROWS)
             tl.store(ptr + unit * batch + column[None, :], state[i], mask=(unit < WIDTH) & (column[None, :] < batch))
@@ -279,8 +326,8 @@ def add_skip(z, lo, MIDDLE: tl.constexpr, COUNT: tl.constexpr, ROWS: tl.constexp
         if ROWS == 1:
             if i != MIDDLE:
                 entry = lo[i] + entry
-        elif i == MIDDLE // ROWS:
-            entry = tl.where(skip(i, MIDDLE, ROWS), lo[i] + entry, entry)
+        elif may_hold(i, MIDDLE, ROWS):
+            entry = tl.where(skip(i, MIDDLE, ROWS, entry), lo[i] + entry, entry)
         else:
             entry = lo[i] + entry
         result = result + (entry,)
@@ -326,7 +373,7 @@ def renormalise(
     new_total = ()
     new_hi = ()
     new_lo = ()
-    for i in tl.static_range((WIDTH + ROWS - 1) // ROWS):
+    for i in tl.static_range(entry_count(WIDTH, ROWS)):
         moved, rest = two_sum(hi[i], lo[i])
         dead = total[i] + lo[i] == 0.0
         moved = tl.where(dead, -base[i], moved)
@@ -337,10 +384,11 @@ def renormalise(
                 moved = hi[i]
                 rest = lo[i]
                 whole = total[i]
-        elif i == MIDDLE // ROWS:
-            moved = tl.where(skip(i, MIDDLE, ROWS), moved, hi[i])
-            rest = tl.where(skip(i, MIDDLE, ROWS), rest, lo[i])
-            whole = tl.where(skip(i, MIDDLE, ROWS), whole, total[i])
+        elif may_hold(i, MIDDLE, ROWS):
+            kept = skip(i, MIDDLE, ROWS, rest)
+            moved = tl.where(kept, moved, hi[i])
+            rest = tl.where(kept, rest, lo[i])
+            whole = tl.where(kept, whole, total[i])
         new_total = new_total + (whole,)
         new_hi = new_hi + (moved,)
         new_lo = new_lo + (rest,)

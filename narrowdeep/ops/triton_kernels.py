@@ -24,11 +24,13 @@ import triton
 import triton.language as tl
 
 from narrowdeep.ops.triton_common import (
+    FRAGMENT,
     RENORMALISE_PERIOD,
     add_skip,
     add_states,
     clip,
     enter,
+    entry_count,
     leave,
     mask_gradient,
     prefetch,
@@ -38,6 +40,15 @@ from narrowdeep.ops.triton_common import (
     renormalise,
     write_state,
     zeros_like_state,
+)
+from narrowdeep.ops.triton_packed import (
+    is_packed,
+    layer_size,
+    next_record,
+    packed_product,
+    read_ahead,
+    record_bias,
+    spare_layers,
 )
 
 _LOOSE = ["batch", "layers", "segment", "phase", "first", "last", "given", "masked"]
@@ -53,10 +64,15 @@ def lanes(
     HEIGHT: tl.constexpr,
     LENGTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    ROWS: tl.constexpr = 1,
 ):
     """(column of the state matrix of every lane, the program's room in scratch memory as ``affine`` takes it)."""
     if TAP == 0:
-        column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        if ROWS == FRAGMENT:
+            lane = tl.arange(0, 2 * BLOCK)
+            column = tl.program_id(0).to(tl.int64) * BLOCK + lane // 32 * 16 + lane % 32 // 4
+        else:
+            column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         room = (scratch_ptr, column, column)
     else:
         POSITIONS: tl.constexpr = HEIGHT * LENGTH
@@ -143,6 +159,7 @@ def _advance(
     LENGTH: tl.constexpr,
     BLOCK: tl.constexpr,
     STORE: tl.constexpr,
+    AHEAD: tl.constexpr,
     PREFETCH: tl.constexpr,
 ):
     """Take (total, hi, lo) from state start to state stop, with total = base + hi. Layer ``end`` - 1 is the last.
@@ -150,19 +167,28 @@ def _advance(
     STORE: write state s to h_ptr[s] for start <= s < stop.
     """
     OFFSET: tl.constexpr = MIDDLE >= 0
-    COUNT: tl.constexpr = (WIDTH + ROWS - 1) // ROWS
-    LAYER: tl.constexpr = WIDTH * WIDTH * (TAP * TAP if TAP else 1)
+    COUNT: tl.constexpr = entry_count(WIDTH, ROWS)
+    LAYER: tl.constexpr = layer_size(WIDTH, ROWS, TAP)
+    PACKED: tl.constexpr = is_packed(ROWS, TAP)
+    LANES: tl.constexpr = lo[0].shape[0]
+    if PACKED:
+        ahead = read_ahead(weight_ptr + start * LAYER, LAYER, WIDTH, ROWS, True, AHEAD, LANES)
     for chunk in range(start // RENORMALISE_PERIOD, (stop + RENORMALISE_PERIOD - 1) // RENORMALISE_PERIOD):
         low = tl.maximum(chunk * RENORMALISE_PERIOD, start)
         high = tl.minimum(chunk * RENORMALISE_PERIOD + RENORMALISE_PERIOD, stop)
         prefetch(weight_ptr, high * LAYER, end * LAYER, RENORMALISE_PERIOD * LAYER, PREFETCH)
-        prefetch(bias_ptr, high * WIDTH, end * WIDTH, RENORMALISE_PERIOD * WIDTH, PREFETCH)
-        for j in range(low, high):
+        prefetch(bias_ptr, high * WIDTH, end * WIDTH, RENORMALISE_PERIOD * WIDTH, PREFETCH and not PACKED)
+        for j in tl.range(low, high, loop_unroll_factor=2 * AHEAD if AHEAD else 1):
             h = add_states(total, lo, COUNT) if OFFSET else lo
             if STORE:
                 write_state(h_ptr + j * (WIDTH * batch), h, column, batch, WIDTH, ROWS)
-            bias = read_bias(bias_ptr + j * WIDTH, WIDTH, ROWS)
-            z = affine(weight_ptr + j * LAYER, h, bias, room, j % 2, WIDTH, ROWS, False, TAP, HEIGHT, LENGTH, BLOCK)
+            if PACKED:
+                weight = weight_ptr + (j + AHEAD) * LAYER
+                record, ahead = next_record(ahead, weight, WIDTH, ROWS, True, AHEAD, LANES)
+                z = packed_product(record, h, record_bias(record, WIDTH, ROWS), WIDTH, ROWS, False)
+            else:
+                bias = read_bias(bias_ptr + j * WIDTH, WIDTH, ROWS)
+                z = affine(weight_ptr + j * LAYER, h, bias, room, j % 2, WIDTH, ROWS, False, TAP, HEIGHT, LENGTH, BLOCK)
             if OFFSET:
                 z = add_skip(z, lo, MIDDLE, COUNT, ROWS)
             lo = clip(z, total, OFFSET, COUNT)
@@ -195,6 +221,7 @@ def chain_forward(
     LENGTH: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGNED: tl.constexpr,
+    AHEAD: tl.constexpr,
     PREFETCH: tl.constexpr,
 ):
     """The state (base, hi, lo), each (n, B), to ``final`` after all layers, (3, n, B). In plain form lo and (1, n, B).
@@ -203,18 +230,18 @@ def chain_forward(
     MIDDLE is the number of the middle unit in offset form, -1 in plain form.
     """
     OFFSET: tl.constexpr = MIDDLE >= 0
-    COUNT: tl.constexpr = (WIDTH + ROWS - 1) // ROWS
-    LAYER: tl.constexpr = WIDTH * WIDTH * (TAP * TAP if TAP else 1)
+    COUNT: tl.constexpr = entry_count(WIDTH, ROWS)
+    LAYER: tl.constexpr = layer_size(WIDTH, ROWS, TAP)
     batch = batch.to(tl.int64)
     phase = phase.to(tl.int64)
     end = layers.to(tl.int64) + phase
     segment = segment.to(tl.int64)
     if ALIGNED:
         batch = tl.multiple_of(batch, 4)
-    column, room = lanes(scratch_ptr, batch, WIDTH, TAP, HEIGHT, LENGTH, BLOCK)
+    column, room = lanes(scratch_ptr, batch, WIDTH, TAP, HEIGHT, LENGTH, BLOCK, ROWS)
     batch *= HEIGHT * LENGTH
     matrix = WIDTH * batch
-    weight_ptr -= phase * LAYER
+    weight_ptr += (spare_layers(ROWS, TAP) - phase) * LAYER
     bias_ptr -= phase * WIDTH
     prefetch(weight_ptr, phase * LAYER, end * LAYER, RENORMALISE_PERIOD * LAYER, PREFETCH)
     prefetch(bias_ptr, phase * WIDTH, end * WIDTH, RENORMALISE_PERIOD * WIDTH, PREFETCH)
@@ -236,7 +263,7 @@ def chain_forward(
             saved_ptr += matrix
         total, hi, lo = _advance(
             total, hi, lo, base_ptr, weight_ptr, bias_ptr, saved_ptr, start, stop, end, column, batch, room,
-            MIDDLE, WIDTH, ROWS, TAP, HEIGHT, LENGTH, BLOCK, SAVE == 1, PREFETCH,
+            MIDDLE, WIDTH, ROWS, TAP, HEIGHT, LENGTH, BLOCK, SAVE == 1, AHEAD, PREFETCH,
         )  # fmt: skip
     if SAVE == 1:
         h = add_states(total, lo, COUNT) if OFFSET else lo
@@ -267,6 +294,7 @@ def chain_recompute(
     LENGTH: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGNED: tl.constexpr,
+    AHEAD: tl.constexpr,
     PREFETCH: tl.constexpr,
 ):
     """Program (block, i): the states of segment first + i from the one at its start, and the very last state.
@@ -275,8 +303,8 @@ def chain_recompute(
     such a row at ``given_ptr`` and the others from row s - 1. ``h``, (states, n, B), begins with state first * segment.
     """
     OFFSET: tl.constexpr = MIDDLE >= 0
-    COUNT: tl.constexpr = (WIDTH + ROWS - 1) // ROWS
-    LAYER: tl.constexpr = WIDTH * WIDTH * (TAP * TAP if TAP else 1)
+    COUNT: tl.constexpr = entry_count(WIDTH, ROWS)
+    LAYER: tl.constexpr = layer_size(WIDTH, ROWS, TAP)
     WORDS: tl.constexpr = 2 if OFFSET else 1
     batch = batch.to(tl.int64)
     phase = phase.to(tl.int64)
@@ -285,14 +313,14 @@ def chain_recompute(
     first = first.to(tl.int64)
     if ALIGNED:
         batch = tl.multiple_of(batch, 4)
-    column, room = lanes(scratch_ptr, batch, WIDTH, TAP, HEIGHT, LENGTH, BLOCK)
+    column, room = lanes(scratch_ptr, batch, WIDTH, TAP, HEIGHT, LENGTH, BLOCK, ROWS)
     batch *= HEIGHT * LENGTH
     matrix = WIDTH * batch
     number = first + tl.program_id(1)
     start = phase + number * segment
     stop = tl.minimum(start + segment, end)
     h_ptr -= (phase + first * segment) * matrix
-    weight_ptr -= phase * LAYER
+    weight_ptr += (spare_layers(ROWS, TAP) - phase) * LAYER
     bias_ptr -= phase * WIDTH
     prefetch(weight_ptr, start * LAYER, end * LAYER, RENORMALISE_PERIOD * LAYER, PREFETCH)
     row_ptr = saved_ptr + (number - given) * (WORDS * matrix)
@@ -306,7 +334,7 @@ def chain_recompute(
         hi = lo
     total, hi, lo = _advance(
         total, hi, lo, base_ptr, weight_ptr, bias_ptr, h_ptr, start, stop, end, column, batch, room,
-        MIDDLE, WIDTH, ROWS, TAP, HEIGHT, LENGTH, BLOCK, True, PREFETCH,
+        MIDDLE, WIDTH, ROWS, TAP, HEIGHT, LENGTH, BLOCK, True, AHEAD, PREFETCH,
     )  # fmt: skip
     if stop == end:
         h = add_states(total, lo, COUNT) if OFFSET else lo
@@ -338,6 +366,7 @@ def chain_backward(
     LENGTH: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGNED: tl.constexpr,
+    AHEAD: tl.constexpr,
     PREFETCH: tl.constexpr,
 ):
     """Layers last-1 down to first. STORE: G of states first+1 .. last to ``g``, (last - first, n, B).
@@ -347,8 +376,9 @@ def chain_backward(
     state first.
     """
     OFFSET: tl.constexpr = MIDDLE >= 0
-    COUNT: tl.constexpr = (WIDTH + ROWS - 1) // ROWS
-    LAYER: tl.constexpr = WIDTH * WIDTH * (TAP * TAP if TAP else 1)
+    COUNT: tl.constexpr = entry_count(WIDTH, ROWS)
+    LAYER: tl.constexpr = layer_size(WIDTH, ROWS, TAP)
+    PACKED: tl.constexpr = is_packed(ROWS, TAP)
     batch = batch.to(tl.int64)
     phase = phase.to(tl.int64)
     end = layers.to(tl.int64) + phase
@@ -356,14 +386,14 @@ def chain_backward(
     last = last.to(tl.int64) + phase
     if ALIGNED:
         batch = tl.multiple_of(batch, 4)
-    column, room = lanes(scratch_ptr, batch, WIDTH, TAP, HEIGHT, LENGTH, BLOCK)
+    column, room = lanes(scratch_ptr, batch, WIDTH, TAP, HEIGHT, LENGTH, BLOCK, ROWS)
     batch *= HEIGHT * LENGTH
     matrix = WIDTH * batch
     h_ptr -= first * matrix
     g_ptr -= (first + 1) * matrix
-    weight_ptr -= phase * LAYER
-    ahead = tl.maximum(last - RENORMALISE_PERIOD, phase) * LAYER
-    prefetch(weight_ptr, ahead, end * LAYER, RENORMALISE_PERIOD * LAYER, PREFETCH)
+    weight_ptr += (spare_layers(ROWS, TAP) - phase) * LAYER
+    below = tl.maximum(last - RENORMALISE_PERIOD, phase) * LAYER
+    prefetch(weight_ptr, below, end * LAYER, RENORMALISE_PERIOD * LAYER, PREFETCH)
     lo = read_state(lo_ptr, column, batch, WIDTH, ROWS)
     if OFFSET:
         total, hi = enter(base_ptr, hi_ptr, column, batch, MIDDLE, WIDTH, ROWS)
@@ -373,22 +403,34 @@ def chain_backward(
     if masked == 0:
         h = read_state(h_ptr + last * matrix, column, batch, WIDTH, ROWS)
         lo = mask_gradient(h, lo, total, OFFSET, COUNT)
+    LANES: tl.constexpr = lo[0].shape[0]
+    if PACKED:
+        ahead = read_ahead(weight_ptr + (last - 1) * LAYER, -LAYER, WIDTH, ROWS, False, AHEAD, LANES)
+    if AHEAD > 0:
+        next_h = read_state(h_ptr + (last - 1) * matrix, column, batch, WIDTH, ROWS)
     for down in range(0, last // RENORMALISE_PERIOD - (first + 1) // RENORMALISE_PERIOD + 1):
         chunk = last // RENORMALISE_PERIOD - down
         low = tl.maximum(chunk * RENORMALISE_PERIOD, first + 1)
         high = tl.minimum(chunk * RENORMALISE_PERIOD + RENORMALISE_PERIOD - 1, last)
-        ahead = tl.maximum(low - 1 - RENORMALISE_PERIOD, phase) * LAYER
-        prefetch(weight_ptr, ahead, end * LAYER, RENORMALISE_PERIOD * LAYER, PREFETCH)
-        for i in range(0, high - low + 1):
+        below = tl.maximum(low - 1 - RENORMALISE_PERIOD, phase) * LAYER
+        prefetch(weight_ptr, below, end * LAYER, RENORMALISE_PERIOD * LAYER, PREFETCH)
+        for i in tl.range(0, high - low + 1, loop_unroll_factor=2 * AHEAD if AHEAD else 1):
             s = high - i
             full = add_states(total, lo, COUNT) if OFFSET else lo
             if STORE:
                 write_state(g_ptr + s * matrix, full, column, batch, WIDTH, ROWS)
-            h = read_state(h_ptr + (s - 1) * matrix, column, batch, WIDTH, ROWS)
-            weight = weight_ptr + (s - 1) * LAYER
-            grad = affine(
-                weight, full, zeros_like_state(lo, COUNT), room, s % 2, WIDTH, ROWS, True, TAP, HEIGHT, LENGTH, BLOCK
-            )
+            if AHEAD > 0:
+                h = next_h
+                next_h = read_state(h_ptr + tl.maximum(s - 2, first) * matrix, column, batch, WIDTH, ROWS)
+            else:
+                h = read_state(h_ptr + (s - 1) * matrix, column, batch, WIDTH, ROWS)
+            weight = weight_ptr + (s - 1 - AHEAD) * LAYER
+            zeros = zeros_like_state(lo, COUNT)
+            if PACKED:
+                record, ahead = next_record(ahead, weight, WIDTH, ROWS, False, AHEAD, LANES)
+                grad = packed_product(record, full, zeros, WIDTH, ROWS, True)
+            else:
+                grad = affine(weight, full, zeros, room, s % 2, WIDTH, ROWS, True, TAP, HEIGHT, LENGTH, BLOCK)
             if OFFSET:
                 grad = add_skip(grad, lo, MIDDLE, COUNT, ROWS)
             lo = mask_gradient(h, grad, total, OFFSET, COUNT)

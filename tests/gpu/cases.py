@@ -118,8 +118,11 @@ def check(case: Case, ops: Ops) -> None:
     agree(jvp(*arguments), truth.jvp(*doubled(arguments)), "tangent")
 
 
-def check_spans(case: Case, ops: Ops, cuts: tuple[int, ...]) -> None:
-    """A network cut at the states ``cuts`` gives the bits of the whole: outputs, gradients, tangents."""
+def check_spans(case: Case, ops: Ops, cuts: tuple[int, ...], tangent_bits: bool = True) -> None:
+    """A network cut at the states ``cuts`` gives the bits of the whole: outputs, gradients, tangents.
+
+    Without ``tangent_bits`` tangents agree up to rounding: jvp computes states in another order than forward.
+    """
     forward, backward, jvp = ops
     x, *params = draw_inputs(case)
     settings = (SCALE, case.offset, case.out_features)
@@ -149,7 +152,8 @@ def check_spans(case: Case, ops: Ops, cuts: tuple[int, ...]) -> None:
             assert value.shape == moved.shape == (3 if case.offset else 1, *state)
         checkpoints.append(kept)
     assert torch.equal(value, out)
-    assert torch.equal(moved, tangent)
+    assert_close(moved, tangent, "tangent")
+    assert torch.equal(moved, tangent) or not tangent_bits
     found: list[tuple[Tensor, ...]] = []
     for (low, high), before, kept in reversed(list(zip(bounds, inputs, checkpoints, strict=True))):
         flags = (case.segment, True, True)

@@ -132,7 +132,8 @@ def counted() -> Iterator[Work]:
 @pytest.mark.parametrize("offset", [True, False], ids=["offset", "plain"])
 @pytest.mark.parametrize("image", [(), (2, 2)], ids=["mlp", "cnn"])
 def test_kernels_of_a_span_between_two_states(image: tuple[int, ...], offset: bool) -> None:
-    """A forward is one; a backward recomputes, goes back and sums. Nothing is copied or converted around them."""
+    """A forward is one; a backward recomputes, goes back and sums. The MLP's weights are packed before; nothing else is
+    copied or converted around them."""
     case = Case(1, 1, 22, 4, offset, torch.float32, 5, image=image)
     _, *params = draw_inputs(case)
     hidden: list[Any] = [None, None, *params[2:4], None, None]
@@ -140,12 +141,13 @@ def test_kernels_of_a_span_between_two_states(image: tuple[int, ...], offset: bo
     forward, backward, jvp = _CNN if image else _MLP
     settings = (10.0, offset, 1, 40)
     zeros = ["new_zeros"] if image else []  # a convolution's border
+    packed = [] if image else ["pack"]
     with counted() as work:
         out, saved = forward(state, *hidden, *settings, 5)
-    assert work.kernels == [*zeros, "chain_forward"]
+    assert work.kernels == [*packed, *zeros, "chain_forward"]
     with counted() as work:
         backward(out, state, *hidden, saved, *settings, 5, True, True)
-    assert work.kernels == [*zeros, "chain_recompute", *zeros, "chain_backward", "weight_gradient"]
+    assert work.kernels == [*packed, *zeros, "chain_recompute", *zeros, "chain_backward", "weight_gradient"]
     with counted() as work:
         jvp(state, *hidden, state, None, None, *params[2:4], None, None, *settings)
     assert work.kernels == [*zeros, "chain_jvp"]
@@ -188,7 +190,7 @@ def test_weights_are_asked_for_ahead_where_they_fit(width: int, dtype: str, ahea
 @pytest.mark.parametrize("segment", [1, 2, 3])
 @pytest.mark.parametrize("image", [(), (3, 2)])
 def test_workspace_is_what_a_backward_allocates(image: tuple[int, ...], segment: int) -> None:
-    """Where most is needed: h and g of a group of layers, and a convolution's padded states."""
+    """Where most is needed: h and g of a group of layers, an MLP's packed weights, a convolution's padded states."""
     case = Case(1, 1, 9, 5, True, torch.float64, segment, image=image)
     inputs: Any = draw_inputs(case)
     x, params = inputs[0], inputs[1:]
@@ -198,8 +200,9 @@ def test_workspace_is_what_a_backward_allocates(image: tuple[int, ...], segment:
     def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **_: Any) -> None:
         nonlocal most
         tensors = dict(zip(kernel.arg_names, args, strict=False))
-        held = [tensors[name] for name in ("h_ptr", "g_ptr") if name in tensors]
-        held = [t for t in held if t.untyped_storage().data_ptr() != saved.untyped_storage().data_ptr()]
+        given = [t.untyped_storage().data_ptr() for t in (saved, *params)]
+        held = [tensors[name] for name in ("h_ptr", "g_ptr", "weight_ptr") if name in tensors]
+        held = [t for t in held if t.untyped_storage().data_ptr() not in given]
         padded = [tensors["scratch_ptr"]] if image else []
         if kernel.fn.__name__ in ("chain_recompute", "chain_backward"):
             most = max(most, sum(t.numel() * t.element_size() for t in [*held, *padded]))

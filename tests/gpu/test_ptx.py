@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -12,12 +13,25 @@ import torch
 
 pytest.importorskip("triton", reason="needs Triton")
 
-from narrowdeep.ops import triton_chain
+from narrowdeep.ops import triton_chain, triton_common
 from narrowdeep.ops.cnn import triton as cnn
 from narrowdeep.ops.gram import triton as gram
 from narrowdeep.ops.mlp import triton as mlp
 from narrowdeep.ops.triton_common import Block
-from tests.gpu.cases import Case, GramCase, check, check_gram, check_spans, check_state
+from tests.gpu.cases import (
+    MLP_TRUTH,
+    NAMES,
+    SCALE,
+    Case,
+    GramCase,
+    check,
+    check_gram,
+    check_spans,
+    check_state,
+    doubled,
+    draw,
+    draw_inputs,
+)
 from tests.gpu.interpreted import CNN, MLP
 from tests.gpu.simulator import Simulator, load
 
@@ -27,6 +41,9 @@ CASES = [
     Case(1, 1, 37, 36, False, F64, 1),  # a batch that divides by 4: vector loads
     Case(2, 3, 36, 5, True, F64, 7),
     Case(2, 2, 4, 33, False, F32, 0),
+    Case(1, 3, 37, 19, True, F32, 5),  # tensor cores: one tile of 8 units, not all taken; a ragged block
+    Case(5, 2, 36, 16, True, F32, 1),
+    Case(10, 5, 35, 5, True, F32, 0),  # 2 x 2 tiles
     Case(10, 7, 4, 17, True, F32, 2),  # tiles of 16 units: 2 x 2
     Case(10, 7, 4, 17, True, F64, 1),
     Case(2, 1, 4, 5, False, F32, 1, width=17),
@@ -100,6 +117,7 @@ def test_more_shapes(case: Case, target: int) -> None:
         (Case(1, 1, 37, 3, False, F64, 1), (17,)),
         (Case(1, 1, 37, 3, True, F64, 1), (1, 33)),
         (Case(2, 1, 12, 5, True, F32, 0), (5,)),
+        (Case(6, 3, 36, 5, True, F32, 3), (6, 32)),  # tensor cores
         (Case(10, 7, 6, 5, True, F32, 2), (1, 3)),  # tiles
         (Case(1, 1, 36, 2, True, F32, 4, image=(2, 3)), (10, 33)),
         (Case(1, 1, 8, 2, False, F64, 1, image=(2, 3)), (3, 4)),
@@ -109,7 +127,9 @@ def test_more_shapes(case: Case, target: int) -> None:
 def test_spans(case: Case, cuts: tuple[int, ...]) -> None:
     simulator = Simulator(90)
     with simulated(simulator):
-        check_spans(case, CNN if case.image else MLP, cuts)
+        x = torch.empty(case.batch, 1, dtype=case.dtype)
+        tensor_cores = not case.image and mlp.fragments("forward", x, case.hidden, case.offset)
+        check_spans(case, CNN if case.image else MLP, cuts, tangent_bits=not tensor_cores)
     spans = 1 + len(cuts)
     assert simulator.launches.count("chain_forward") == (1 + spans) * (2 if case.segment == 0 else 1)
     assert simulator.launches.count("chain_backward") == 1 + spans
@@ -130,14 +150,45 @@ def test_a_state_from_anywhere(inputs: int, image: tuple[int, ...], start: int, 
     [
         Case(1, 1, 35, 5, True, F32, 2),
         Case(10, 6, 3, 3, True, F64, 2),
+        Case(6, 3, 35, 33, True, F32, 2),
         Case(1, 1, 4, 3, True, F32, 2, image=(3, 5)),
         Case(1, 1, 3, 2, False, F64, 1, image=(7, 5)),
     ],
     ids=str,
 )
 def test_random_warp_order(case: Case, seed: int) -> None:
-    samples = 4 if case.image else 64
-    run(case, Simulator(80, mode="warp", seed=seed), choose_block=lambda *args: args[-1](Block(samples, 2)))
+    def start(key: Any, options: list[Block], samples: int, device: Any, start: Any) -> None:
+        size = 4 if case.image else 32 if options[0].fragments else 64
+        start(replace(options[0], samples=size, warps=2))
+
+    run(case, Simulator(80, mode="warp", seed=seed), choose_block=start)
+
+
+@pytest.mark.parametrize("target", [80, 90])
+@pytest.mark.parametrize(
+    "case",
+    [Case(3, 2, 200, 20, True, F32, 9), Case(5, 2, 200, 20, True, F32, 9), Case(10, 5, 70, 20, True, F32, 0)],
+    ids=str,
+)
+def test_tensor_cores_are_as_accurate_as_float32(case: Case, target: int) -> None:
+    """Against float64, no result is more than twice as far off as the reference in float32."""
+    inputs, settings = draw_inputs(case), (SCALE, case.offset, case.out_features, 0)
+    grad = draw(case.batch, case.out_features, dtype=F32, seed=8)
+
+    def results(forward: Any, backward: Any, cast: Any) -> list[Any]:
+        out, saved = forward(*cast(inputs), *settings, case.segment)
+        return [out, *backward(*cast((grad, *inputs)), saved, *settings, case.segment, True, True)]
+
+    simulator = Simulator(target)
+    with simulated(simulator), mock.patch.object(triton_common, "capability", return_value=target):
+        actual = results(MLP[0], MLP[1], tuple)
+    assert simulator.launches.count("pack") == (3 if case.segment == 0 else 2)
+    truth = results(MLP_TRUTH.forward, MLP_TRUTH.backward, doubled)
+    reference = results(MLP_TRUTH.forward, MLP_TRUTH.backward, tuple)
+    for name, a, r, t in zip(("out", *NAMES), actual, reference, truth, strict=True):
+        scale = t.abs().max()
+        error, other = ((value.double() - t).abs().max() / scale for value in (a, r))
+        assert error <= 2 * other + 2e-7, f"{name}: {error:.1e}, in float32 {other:.1e}"
 
 
 GRAMS = [
@@ -183,8 +234,8 @@ def test_blocks_for_large_batches(dtype: torch.dtype) -> None:
     """Several samples a lane, groups of segments in several launches, weight gradients in several parts."""
     weight = torch.empty(7, 3, 3, dtype=dtype)
     largest = mlp.blocks("backward", weight[0], weight, True)[0]
-    assert largest.samples >= 512
-    case = Case(1, 1, 9, largest.samples + 4, True, dtype, 2)
+    assert largest.samples >= 2 * 32 * largest.warps
+    case = Case(1, 1, 9, 2 * 512 + 4 if largest.samples < 512 else largest.samples + 4, True, dtype, 2)
     simulator = Simulator(90)
     group = 2 * 2 * 2 * 3 * case.batch * dtype.itemsize  # bytes of h and g of two segments of two states
     run(case, simulator, choose_block=lambda *args: args[-1](args[1][0]), scratch_bytes=lambda device: group)

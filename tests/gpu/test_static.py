@@ -16,7 +16,8 @@ import torch
 
 pytest.importorskip("triton", reason="needs Triton")
 
-from benchmarks.gpu.static_figures import TABLE, Entry, entries, key, measure_all
+from benchmarks.gpu import modelled, static_figures
+from benchmarks.gpu.static_figures import TABLE, Entry, Figures, entries, key, measure_all
 from narrowdeep.ops import triton_common
 from narrowdeep.ops.mlp import triton as mlp
 
@@ -67,8 +68,10 @@ SAMPLE = list({(e.family, e.kernel, e.dtype, e.offset, e.target): e for e in rev
 
 
 def differing(table: dict[str, Any], wanted: list[Entry]) -> dict[str, Any]:
-    """Figures of those that compile to something else than the table says."""
+    """Figures of those that compile to something else than the table says; cycles where the model is installed."""
     measured = {str(entry): asdict(figures) for entry, figures in measure_all(wanted)}
+    if modelled.tool() is None:
+        measured = {name: figures | {"modelled": table[name]["modelled"]} for name, figures in measured.items()}
     return {name: figures for name, figures in measured.items() if figures != table[name]}
 
 
@@ -95,6 +98,58 @@ def test_a_key_tells_sources_constants_and_blocks_apart() -> None:
 def test_sample_compiles_to_its_figures(table: dict[str, Any]) -> None:
     required = [entry for entry in ENTRIES if str(entry) in REQUIRED]
     assert differing(table, list(dict.fromkeys([*SAMPLE, *required]))) == {}
+
+
+def test_every_block_of_sm_90_has_modelled_cycles(any_table: dict[str, Any]) -> None:
+    for entry in ENTRIES:
+        found = any_table[str(entry)]["modelled"]
+        blocks = [block for block, _ in static_figures._kernel(entry)[1]]
+        expected = {f"{b.samples}/{b.warps}" for b in blocks} if static_figures._is_modelled(entry) else set()
+        assert set(found) == expected, str(entry)
+        for row in found.values():
+            assert row["stall"] <= 1.02 * row["cycles"]["1"] + 1, f"{entry}: less than its instructions need"
+            assert row["wavefronts"] <= row["cycles"]["1"] + 1, str(entry)
+
+
+def _row(cycles: float, cycles_l2: float, block: str = "32/1") -> dict[str, Any]:
+    return {block: {"cycles": {"1": cycles}, "cycles_l2": {"1": cycles_l2}}}
+
+
+def test_worse_is_over_five_per_cent() -> None:
+    old = _row(100.0, 200.0)
+    assert modelled.worse(old, _row(104.9, 209.9)) == []
+    assert len(modelled.worse(old, _row(105.1, 200.0))) == 2  # this block, and the best of all
+    assert len(modelled.worse(old, _row(50.0, 211.0))) == 2
+    assert modelled.worse(old, old | _row(900.0, 900.0, "64/1")) == []  # another, slower block to choose from
+    assert len(modelled.worse(old, _row(220.0, 400.0, "64/1"))) == 1  # no block of before is left
+    assert modelled.worse({}, old) == modelled.worse(old, {}) == []
+
+
+@pytest.mark.parametrize("flags", [[], ["--slower"]])
+def test_cycles_are_not_raised_unless_told_to(flags: list[str], tmp_path: Any) -> None:
+    """The row stays as it was, and so out of date, which fails above."""
+    entry = Entry("mlp", "forward", F32, True, 4, 90)
+    common: dict[str, Any] = {
+        "samples": 32,
+        "warps": 1,
+        "registers": 1,
+        "spills": 0,
+        "shared": 0,
+        "loop": 1,
+        "fma": 0.0,
+        "mix": {},
+    }
+    old, new = (Figures(k, **common, modelled=_row(c, 1.0)) for k, c in (("old", 100.0), ("new", 106.0)))
+    table = tmp_path / "table.json"
+    table.write_text(json.dumps({VERSION: {str(entry): asdict(old)}}))
+    stand_ins = {"TABLE": table, "entries": lambda: [entry], "measure_all": lambda wanted: [(e, new) for e in wanted]}
+    with (
+        mock.patch.multiple(static_figures, **stand_ins),
+        mock.patch("sys.argv", ["static_figures", *flags]),
+        pytest.raises(SystemExit, match=r"100\.0 -> 106\.0"),
+    ):
+        static_figures.main()
+    assert json.loads(table.read_text())[VERSION][str(entry)]["key"] == ("new" if flags else "old")
 
 
 @pytest.mark.slow

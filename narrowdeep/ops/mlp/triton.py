@@ -80,28 +80,31 @@ _WIDEST_TURING = 32
 """The same on sm_75, which cannot copy to shared memory past the registers."""
 
 _SAMPLES = {
-    # kernel, dtype, offset: samples a lane at widths up to 4, 8, 16. The most that needs no spill (docs/gpu.md): a
-    # scalar load of a weight then serves that many multiply-adds.
-    ("forward", torch.float32, False): (8, 4, 4),
-    ("forward", torch.float32, True): (8, 4, 2),
+    # kernel, dtype, offset: samples a lane at widths up to 4, 8, 16. The most that needs no spill (docs/gpu.md), since
+    # a load of weights then serves that many multiply-adds; at width 4 no more than pay beside records read ahead.
+    ("forward", torch.float32, False): (4, 4, 4),
+    ("forward", torch.float32, True): (4, 4, 2),
     ("forward", torch.float64, False): (4, 4, 2),
     ("forward", torch.float64, True): (4, 2, 1),
-    ("recompute", torch.float32, False): (8, 4, 4),
-    ("recompute", torch.float32, True): (8, 4, 2),
+    ("recompute", torch.float32, False): (4, 4, 4),
+    ("recompute", torch.float32, True): (4, 4, 2),
     ("recompute", torch.float64, False): (4, 4, 2),
     ("recompute", torch.float64, True): (4, 2, 1),
-    ("backward", torch.float32, False): (8, 4, 4),
-    ("backward", torch.float32, True): (8, 4, 2),
+    ("backward", torch.float32, False): (4, 4, 4),
+    ("backward", torch.float32, True): (4, 4, 2),
     ("backward", torch.float64, False): (4, 4, 2),
-    ("backward", torch.float64, True): (4, 2, 1),
+    ("backward", torch.float64, True): (2, 2, 1),
     ("jvp", torch.float32, False): (4, 2),
     ("jvp", torch.float32, True): (4, 2),
     ("jvp", torch.float64, False): (4, 2),
     ("jvp", torch.float64, True): (2, 1),
 }
 
-_SAMPLES_BLACKWELL = {("backward", torch.float32, True): (8, 4, 1)}
+_SAMPLES_BLACKWELL = {("backward", torch.float32, True): (4, 4, 1)}
 """The same where sm_100 needs fewer: two samples a lane spill 16 bytes at width 16."""
+
+_AHEAD = {torch.float32: 2, torch.float64: 1}
+"""Layers that records are read ahead up to width 4; wider ones would take the registers of the states."""
 
 _SPLIT = 4096
 """Samples that a program of ``weight_gradient`` sums: constant, so that the batch alone fixes the order of the sum."""
@@ -120,6 +123,16 @@ def supported(kernel: str, x: Tensor, weight: Tensor) -> bool:
     return 0 < width <= most and layers > 0 and x.shape[0] > 0
 
 
+def fragments(kernel: str, x: Tensor, width: int, offset: bool) -> bool:
+    """Whether tensor cores take the products: float32 from width 5 on, in offset form.
+
+    There a product is a small part of a state. In plain form it is all of it, and what tensor cores cut off in every
+    layer where others round would add up. The interpreter has no tensor cores, nor sm_75 such that take float32.
+    """
+    able = triton_common.capability(x.device) >= 80 and not triton_common.INTERPRETED
+    return offset and 4 < width <= 16 and x.dtype == torch.float32 and kernel in triton_chain.PACKED and able
+
+
 def blocks(kernel: str, x: Tensor, weight: Tensor, offset: bool) -> list[Block]:
     """Blocks of samples to choose from, the one with the best instruction mix first (4 warps share cached weights)."""
     width = weight.shape[1]
@@ -128,11 +141,17 @@ def blocks(kernel: str, x: Tensor, weight: Tensor, offset: bool) -> list[Block]:
         if kernel == "recompute" and width > 64:
             return [Block(16, 8, limit)]  # 32 samples spill 24 bytes on sm_80
         return [Block(32, 4 if width <= 32 and kernel != "jvp" else 8, limit)]
-    table = _SAMPLES | (_SAMPLES_BLACKWELL if triton_common.capability(x.device) >= 100 else {})
+    if fragments(kernel, x, width, offset):
+        many, few = (2, 2) if width <= 8 else (1, 2) if kernel == "forward" else (0, 0)  # more would spill
+        return [Block(64, 4, None, many, True), Block(16, 1, 255, few, True)]
+    blackwell = triton_common.capability(x.device) >= 100
+    table = _SAMPLES | (_SAMPLES_BLACKWELL if blackwell else {})
     most = table[kernel, x.dtype, offset][0 if width <= 4 else 1 if width <= 8 else 2]
     sizes = [most >> i for i in range(4) if most >> i]
-    limit = 255 if kernel == "backward" and x.dtype == torch.float64 else None
-    return [Block(128 * size, 4, limit) for size in sizes] + [Block(32, 1, 255)]
+    spilling = (kernel == "backward" and x.dtype == torch.float64) or (blackwell and width <= 4)
+    limit = 255 if spilling else None
+    ahead = _AHEAD[x.dtype] if width <= 4 else 0
+    return [Block(128 * size, 4, limit, ahead) for size in sizes] + [Block(32, 1, 255, ahead)]
 
 
 def _constants(kernel: str, x: Tensor, weight: Tensor) -> dict[str, Any]:

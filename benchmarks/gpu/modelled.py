@@ -1,0 +1,106 @@
+"""Cycles of a compiled kernel's hot loop, by a model of the machine that executes the binary's own scheduling codes.
+
+The model is a tool outside this repository, found through the environment variable NARROWDEEP_SASSTIME (its folder). It
+knows no device memory, no instruction cache and no clock, and nothing has calibrated it: its figures compare variants
+and keep them from getting worse.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TARGET = 90
+"""The one architecture whose binaries are modelled."""
+
+MULTIPROCESSOR = {"registers": 65_536, "threads": 2_048, "shared": 227 << 10}
+"""What the programs on one share (H100)."""
+
+PROGRAMS = (1, 2, 4, 8)
+"""At once on a multiprocessor."""
+
+L2_LATENCY = 200
+"""Cycles of the first touch of a sector, and of whatever another kernel wrote."""
+
+WORSE = 1.05
+
+
+@dataclass(frozen=True)
+class Modelled:
+    """Of one layer (an iteration of the hot loop, where that is not the loop over layers), and one warp.
+
+    ``cycles`` and ``cycles_l2``: by programs on a multiprocessor, with weights in the first-level cache, and with
+    weights and states first touched in the second-level cache.
+    """
+
+    registers: int
+    waits: float
+    stall: float
+    wavefronts: float
+    cycles: dict[str, float]
+    cycles_l2: dict[str, float]
+
+
+def tool() -> Any | None:
+    """The model's module, or None where it is not installed."""
+    folder = os.environ.get("NARROWDEEP_SASSTIME")
+    if not folder or not (Path(folder) / "sasstime.py").is_file():
+        return None
+    if folder not in sys.path:
+        sys.path.append(folder)
+    return importlib.import_module("sasstime")
+
+
+def resident(warps: int, registers: int, shared: int) -> int:
+    """Programs that fit a multiprocessor."""
+    limits = [
+        MULTIPROCESSOR["registers"] // (-(-registers // 8) * 8 * 32 * warps),
+        MULTIPROCESSOR["threads"] // (32 * warps),
+    ]
+    if shared:
+        limits.append(MULTIPROCESSOR["shared"] // shared)
+    return max(1, min(limits))
+
+
+def model(cubin: bytes, warps: int, registers: int, shared: int, products: float) -> Modelled | None:
+    """``products``: multiply-add instructions of one layer and warp, 0 where an iteration is what counts."""
+    sasstime = tool()
+    if sasstime is None:
+        return None
+    body = sasstime.hot_loop(cubin)
+    found = sasstime.summary(body)
+    layers = max(1, round(found["multiply-adds"] / products)) if products else 1
+    times: list[dict[str, float]] = []
+    for l2 in (None, L2_LATENCY):
+        times.append({})
+        for programs in PROGRAMS:
+            if programs <= resident(warps, registers, shared):
+                schedulers = min(4, warps * programs)
+                load = {"warps": -(-warps * programs // schedulers), "schedulers": schedulers}
+                cycles = sasstime.cycles(body, l2=l2, predicated=l2, **load) / layers
+                times[-1][str(programs)] = round(cycles, 1)
+    counts = (round(found[name] / layers, 1) for name in ("scoreboard waits", "stall cycles", "load/store wavefronts"))
+    return Modelled(registers, *counts, *times)
+
+
+def worse(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Figures of a row (by block) that take over 5% more cycles than before: each block's, and the best of all."""
+    found = []
+    for kind in ("cycles", "cycles_l2"):
+        for block in old.keys() & new.keys():
+            for programs, cycles in new[block][kind].items():
+                before = old[block][kind].get(programs)
+                if before is not None and cycles > WORSE * before:
+                    found.append(f"{block}, {kind} at {programs}: {before} -> {cycles}")
+        if old and new:
+            before, after = (
+                min(c / (int(p) * int(b.split("/")[0])) for b, row in rows.items() for p, c in row[kind].items())
+                for rows in (old, new)
+            )
+            if after > WORSE * before:
+                found.append(f"{kind} a sample at best: {before:.3f} -> {after:.3f}")
+    return found
