@@ -142,7 +142,9 @@ def _kernel(entry: Entry) -> tuple[Any, list[tuple[Block, dict[str, Any]]]]:
         with mock.patch.object(triton_common, "capability", return_value=entry.target):
             blocks = family.blocks(entry.kernel, x, weight, bool(entry.offset))
             constants = [triton_chain.constants(family, entry.kernel, x, weight, middle, block) for block in blocks]
-        return function, [(block, values | more) for block, values in zip(blocks, constants, strict=True)]
+        for block, values in zip(blocks, constants, strict=True):
+            values |= more | ({} if family is cnn.FAMILY and not block.shuffled else {"scratch_ptr": None})
+        return function, list(zip(blocks, constants, strict=True))
     if entry.kernel == "gram_sums":
         options = {"WEIGHT": True, "BIAS": True, "DIAGONAL": False, "WIDTH": n, "LAYERS": 64, "PAIRS": gram.PAIRS}
         return gram.gram_sums, [(Block(gram.PAIRS, 4), options)]
@@ -151,13 +153,13 @@ def _kernel(entry: Entry) -> tuple[Any, list[tuple[Block, dict[str, Any]]]]:
         return gram.pair_sums, [(Block(gram.TILE_PAIRS, 4), options)]
     if entry.family == "mlp":
         rows, samples = mlp.weight_gradient_block(n, entry.dtype)
-        options = {"WIDTH": n, "ROWS": rows, "SPLIT": 4096, "BLOCK": samples, "ALIGNED": True}
+        options = {"WIDTH": n, "ROWS": rows, "SPLIT": mlp._SPLIT, "BLOCK": samples, "ALIGNED": True}
         return mlp.weight_gradient, [(Block(samples, 4), options)]
     options = image | {"ROWS": cnn.weight_gradient_rows(n, 3), "BLOCK": 128}
     if entry.kernel == "filter_jacobians":
         options |= {"WEIGHT": True, "BIAS": True, "UNITS": n, "CHANNELS": n}
         return gram.filter_jacobians, [(Block(128, 4), options)]
-    return cnn.weight_gradient, [(Block(128, 4), options | {"WIDTH": n, "SPLIT": 8192})]
+    return cnn.weight_gradient, [(Block(128, 4), options | {"WIDTH": n, "SPLIT": cnn._SPLIT})]
 
 
 def _is_modelled(entry: Entry) -> bool:

@@ -9,6 +9,7 @@ arguments as in ``narrowdeep.ops.chain``. The Triton kernels enter and leave a c
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -45,9 +46,11 @@ class HiLo:
         if base is not None:
             self.hi = torch.zeros_like(base) if hi is None else hi.clone()
             self.total = base + self.hi
-            self.floor = -self.total
-        else:
-            self.floor = lo.new_zeros(())
+
+    @functools.cached_property
+    def floor(self) -> Tensor:
+        """Where lo makes the whole 0."""
+        return self.lo.new_zeros(()) if self.base is None else -self.total
 
     def clone(self) -> HiLo:
         """The same in memory of its own, but for ``base``."""
@@ -131,7 +134,7 @@ def first_state(
     if not offset:
         return HiLo(None, lo.clamp_(min=0), middle)
     base = base_of(x, width, outputs, scale)
-    lo[:inputs] += (scale * x).clamp_(max=0)
+    lo[:inputs].add_((scale * x).clamp_(max=0))
     return HiLo(base, torch.maximum(lo, -base), middle)
 
 
@@ -145,6 +148,8 @@ def base_of(x: Tensor, width: int, outputs: int, scale: float) -> Tensor:
 
 def pool(z: Tensor) -> Tensor:
     """The mean over positions, (out, *positions, B) -> (B, out)."""
+    if z.dim() == 2:
+        return z.t().contiguous()
     positions = math.prod(z.shape[1:-1])
     return (z.reshape(z.shape[0], positions, z.shape[-1]).sum(1) / positions).t().contiguous()
 
@@ -168,6 +173,8 @@ def last_gradient(layer: Layer, grad_out: Tensor, h: Tensor, last_weight: Tensor
 
 def _output_gradient(grad_out: Tensor, like: Tensor) -> Tensor:
     """r, (out, *positions, B): every position of ``like`` has the same share in the output."""
+    if like.dim() == 2:
+        return grad_out.t()
     r = grad_out.t() / math.prod(like.shape[1:-1])
     outputs, batch = r.shape
     return r.reshape(outputs, *(1 for _ in like.shape[1:-1]), batch).expand(outputs, *like.shape[1:])

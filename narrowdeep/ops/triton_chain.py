@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from narrowdeep.ops import layered
 from narrowdeep.ops.reference import RENORMALISE_PERIOD, saved_shape
 from narrowdeep.ops.triton_common import FRAGMENT, Block, choose_block, empty, launch, scratch_bytes
 from narrowdeep.ops.triton_kernels import chain_backward, chain_forward, chain_jvp, chain_recompute
-from narrowdeep.ops.triton_packed import SPARE, is_packed, layer_size, pack
+from narrowdeep.ops.triton_packed import SPARE, filters_shape, is_packed, layer_size, pack, packed_filters
 
 PACKED = ("forward", "recompute", "backward")
 """Kernels that read an MLP's hidden layers as records (``triton_packed.py``), tiles excepted."""
@@ -73,8 +73,10 @@ def packed_shape(family: Family, kernel: str, x: Tensor, weight: Tensor, offset:
     return orders, weight.shape[0] + 2 * SPARE.value, layer_size(weight.shape[1], rows, tap)
 
 
-def _padded(x: Tensor, weight: Tensor, block: Block, segments: int) -> tuple[int, ...]:
-    """Shape of a convolution's scratch memory: two padded states a program."""
+def _padded(x: Tensor, weight: Tensor, block: Block, segments: int) -> tuple[int, ...] | None:
+    """Shape of a convolution's scratch memory: two padded states a program, unless images fit a warp."""
+    if x.dim() < 4 or block.shuffled:
+        return None
     border = weight.shape[-1] // 2 * 2
     plane = (x.shape[2] + border) * (x.shape[3] + border) * block.samples
     return triton.cdiv(x.shape[0], block.samples) * segments, 2, weight.shape[1], plane
@@ -94,6 +96,8 @@ class Span:
     """Number of the first state, modulo RENORMALISE_PERIOD."""
     reader: str
     """The kernel that records are for, see ``packed_shape``; "" if none reads any."""
+    filters: dict[bool, Tensor] = field(default_factory=dict)
+    """transposed -> hidden weights as ``packed_filters`` makes them, once they were asked for."""
 
     @property
     def layers(self) -> int:
@@ -123,6 +127,14 @@ class Span:
         weight, bias = self.hidden
         return weight if self.records is None else self.records[-1 if kernel == "backward" else 0], bias
 
+    def packed_filters(self, weight: Tensor, transposed: bool) -> Tensor:
+        """``packed_filters``, of the hidden weights once a call."""
+        if weight is not self.hidden[0]:
+            return packed_filters(weight, transposed)
+        if transposed not in self.filters:
+            self.filters[transposed] = packed_filters(weight, transposed)
+        return self.filters[transposed]
+
     def run(
         self,
         kernel: Any,
@@ -138,10 +150,16 @@ class Span:
 
         def start(block: Block) -> None:
             grid = (triton.cdiv(batch, block.samples), segments)
-            scratch = x.new_zeros(_padded(x, weight, block, segments)) if x.dim() == 4 else tensors[0]
+            padded = _padded(x, weight, block, segments)
+            scratch = None if padded is None else x.new_zeros(padded)
+            given = tensors
+            if block.shuffled:
+                transposed = name.startswith("backward")
+                named = zip(kernel.arg_names, tensors, strict=False)
+                given = tuple(self.packed_filters(t, transposed) if n.startswith("weight") else t for n, t in named)
             values = constants(self.family, name, x, weight, self.middle, block) | more
             warps: dict[str, Any] = {"num_warps": block.warps, "registers": block.registers}
-            launch(kernel, grid, *tensors, scratch, batch, *numbers, **warps, **values)
+            launch(kernel, grid, *given, scratch, batch, *numbers, **warps, **values)
 
         key = (name, tuple(x.shape), tuple(weight.shape[1:]), x.dtype, offset, segments)
         choose_block(key, self.family.blocks(name, x, weight, offset), batch * segments, x.device, start)
@@ -310,7 +328,11 @@ def workspace(family: Family, x: Tensor, weight: Tensor, offset: bool, segment: 
     def scratch(kernel: str, segments: int) -> int:
         blocks: list[Block] = []
         choose_block((), family.blocks(kernel, x, weight, offset), x.shape[0] * segments, x.device, blocks.append)
-        return math.prod(_padded(x, weight, blocks[0], segments)) if x.dim() == 4 else 0
+        return math.prod(_padded(x, weight, blocks[0], segments) or (0,))
+
+    def filters(kernel: str) -> int:
+        shuffled = family.blocks(kernel, x, weight, offset)[0].shuffled
+        return math.prod(filters_shape(weight)) if shuffled else 0
 
     def group(count: int, states: int) -> int:
         backward = count * state.numel() + scratch("backward", 1)
@@ -320,7 +342,9 @@ def workspace(family: Family, x: Tensor, weight: Tensor, offset: bool, segment: 
 
     top = (layers - 1) % step + 1  # the first group has the very last state too
     most = max(group(top, top + 1), group(step, step) if layers > step else 0)
-    return (most + math.prod(packed_shape(family, "backward", x, weight, offset) or (0,))) * x.element_size()
+    records = math.prod(packed_shape(family, "backward", x, weight, offset) or (0,))
+    records += filters("backward") + (filters("recompute") if segment > 1 else 0)
+    return (most + records) * x.element_size()
 
 
 def backward(

@@ -4,6 +4,8 @@ A hidden state is a tuple of tensors, so that one kernel text serves three layou
 shape (BLOCK,), one sample a lane, weights are scalars (no lane ever talks to another). ``ROWS`` = 16: an entry is a
 tile of 16 units, shape (16, BLOCK), weights are tiles of ``tl.dot``. ``ROWS`` = 8: an entry is a register of a tensor
 core's accumulator, shape (2 BLOCK,). Matrices in memory are (n, B), batch last.
+``column`` is (columns of that matrix, whether there are such): of a convolution a lane may take several positions,
+and an entry is a unit at one of them.
 """
 
 # ruff: noqa: RUF005 (the kernel language has no starred tuples)
@@ -62,6 +64,8 @@ class Block:
     """Layers whose records (``triton_packed.py``) are loaded before they are used."""
     fragments: bool = False
     """States in the layout of tensor cores (ROWS = FRAGMENT)."""
+    shuffled: bool = False
+    """Of a convolution's program of one warp, whose lanes ask one another for a layer's input."""
 
 
 def autotune(enabled: bool = True) -> None:
@@ -199,15 +203,17 @@ def skip(i: tl.constexpr, MIDDLE: tl.constexpr, ROWS: tl.constexpr, entry):
 @triton.jit
 def read_entry(ptr, column, batch, i: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
     """Entry i of the (n, B) matrix at ptr; 0 outside."""
+    place = column[0][i % len(column[0])]
+    mask = column[1][i % len(column[0])]
     if ROWS == 1:
-        entry = tl.load(ptr + i * batch + column, mask=column < batch, other=0.0)
+        entry = tl.load(ptr + i // len(column[0]) * batch + place, mask=mask, other=0.0)
     elif ROWS == FRAGMENT:
-        place, inside = fragment_place(column, batch, i, WIDTH)
-        entry = tl.load(ptr + place, mask=inside, other=0.0)
+        place, mask = fragment_place(place, batch, i, WIDTH)
+        entry = tl.load(ptr + place, mask=mask, other=0.0)
     else:
         unit = unit_index(i, ROWS)
-        inside = (unit < WIDTH) & (column[None, :] < batch)
-        entry = tl.load(ptr + unit * batch + column[None, :], mask=inside, other=0.0)
+        inside = (unit < WIDTH) & mask[None, :]
+        entry = tl.load(ptr + unit * batch + place[None, :], mask=inside, other=0.0)
     return entry
 
 
@@ -215,7 +221,7 @@ def read_entry(ptr, column, batch, i: tl.constexpr, WIDTH: tl.constexpr, ROWS: t
 def read_state(ptr, column, batch, WIDTH: tl.constexpr, ROWS: tl.constexpr):
     """Entries of the (n, B) matrix at ptr."""
     state = ()
-    for i in tl.static_range(entry_count(WIDTH, ROWS)):
+    for i in tl.static_range(entry_count(WIDTH, ROWS) * len(column[0])):
         state = state + (read_entry(ptr, column, batch, i, WIDTH, ROWS),)
     return state
 
@@ -228,10 +234,10 @@ def enter(base_ptr, hi_ptr, column, batch, MIDDLE: tl.constexpr, WIDTH: tl.const
     """
     total = ()
     hi = ()
-    for i in tl.static_range(entry_count(WIDTH, ROWS)):
+    for i in tl.static_range(entry_count(WIDTH, ROWS) * len(column[0])):
         entry = read_entry(hi_ptr, column, batch, i, WIDTH, ROWS)
         total = total + (read_entry(base_ptr, column, batch, i, WIDTH, ROWS) + entry,)
-        if ROWS == 1 and i == MIDDLE:
+        if ROWS == 1 and i // len(column[0]) == MIDDLE:
             entry = tl.zeros_like(entry)
         hi = hi + (entry,)
     return total, hi
@@ -240,29 +246,29 @@ def enter(base_ptr, hi_ptr, column, batch, MIDDLE: tl.constexpr, WIDTH: tl.const
 @triton.jit
 def write_state(ptr, state, column, batch, WIDTH: tl.constexpr, ROWS: tl.constexpr):
     """The way back from ``read_state``."""
-    for i in tl.static_range(entry_count(WIDTH, ROWS)):
+    for i in tl.static_range(len(state)):
+        place = column[0][i % len(column[0])]
+        mask = column[1][i % len(column[0])]
         if ROWS == 1:
-            tl.store(ptr + i * batch + column, state[i], mask=column < batch)
+            tl.store(ptr + i // len(column[0]) * batch + place, state[i], mask=mask)
         elif ROWS == FRAGMENT:
-            place, inside = fragment_place(column, batch, i, WIDTH)
-            tl.store(ptr + place, state[i], mask=inside)
+            place, mask = fragment_place(place, batch, i, WIDTH)
+            tl.store(ptr + place, state[i], mask=mask)
         else:
             unit = unit_index(i, ROWS)
-            tl.store(ptr + unit * batch + column[None, :], state[i], mask=(unit < WIDTH) & (column[None, :] < batch))
+            tl.store(ptr + unit * batch + place[None, :], state[i], mask=(unit < WIDTH) & mask[None, :])
 
 
 @triton.jit
-def leave(
-    ptr, base_ptr, hi_ptr, hi, lo, column, batch, MIDDLE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr
-):
+def leave(ptr, base_ptr, hi_ptr, hi, lo, column, batch, MIDDLE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
     """Write (base, hi, lo), (3, n, B); lo alone, (1, n, B), in plain form. Base and hi are those given to ``enter``."""
     if MIDDLE >= 0:
         matrix = WIDTH * batch
         write_state(ptr, read_state(base_ptr, column, batch, WIDTH, ROWS), column, batch, WIDTH, ROWS)
         if ROWS == 1:
             whole = ()
-            for i in tl.static_range(WIDTH):
-                if i == MIDDLE:
+            for i in tl.static_range(len(hi)):
+                if i // len(column[0]) == MIDDLE:
                     whole = whole + (read_entry(hi_ptr, column, batch, i, WIDTH, ROWS),)
                 else:
                     whole = whole + (hi[i],)
@@ -318,13 +324,13 @@ def read_bias(bias, WIDTH: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def add_skip(z, lo, MIDDLE: tl.constexpr, COUNT: tl.constexpr, ROWS: tl.constexpr):
-    """z + E lo: the identity part of an offset layer."""
+def add_skip(z, lo, MIDDLE: tl.constexpr, COUNT: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr = 1):
+    """z + E lo: the identity part of an offset layer. SPAN: positions of a lane."""
     result = ()
     for i in tl.static_range(COUNT):
         entry = z[i]
         if ROWS == 1:
-            if i != MIDDLE:
+            if i // SPAN != MIDDLE:
                 entry = lo[i] + entry
         elif may_hold(i, MIDDLE, ROWS):
             entry = tl.where(skip(i, MIDDLE, ROWS, entry), lo[i] + entry, entry)
@@ -362,9 +368,7 @@ def mask_gradient(h, grad, total, OFFSET: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def renormalise(
-    base_ptr, total, hi, lo, column, batch, MIDDLE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr
-):
+def renormalise(base_ptr, total, hi, lo, column, batch, MIDDLE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
     """Move lo into hi by an exact two-sum (``reference.renormalise``): new (total, hi, lo), with total = base + hi.
 
     ``base`` is read again: it is needed once in RENORMALISE_PERIOD layers and would hold n registers.
@@ -373,14 +377,14 @@ def renormalise(
     new_total = ()
     new_hi = ()
     new_lo = ()
-    for i in tl.static_range(entry_count(WIDTH, ROWS)):
+    for i in tl.static_range(len(hi)):
         moved, rest = two_sum(hi[i], lo[i])
         dead = total[i] + lo[i] == 0.0
         moved = tl.where(dead, -base[i], moved)
         rest = tl.where(dead, 0.0, rest)
         whole = base[i] + moved
         if ROWS == 1:
-            if i == MIDDLE:
+            if i // len(column[0]) == MIDDLE:
                 moved = hi[i]
                 rest = lo[i]
                 whole = total[i]

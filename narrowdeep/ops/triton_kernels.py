@@ -11,20 +11,17 @@ segments in parallel; ``chain_backward`` follows G through them; the family's we
 G h^T over the batch, layers in parallel. Those sums would cost more than the layer inside the chain, and only the chain
 is serial. No float atomics: results are the same from run to run.
 
-TAP is 0 for the MLP, the filter size f for a convolution. There a lane is one position of one sample; a layer's input
-goes through scratch memory with a border of zeros, where the neighbouring lanes read it.
-
 More than 400 lines, because a kernel's arguments take one each, and the four go through a layer in the same words.
 """
 
-# ruff: noqa: RUF005, SIM102 (no starred tuples in the kernel language; a constexpr `if` must stand alone)
+# ruff: noqa: SIM102 (a constexpr `if` must stand alone)
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+from narrowdeep.ops.triton_affine import affine, lanes
 from narrowdeep.ops.triton_common import (
-    FRAGMENT,
     RENORMALISE_PERIOD,
     add_skip,
     add_states,
@@ -34,7 +31,6 @@ from narrowdeep.ops.triton_common import (
     leave,
     mask_gradient,
     prefetch,
-    product,
     read_bias,
     read_state,
     renormalise,
@@ -53,87 +49,6 @@ from narrowdeep.ops.triton_packed import (
 
 _LOOSE = ["batch", "layers", "segment", "phase", "first", "last", "given", "masked"]
 """Integers that must not make another kernel."""
-
-
-@triton.jit
-def lanes(
-    scratch_ptr,
-    batch,
-    WIDTH: tl.constexpr,
-    TAP: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    LENGTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr = 1,
-):
-    """(column of the state matrix of every lane, the program's room in scratch memory as ``affine`` takes it)."""
-    if TAP == 0:
-        if ROWS == FRAGMENT:
-            lane = tl.arange(0, 2 * BLOCK)
-            column = tl.program_id(0).to(tl.int64) * BLOCK + lane // 32 * 16 + lane % 32 // 4
-        else:
-            column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        room = (scratch_ptr, column, column)
-    else:
-        POSITIONS: tl.constexpr = HEIGHT * LENGTH
-        RADIUS: tl.constexpr = TAP // 2
-        lane = tl.arange(0, triton.next_power_of_2(POSITIONS) * BLOCK)
-        inside = lane // BLOCK < POSITIONS
-        position = tl.minimum(lane // BLOCK, POSITIONS - 1)
-        sample = tl.program_id(0).to(tl.int64) * BLOCK + lane % BLOCK
-        column = tl.where(inside & (sample < batch), position * batch + sample, batch * POSITIONS)
-        row = position // LENGTH + RADIUS
-        place = (row * (LENGTH + 2 * RADIUS) + position % LENGTH + RADIUS) * BLOCK + lane % BLOCK
-        PLANE: tl.constexpr = (HEIGHT + 2 * RADIUS) * (LENGTH + 2 * RADIUS) * BLOCK
-        program = (tl.program_id(0) + tl.program_id(1) * tl.num_programs(0)).to(tl.int64)
-        room = (scratch_ptr + program * (2 * WIDTH * PLANE), place, inside)
-    return column, room
-
-
-@triton.jit
-def affine(
-    weight,
-    state,
-    START,
-    room,
-    turn,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    TAP: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    LENGTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """START + W state, or START + W^T state, of a linear layer or a zero-padded correlation.
-
-    ``turn`` alternates between 0 and 1 from call to call: of two halves of scratch memory one is written while some
-    lanes still read the other, so that one barrier a call is enough.
-    """
-    if TAP == 0:
-        return product(weight, state, START, WIDTH, ROWS, TRANSPOSED)
-    else:
-        RADIUS: tl.constexpr = TAP // 2
-        PLANE: tl.constexpr = (HEIGHT + 2 * RADIUS) * (LENGTH + 2 * RADIUS) * BLOCK
-        scratch = room[0] + turn * (WIDTH * PLANE)
-        result = ()
-        for i in tl.static_range(WIDTH):
-            tl.store(scratch + i * PLANE + room[1], state[i], mask=room[2])
-            result = result + (tl.broadcast_to(START[i], state[0].shape),)
-        tl.debug_barrier()
-        for k in range(WIDTH):
-            for t in tl.static_range(TAP * TAP):
-                shift = ((t // TAP - RADIUS) * (LENGTH + 2 * RADIUS) + t % TAP - RADIUS) * BLOCK
-                value = tl.load(scratch + k * PLANE + room[1] + shift)
-                new = ()
-                for i in tl.static_range(WIDTH):
-                    if TRANSPOSED:
-                        factor = tl.load(weight + (k * WIDTH + i) * (TAP * TAP) + TAP * TAP - 1 - t)
-                    else:
-                        factor = tl.load(weight + (i * WIDTH + k) * (TAP * TAP) + t)
-                    new = new + (tl.fma(tl.broadcast_to(factor, value.shape), value, result[i]),)
-                result = new
-        return result
 
 
 @triton.jit
@@ -167,8 +82,8 @@ def _advance(
     STORE: write state s to h_ptr[s] for start <= s < stop.
     """
     OFFSET: tl.constexpr = MIDDLE >= 0
-    COUNT: tl.constexpr = entry_count(WIDTH, ROWS)
-    LAYER: tl.constexpr = layer_size(WIDTH, ROWS, TAP)
+    COUNT: tl.constexpr = len(lo)
+    LAYER: tl.constexpr = layer_size(WIDTH, ROWS, TAP, len(room) == 0)
     PACKED: tl.constexpr = is_packed(ROWS, TAP)
     LANES: tl.constexpr = lo[0].shape[0]
     if PACKED:
@@ -190,7 +105,7 @@ def _advance(
                 bias = read_bias(bias_ptr + j * WIDTH, WIDTH, ROWS)
                 z = affine(weight_ptr + j * LAYER, h, bias, room, j % 2, WIDTH, ROWS, False, TAP, HEIGHT, LENGTH, BLOCK)
             if OFFSET:
-                z = add_skip(z, lo, MIDDLE, COUNT, ROWS)
+                z = add_skip(z, lo, MIDDLE, COUNT, ROWS, len(column[0]))
             lo = clip(z, total, OFFSET, COUNT)
         if OFFSET:
             if high % RENORMALISE_PERIOD == 0:
@@ -230,8 +145,6 @@ def chain_forward(
     MIDDLE is the number of the middle unit in offset form, -1 in plain form.
     """
     OFFSET: tl.constexpr = MIDDLE >= 0
-    COUNT: tl.constexpr = entry_count(WIDTH, ROWS)
-    LAYER: tl.constexpr = layer_size(WIDTH, ROWS, TAP)
     batch = batch.to(tl.int64)
     phase = phase.to(tl.int64)
     end = layers.to(tl.int64) + phase
@@ -239,6 +152,8 @@ def chain_forward(
     if ALIGNED:
         batch = tl.multiple_of(batch, 4)
     column, room = lanes(scratch_ptr, batch, WIDTH, TAP, HEIGHT, LENGTH, BLOCK, ROWS)
+    COUNT: tl.constexpr = entry_count(WIDTH, ROWS) * len(column[0])
+    LAYER: tl.constexpr = layer_size(WIDTH, ROWS, TAP, len(room) == 0)
     batch *= HEIGHT * LENGTH
     matrix = WIDTH * batch
     weight_ptr += (spare_layers(ROWS, TAP) - phase) * LAYER
@@ -303,8 +218,6 @@ def chain_recompute(
     such a row at ``given_ptr`` and the others from row s - 1. ``h``, (states, n, B), begins with state first * segment.
     """
     OFFSET: tl.constexpr = MIDDLE >= 0
-    COUNT: tl.constexpr = entry_count(WIDTH, ROWS)
-    LAYER: tl.constexpr = layer_size(WIDTH, ROWS, TAP)
     WORDS: tl.constexpr = 2 if OFFSET else 1
     batch = batch.to(tl.int64)
     phase = phase.to(tl.int64)
@@ -314,6 +227,8 @@ def chain_recompute(
     if ALIGNED:
         batch = tl.multiple_of(batch, 4)
     column, room = lanes(scratch_ptr, batch, WIDTH, TAP, HEIGHT, LENGTH, BLOCK, ROWS)
+    COUNT: tl.constexpr = entry_count(WIDTH, ROWS) * len(column[0])
+    LAYER: tl.constexpr = layer_size(WIDTH, ROWS, TAP, len(room) == 0)
     batch *= HEIGHT * LENGTH
     matrix = WIDTH * batch
     number = first + tl.program_id(1)
@@ -376,8 +291,6 @@ def chain_backward(
     state first.
     """
     OFFSET: tl.constexpr = MIDDLE >= 0
-    COUNT: tl.constexpr = entry_count(WIDTH, ROWS)
-    LAYER: tl.constexpr = layer_size(WIDTH, ROWS, TAP)
     PACKED: tl.constexpr = is_packed(ROWS, TAP)
     batch = batch.to(tl.int64)
     phase = phase.to(tl.int64)
@@ -387,6 +300,8 @@ def chain_backward(
     if ALIGNED:
         batch = tl.multiple_of(batch, 4)
     column, room = lanes(scratch_ptr, batch, WIDTH, TAP, HEIGHT, LENGTH, BLOCK, ROWS)
+    COUNT: tl.constexpr = entry_count(WIDTH, ROWS) * len(column[0])
+    LAYER: tl.constexpr = layer_size(WIDTH, ROWS, TAP, len(room) == 0)
     batch *= HEIGHT * LENGTH
     matrix = WIDTH * batch
     h_ptr -= first * matrix
@@ -432,7 +347,7 @@ def chain_backward(
             else:
                 grad = affine(weight, full, zeros, room, s % 2, WIDTH, ROWS, True, TAP, HEIGHT, LENGTH, BLOCK)
             if OFFSET:
-                grad = add_skip(grad, lo, MIDDLE, COUNT, ROWS)
+                grad = add_skip(grad, lo, MIDDLE, COUNT, ROWS, len(column[0]))
             lo = mask_gradient(h, grad, total, OFFSET, COUNT)
         if OFFSET:
             if low % RENORMALISE_PERIOD == 0:
@@ -475,14 +390,14 @@ def chain_jvp(
     Writes the value of the last state to ``h``, (n, B), and its tangent to ``final``, (3, n, B) or (1, n, B).
     """
     OFFSET: tl.constexpr = MIDDLE >= 0
-    COUNT: tl.constexpr = (WIDTH + ROWS - 1) // ROWS
-    LAYER: tl.constexpr = WIDTH * WIDTH * (TAP * TAP if TAP else 1)
     batch = batch.to(tl.int64)
     phase = phase.to(tl.int64)
     end = layers.to(tl.int64) + phase
     if ALIGNED:
         batch = tl.multiple_of(batch, 4)
     column, room = lanes(scratch_ptr, batch, WIDTH, TAP, HEIGHT, LENGTH, BLOCK)
+    COUNT: tl.constexpr = entry_count(WIDTH, ROWS) * len(column[0])
+    LAYER: tl.constexpr = layer_size(WIDTH, 0, TAP, len(room) == 0)
     batch *= HEIGHT * LENGTH
     weight_ptr -= phase * LAYER
     bias_ptr -= phase * WIDTH
@@ -518,8 +433,8 @@ def chain_jvp(
             bias = read_bias(bias_ptr + j * WIDTH, WIDTH, ROWS)
             z = affine(weight_ptr + j * LAYER, h, bias, room, 1 - turn, WIDTH, ROWS, False, TAP, HEIGHT, LENGTH, BLOCK)
             if OFFSET:
-                dz = add_skip(dz, lo_t, MIDDLE, COUNT, ROWS)
-                z = add_skip(z, lo, MIDDLE, COUNT, ROWS)
+                dz = add_skip(dz, lo_t, MIDDLE, COUNT, ROWS, len(column[0]))
+                z = add_skip(z, lo, MIDDLE, COUNT, ROWS, len(column[0]))
             lo = clip(z, total, OFFSET, COUNT)
             lo_t = mask_gradient(add_states(total, lo, COUNT) if OFFSET else lo, dz, total_t, OFFSET, COUNT)
         if OFFSET:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton import knobs
 
 from narrowdeep.ops.triton_common import FRAGMENT, entry_count
@@ -39,10 +40,10 @@ def spare_layers(rows, tap):
 
 
 @triton.constexpr_function
-def layer_size(width, rows, tap):
-    """Numbers from a hidden layer to the next."""
+def layer_size(width, rows, tap, shuffled=False):
+    """Numbers from a hidden layer to the next; ``shuffled``: as ``packed_filters`` has a convolution's."""
     if tap:
-        return (width * tap) ** 2
+        return width * (-(-width * tap**2 // 4) * 4) if shuffled else (width * tap) ** 2
     if rows == 8:  # a tile of 8 x 8 weights is two numbers a lane, each in two parts; 16 biases
         return ((width + 7) // 8) ** 2 * 128 + 16
     return (width * (width + 1) + 3) // 4 * 4 if rows == 1 else width * width
@@ -100,6 +101,23 @@ def pack(weight_ptr, bias_ptr, packed_ptr, layers, WIDTH: tl.constexpr, ROWS: tl
         weight = tl.load(weight_ptr + number, mask=inside & (unit < 0), other=0.0)
         bias = tl.load(bias_ptr + unit, mask=inside & (unit >= 0) & (unit < WIDTH), other=0.0)
         tl.store(packed_ptr + number, tl.where(unit < 0, weight, bias), mask=number < RECORD)
+
+
+def filters_shape(weight: Tensor) -> tuple[int, int]:
+    """What ``packed_filters`` makes of hidden weights (layers, n, n, f, f)."""
+    return weight.shape[0], layer_size(weight.shape[1], 1, weight.shape[-1], True)
+
+
+def packed_filters(weight: Tensor, transposed: bool) -> Tensor:
+    """Hidden weights in the order in which shuffled blocks read them.
+
+    A layer is [input channel][tap][unit], ``transposed`` [unit][tap][input channel]; a channel fills whole 16 bytes.
+    """
+    channels, tap = weight.shape[1], weight.shape[-1]
+    filters = weight.new_empty(filters_shape(weight))
+    used = filters.unflatten(1, (channels, -1))[..., : channels * tap**2].unflatten(2, (tap, tap, channels))
+    used.copy_(weight.permute((0, 1, 3, 4, 2) if transposed else (0, 2, 3, 4, 1)))
+    return filters
 
 
 @triton.jit

@@ -130,27 +130,47 @@ def counted() -> Iterator[Work]:
 
 
 @pytest.mark.parametrize("offset", [True, False], ids=["offset", "plain"])
-@pytest.mark.parametrize("image", [(), (2, 2)], ids=["mlp", "cnn"])
+@pytest.mark.parametrize("image", [(), (2, 2), (17, 9)], ids=["mlp", "warp", "scratch"])
 def test_kernels_of_a_span_between_two_states(image: tuple[int, ...], offset: bool) -> None:
-    """A forward is one; a backward recomputes, goes back and sums. The MLP's weights are packed before; nothing else is
-    copied or converted around them."""
+    """A forward is one; a backward recomputes, goes back and sums. Weights are packed before, or a convolution's border
+    cleared; nothing else is copied or converted around them."""
     case = Case(1, 1, 22, 4, offset, torch.float32, 5, image=image)
     _, *params = draw_inputs(case)
     hidden: list[Any] = [None, None, *params[2:4], None, None]
     state = torch.rand(3 if offset else 1, 3, *image, 4)
     forward, backward, jvp = _CNN if image else _MLP
     settings = (10.0, offset, 1, 40)
-    zeros = ["new_zeros"] if image else []  # a convolution's border
-    packed = [] if image else ["pack"]
+    packed = {(): ["pack"], (2, 2): ["copy_"]}.get(image, [])
+    turned = packed if image else []  # a convolution's backward reads filters in another order
+    zeros = ["new_zeros"] if image == (17, 9) else []  # a convolution's border
     with counted() as work:
         out, saved = forward(state, *hidden, *settings, 5)
     assert work.kernels == [*packed, *zeros, "chain_forward"]
     with counted() as work:
         backward(out, state, *hidden, saved, *settings, 5, True, True)
-    assert work.kernels == [*packed, *zeros, "chain_recompute", *zeros, "chain_backward", "weight_gradient"]
+    before = [*packed, *zeros, "chain_recompute", *turned, *zeros]
+    assert work.kernels == [*before, "chain_backward", "weight_gradient"]
     with counted() as work:
         jvp(state, *hidden, state, None, None, *params[2:4], None, None, *settings)
-    assert work.kernels == [*zeros, "chain_jvp"]
+    assert work.kernels == [*turned, *zeros, "chain_jvp"]
+
+
+@pytest.mark.parametrize("image", [(), (2, 2)], ids=["mlp", "cnn"])
+def test_torch_does_no_more_where_there_are_more_groups(image: tuple[int, ...]) -> None:
+    """A forward and a backward from x to the output: three launches a group, and what the first and last layer take."""
+    case = Case(2, 1, 22, 4, True, torch.float32, 5, image=image)
+    inputs: Any = draw_inputs(case)
+    forward, backward, _ = _CNN if image else _MLP
+    rest = []
+    for room, groups in ((1 << 20, 1), (1, 4)):
+        with counted() as work, mock.patch.object(triton_chain, "scratch_bytes", return_value=room):
+            out, saved = forward(*inputs, 10.0, True, 1, 0, 5)
+            backward(out, *inputs, saved, 10.0, True, 1, 0, 5, False, True)
+        ours = [name for name in work.kernels if name.startswith(("chain_", "weight_gradient"))]
+        assert len(ours) == 1 + 3 * groups
+        rest.append([name for name in work.kernels if name not in ours])
+    assert rest[0] == rest[1]
+    assert image or len(rest[0]) <= 40
 
 
 _WAITING = {"_local_scalar_dense", "item", "nonzero", "masked_select", "_unique2", "equal", "is_nonzero", "_to_copy"}
@@ -188,32 +208,34 @@ def test_weights_are_asked_for_ahead_where_they_fit(width: int, dtype: str, ahea
 
 
 @pytest.mark.parametrize("segment", [1, 2, 3])
-@pytest.mark.parametrize("image", [(), (3, 2)])
+@pytest.mark.parametrize("image", [(), (3, 2), (17, 9)])
 def test_workspace_is_what_a_backward_allocates(image: tuple[int, ...], segment: int) -> None:
-    """Where most is needed: h and g of a group of layers, an MLP's packed weights, a convolution's padded states."""
-    case = Case(1, 1, 9, 5, True, torch.float64, segment, image=image)
+    """Where most is needed: h and g of a group of layers, packed weights, a convolution's padded states."""
+    case = Case(1, 1, 9, 5, True, torch.float32, segment, image=image)
     inputs: Any = draw_inputs(case)
     x, params = inputs[0], inputs[1:]
     family = cnn.FAMILY if image else mlp.FAMILY
     most = 0
+    packed: dict[int, torch.Tensor] = {}
 
     def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **_: Any) -> None:
         nonlocal most
         tensors = dict(zip(kernel.arg_names, args, strict=False))
         given = [t.untyped_storage().data_ptr() for t in (saved, *params)]
-        held = [tensors[name] for name in ("h_ptr", "g_ptr", "weight_ptr") if name in tensors]
-        held = [t for t in held if t.untyped_storage().data_ptr() not in given]
-        padded = [tensors["scratch_ptr"]] if image else []
-        if kernel.fn.__name__ in ("chain_recompute", "chain_backward"):
-            most = max(most, sum(t.numel() * t.element_size() for t in [*held, *padded]))
+        if kernel.fn.__name__ not in ("chain_recompute", "chain_backward"):
+            return
+        packed[tensors["weight_ptr"].data_ptr()] = tensors["weight_ptr"]  # kept to the end
+        held = [*packed.values(), *(tensors.get(name) for name in ("h_ptr", "g_ptr", "scratch_ptr"))]
+        fresh = [t for t in held if t is not None and t.untyped_storage().data_ptr() not in given]
+        most = max(most, sum(t.numel() * t.element_size() for t in fresh))
 
     settings = (10.0, True, 1, 0, segment)
     arguments: Any = (*inputs, *settings)
     saved = layered.forward(family.layer, *arguments)[1]
-    with mock.patch.multiple(triton_chain, launch=launch, scratch_bytes=lambda device: 2000):
+    with mock.patch.multiple(triton_chain, launch=launch, scratch_bytes=lambda device: 1000):
         step = triton_chain.layers_a_group(saved[0, 0], segment, x.device)
         walk = triton_chain.Descent(family, x, params, saved, *settings, step)
-        list(walk.groups(torch.ones(5, 1, dtype=torch.float64), True))
+        list(walk.groups(torch.ones(5, 1, dtype=torch.float32), True))
         assert triton_chain.workspace(family, x, params[2], True, segment) == most
 
 

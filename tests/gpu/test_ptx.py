@@ -158,8 +158,8 @@ def test_a_state_from_anywhere(inputs: int, image: tuple[int, ...], start: int, 
 )
 def test_random_warp_order(case: Case, seed: int) -> None:
     def start(key: Any, options: list[Block], samples: int, device: Any, start: Any) -> None:
-        size = 4 if case.image else 32 if options[0].fragments else 64
-        start(replace(options[0], samples=size, warps=2))
+        size = 32 if options[0].fragments else 64
+        start(Block(4, 2) if case.image else replace(options[0], samples=size, warps=2))
 
     run(case, Simulator(80, mode="warp", seed=seed), choose_block=start)
 
@@ -189,6 +189,36 @@ def test_tensor_cores_are_as_accurate_as_float32(case: Case, target: int) -> Non
         scale = t.abs().max()
         error, other = ((value.double() - t).abs().max() / scale for value in (a, r))
         assert error <= 2 * other + 2e-7, f"{name}: {error:.1e}, in float32 {other:.1e}"
+
+
+SMALL_IMAGES = [
+    Case(1, 1, 4, 5, True, F32, 2, image=(5, 4)),  # rows in lanes, four samples a warp, the last warp ragged
+    Case(1, 1, 3, 9, True, F32, 1, image=(4, 4)),  # no lane to spare
+    Case(2, 1, 3, 3, False, F32, 1, image=(5, 5), tap=5, width=2),  # neighbours two strips away
+    Case(2, 3, 3, 17, True, F32, 1, image=(2, 3)),  # channels take turns
+    Case(1, 1, 3, 33, True, F32, 1, image=(1, 1), tap=1),
+]
+
+
+@pytest.mark.parametrize("case", SMALL_IMAGES, ids=str)
+def test_small_images(case: Case) -> None:
+    """Several samples a warp, and the bits of the way through scratch memory."""
+    chosen = []
+
+    def most_samples(*args: Any) -> None:
+        chosen.append(args[1][0])
+        args[-1](chosen[-1])
+
+    run(case, Simulator(90), choose_block=most_samples)
+    assert all(block.shuffled for block in chosen)
+    found = []
+    for choose in (most_samples, lambda *args: args[-1](Block(4, 2))):
+        with simulated(Simulator(90), choose_block=choose):
+            inputs = draw_inputs(case)
+            out, saved = CNN[0](*inputs, 10.0, case.offset, case.out_features, 0, case.segment)
+            arguments = (*inputs, saved, 10.0, case.offset, case.out_features, 0, case.segment, True, True)
+            found.append((out, saved, *CNN[1](out, *arguments)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 GRAMS = [

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from narrowdeep.ops import triton_chain, triton_common
 from narrowdeep.ops.cnn.layered import CONVOLUTION
+from narrowdeep.ops.triton_affine import strip_length
 from narrowdeep.ops.triton_common import Block, empty, launch, prefetched
 
 
@@ -88,6 +89,12 @@ _MOST_CHANNELS = {torch.float32: 16, torch.float64: 12}
 _MOST_TAP = 5
 """Largest filter: a layer's taps are unrolled."""
 
+_SHUFFLED = ("forward", "recompute", "backward", "jvp")
+"""Kernels whose lanes may ask one another for their neighbours, in float32: in float64 they would be no faster."""
+
+_MOST_ENTRIES = 24
+"""Units times positions that such a lane holds; in the tangent kernel half as many."""
+
 _SPLIT = 8192
 """Columns that a program of ``weight_gradient`` sums: constant, so that the shape alone fixes the order of the sum."""
 
@@ -110,10 +117,18 @@ def limits(kernel: str) -> str:
 def blocks(kernel: str, x: Tensor, weight: Tensor, offset: bool) -> list[Block]:
     """As many columns a lane as the registers take without spills; one sample a program where the batch is small.
 
-    168 registers let three programs of four warps share a multiprocessor.
+    Images that fit a warp take the number of samples that leaves the fewest of its lanes idle. Else 168 registers let
+    three programs of four warps share a multiprocessor.
     """
-    lanes = triton.next_power_of_2(x.shape[2] * x.shape[3])
     target, narrow = triton_common.capability(x.device), weight.shape[1] <= 4
+    most = _MOST_ENTRIES if target == 90 else 21  # 24 spill up to 56 bytes on others
+    most = most // (2 if kernel == "jvp" else 1) // weight.shape[1]
+    spans = {samples: strip_length(x.shape[2], x.shape[3], samples) for samples in (32, 16, 8, 4, 2, 1)}
+    fitting = [samples for samples, span in spans.items() if 0 < span <= most]
+    if fitting and kernel in _SHUFFLED and x.dtype == torch.float32:
+        best = min(fitting, key=lambda samples: spans[samples] / samples)
+        return [Block(samples, 1, 255, shuffled=True) for samples in sorted({best, fitting[-1]}, reverse=True)]
+    lanes = triton.next_power_of_2(x.shape[2] * x.shape[3])
     a_lane = (2 if narrow else 1) * (2 if x.dtype == torch.float32 else 1)
     if target >= 100:
         a_lane = min(a_lane, 2)  # four spill up to 32 bytes there

@@ -49,7 +49,7 @@ def weight_gradient(
         sums = sums + (tl.zeros((BLOCK,), g_ptr.dtype.element_ty),)
     for start in range(split * SPLIT, tl.minimum(split * SPLIT + SPLIT, batch), BLOCK):
         column = start + tl.arange(0, BLOCK)
-        h = read_state(h_ptr, column, batch, WIDTH, 1)
+        h = read_state(h_ptr, ((column,), (column < batch,)), batch, WIDTH, 1)
         new = ()
         for i in tl.static_range(ROWS):
             unit = tl.minimum(row + i, WIDTH - 1)  # rows past the last are computed and dropped
@@ -106,7 +106,7 @@ _SAMPLES_BLACKWELL = {("backward", torch.float32, True): (4, 4, 1)}
 _AHEAD = {torch.float32: 2, torch.float64: 1}
 """Layers that records are read ahead up to width 4; wider ones would take the registers of the states."""
 
-_SPLIT = 4096
+_SPLIT = 16_384
 """Samples that a program of ``weight_gradient`` sums: constant, so that the batch alone fixes the order of the sum."""
 
 
