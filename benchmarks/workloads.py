@@ -116,7 +116,7 @@ MLP_WORKLOADS = (
     ),
     Workload(11, 11, 4000, 57, {"forward + backward": {"eager": 10}}),
     Workload(784, 10, 50, 128, {"forward + backward": {"eager": 0.95}}),
-    Workload(2, 1, 10000, 128, {"forward": {"peak": 0.6}}, form="plain"),
+    Workload(2, 1, 10000, 128, {"forward": {"peak": 0.55}}, form="plain"),
     Workload(2, 1, 100, 128, {"forward": {}, "forward + backward": {}}, shallow=True),
 )
 CNN_WORKLOADS = (
