@@ -130,11 +130,12 @@ def measured(work: Workload, peers: Iterable[Any], limits: Limits) -> Iterator[C
 
 
 def peers_of(work: Workload, short: bool, jax: bool) -> list[Any]:
-    """Compiling dozens of networks takes longer than all else: a few are, of ten layers (JAX: a scan, at any depth)."""
+    """Compiling dozens of networks takes longer than all else: torch.compile gets a few of ten layers, and JAX, which
+    compiles one layer at any depth, no convolutions that it takes seconds for."""
     peers: list[Any] = [Eager, Narrowdeep]
     if short:
         return peers
-    if jax and work.batch in (1, 128, 512) and work.kernel_size == 3:
+    if jax and work.kernel_size == 3 and work.batch in (1, 128, 512) and (work.flops("forward") or 0) <= FORWARD_FLOPS:
         peers.append(JaxScan)
     if work.depth == DEPTHS[0] and work.batch in (16, 512, 1024):
         peers.append(Compiled)
