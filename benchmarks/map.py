@@ -182,7 +182,7 @@ def plot(cells: list[Cell], path: Path, peer: str = Eager.name) -> None:
     figure, axes = plt.subplots(
         2,
         2,
-        figsize=(16, 2.5 + 0.28 * sum(heights)),
+        figsize=(20, 2.5 + 0.28 * sum(heights)),
         layout="constrained",
         gridspec_kw={"height_ratios": heights, "width_ratios": (1, 1)},
     )
@@ -202,8 +202,14 @@ def plot(cells: list[Cell], path: Path, peer: str = Eager.name) -> None:
             kind = "channels, filter" if image else "width"
             ax.set_ylabel(kind)
             ax.set_yticks(range(len(rows)), [f"{w}, {k}x{k}" if image else str(w) for w, k in rows], fontsize=7)
-            ax.set_xticks(range(len(columns)), [f"{s}x{s}\n{b}" if image else str(b) for s, b in columns], fontsize=6)
-            ax.set_xlabel("image, batch" if image else "batch")
+            firsts = [x for x, (size, _) in enumerate(columns) if x == 0 or columns[x - 1][0] != size]
+            labels = [str(batch) for _, batch in columns]
+            if image:  # each image once, under its first batch
+                for x in firsts:
+                    labels[x] += f"\n{columns[x][0]}x{columns[x][0]}"
+                    ax.axvline(x - 0.5, color="grey", linewidth=0.5)
+            ax.set_xticks(range(len(columns)), labels, fontsize=6)
+            ax.set_xlabel("batch, image" if image else "batch")
             ax.set_title(f"{'CNN' if image else 'MLP'}: {measure}, {peer} over {OURS}", fontsize=10)
     bar = figure.colorbar(picture, ax=axes, shrink=0.6, ticks=range(-1, 6))
     bar.ax.set_yticklabels(["0.5x", "1x", "2x", "4x", "8x", "16x", "32x"])
