@@ -9,13 +9,14 @@ FUZZ_SEED ?= 0
 FUZZ_SECONDS ?= 60
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' 2>/dev/null)
 
-.PHONY: help demo test bench lint sanitize fuzz docs clean
+.PHONY: help demo test bench bench-short lint sanitize fuzz docs clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo    train two very deep networks on digits, in one pass each'
 	@echo 'make test    run the tests'
-	@echo 'make bench   time the library and its peers (about 5 minutes)'
+	@echo 'make bench   time the library and its peers, on chosen work and over a map of shapes (under 15 minutes)'
+	@echo 'make bench-short  a part of the map, against eager layers (under 3 minutes)'
 	@echo 'make lint    ruff, mypy and clang-format'
 	@echo 'make sanitize  the tests of the engine under ASan and UBSan (gcc)'
 	@echo 'make fuzz    random calls of the public API, good and bad (FUZZ_SECONDS=60 FUZZ_SEED=0)'
@@ -32,6 +33,10 @@ test: $(READY)
 bench: $(READY)
 	$(BIN)/python -m pytest benchmarks --quiet --benchmark-json=bench.json --benchmark-columns=min,rounds
 	$(BIN)/python -m benchmarks.report bench.json --plot bench.png
+	$(BIN)/python -m benchmarks.map --json map.json --plot map.png
+
+bench-short: $(READY)
+	$(BIN)/python -m benchmarks.map --short --json map.json --plot map.png
 
 lint: $(READY)
 	$(BIN)/ruff check .

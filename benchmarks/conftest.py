@@ -1,4 +1,4 @@
-"""What goes into the JSON beside the times: the machine and its measured peak."""
+"""What goes into the JSON beside the times: the machine and what it can do at most."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.workloads import measured_peak
+from benchmarks.peak import measured_limits
 
 
 @pytest.hookimpl
@@ -15,4 +15,4 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     machine_info["torch"] = torch.__version__
     machine_info["threads"] = torch.get_num_threads()
     machine_info["vector"] = torch.backends.cpu.get_cpu_capability()
-    machine_info["peak_flops"] = measured_peak()
+    machine_info["limits"] = measured_limits()

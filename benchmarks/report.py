@@ -1,4 +1,4 @@
-"""``python -m benchmarks.report bench.json [more.json ...]``: ratios, shares of the FMA peak, floors, and a bar chart.
+"""``python -m benchmarks.report bench.json [more.json ...]``: ratios, what bounds each row, floors, and a bar chart.
 
 Times are the least over the rounds. A ratio is a peer's time over narrowdeep's, both from one file; when several files
 hold the same row, the last one counts. A floor is the least ratio (or share of the peak) the project asks of itself.
@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.peak import Limits
+
 OURS = "narrowdeep"
 PEAK = "peak"
 PEERS = ("eager", "eager, checkpointed", "torch.compile", "JAX scan", "torch.func")
@@ -19,23 +21,31 @@ PEERS = ("eager", "eager, checkpointed", "torch.compile", "JAX scan", "torch.fun
 
 @dataclass
 class Row:
-    """One workload and measure: seconds by peer, operations (None where they are not counted), floors by peer."""
+    """One workload and measure: seconds by peer, floors by peer, and seconds by bound (none where operations are not
+    counted)."""
 
     workload: str
     measure: str
-    flops: int | None
+    bounds: dict[str, float]
     floors: dict[str, float]
-    peak_flops: float
     seconds: dict[str, float] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
 
     def ratio(self, peer: str) -> float | None:
-        """The peer's time over narrowdeep's; for PEAK, narrowdeep's rate over the machine's. None if not measured."""
+        """The peer's time over narrowdeep's; for PEAK, that of the multiply-adds at the machine's rate. None if not
+        measured."""
         if OURS not in self.seconds:
             return None
         if peer == PEAK:
-            return self.flops / self.seconds[OURS] / self.peak_flops if self.flops else None
+            return self.bounds["arithmetic"] / self.seconds[OURS] if self.bounds else None
         return self.seconds[peer] / self.seconds[OURS] if peer in self.seconds else None
+
+    def bound(self) -> str:
+        """What bounds the row most, and the share of narrowdeep's time that it would take; nothing if not counted."""
+        if OURS not in self.seconds or not self.bounds:
+            return ""
+        name = max(self.bounds, key=self.bounds.__getitem__)
+        return f"{name}, {self.bounds[name] / self.seconds[OURS]:.0%}"
 
     def kept(self) -> list[str]:
         """Peers (or PEAK) whose ratio was measured and reaches its floor."""
@@ -56,13 +66,17 @@ def read_rows(reports: list[dict[str, Any]]) -> list[Row]:
         for benchmark in report["benchmarks"]:
             info = benchmark["extra_info"]
             key = (info["workload"], info["measure"])
-            row = of_this_report.setdefault(
-                key, Row(*key, info["flops"], info["floors"], report["machine_info"]["peak_flops"])
-            )
+            row = of_this_report.setdefault(key, Row(*key, bounds(info, report["machine_info"]), info["floors"]))
             row.seconds[info["peer"]] = benchmark["stats"]["min"]
             row.errors[info["peer"]] = info["error"]
         rows |= of_this_report
     return list(rows.values())
+
+
+def bounds(info: dict[str, Any], machine_info: dict[str, Any]) -> dict[str, float]:
+    """Seconds by what bounds a benchmark's work; empty where that is not counted."""
+    work = {name: info[name] for name in ("flops", "dependent", "traffic")}
+    return {} if None in work.values() else Limits(**machine_info["limits"]).seconds(**work)
 
 
 def milliseconds(seconds: float | None) -> str:
@@ -90,23 +104,26 @@ def cell(row: Row, peer: str) -> str:
 
 
 def table(rows: list[Row]) -> str:
-    """A Markdown table: narrowdeep's time, share of the peak, and how many times longer each peer takes."""
+    """A Markdown table: narrowdeep's time, its bound and the share of it, the share of the peak, and how many times
+    longer each peer takes."""
     peers = [peer for peer in PEERS if any(peer in row.seconds or peer in row.floors for row in rows)]
     lines = [
-        ["work", "measure", f"{OURS}, ms", "of FMA peak", *peers],
-        ["---", "---", "---:", "---:", *("---:" for _ in peers)],
+        ["work", "measure", f"{OURS}, ms", "bound", "of FMA peak", *peers],
+        ["---", "---", "---:", "---", "---:", *("---:" for _ in peers)],
     ]
     for row in rows:
-        times = [row.workload, row.measure, milliseconds(row.seconds.get(OURS))]
+        times = [row.workload, row.measure, milliseconds(row.seconds.get(OURS)), row.bound()]
         lines.append([*times, *(cell(row, peer) for peer in (PEAK, *peers))])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def machine(report: dict[str, Any]) -> str:
     info = report["machine_info"]
+    limits = Limits(**info["limits"])
     return (
         f"{info['cpu'].get('brand_raw', info['machine'])}, {info['threads']} threads, {info['vector']}, "
-        f"torch {info['torch']}, measured float32 FMA peak {info['peak_flops'] / 1e9:.0f} GFLOP/s"
+        f"torch {info['torch']}, measured in registers {limits.peak_flops / 1e9:.0f} GFLOP/s in float32, "
+        f"{limits.latency * 1e9:.2f} ns from one multiply-add to the next, memory {limits.bandwidth / 1e9:.1f} GB/s"
     )
 
 

@@ -69,6 +69,8 @@ def test_speed(benchmark: Any, workload: Workload, measure: Measure, peer: Any) 
         peer=peer.name,
         error=error,
         flops=workload.flops(measure),
+        dependent=workload.dependent(measure),
+        traffic=workload.traffic(measure),
         floors=dict(workload.floors[measure]),
     )
     benchmark.pedantic(contender.run, args=(measure,), rounds=min(max(rounds, ROUNDS[0]), ROUNDS[1]))

@@ -10,6 +10,7 @@
 #include <sys/mman.h>
 #endif
 
+#include <numeric>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -19,6 +20,7 @@
 
 #include "common/args.h"
 #include "ntk/args.h"
+#include "peak/args.h"
 
 namespace {
 
@@ -541,6 +543,23 @@ extern "C" __attribute__((visibility("default"))) int narrowdeep_backward_costs(
     return 0;
   } catch (const std::exception&) {
     return 1;
+  }
+}
+
+// narrowdeep::PeakKernels on every thread, for benchmarks, through ctypes. Returns the operations of all threads, or the
+// length of one's chain; 0 where NARROWDEEP_ISA names no instruction set of this machine.
+extern "C" __attribute__((visibility("default"))) int64_t narrowdeep_multiply_adds(int64_t rounds, bool independent,
+                                                                                   bool double_precision) {
+  try {
+    const auto run = double_precision ? narrowdeep::selected_kernels<narrowdeep::PeakKernels<double>>().multiply_adds
+                                      : narrowdeep::selected_kernels<narrowdeep::PeakKernels<float>>().multiply_adds;
+    const Parallel parallel = pool();
+    std::vector<int64_t> operations(size_t(parallel.threads));
+    narrowdeep::parallel_for(parallel, parallel.threads,
+                             [&](int64_t thread) { operations[size_t(thread)] = run(rounds, independent); });
+    return independent ? std::accumulate(operations.begin(), operations.end(), int64_t(0)) : operations.front();
+  } catch (const std::exception&) {
+    return 0;
   }
 }
 

@@ -8,6 +8,7 @@
 
 #include "common/args.h"
 #include "common/epilogue.h"
+#include "common/gemm.h"
 
 namespace narrowdeep {
 namespace ND_ISA {
@@ -149,6 +150,27 @@ ND_INLINE void correlate_columns(int64_t columns, const Filter<T>& filter, int64
     case 3: return correlate_any<T, O, 3>(filter, channels, plane, in, o, y, x, epilogue);
     default: return correlate_any<T, O, 4>(filter, channels, plane, in, o, y, x, epilogue);
   }
+}
+
+// An epilogue for vectors that begin at `at` of a row.
+template <class Epilogue>
+struct From {
+  const Epilogue& epilogue;
+  int64_t at;
+  template <int R, int V, class Sum>
+  ND_INLINE void operator()(int64_t row, int64_t, Sum sum) const {
+    epilogue.template operator()<R, V>(row, at, sum);
+  }
+};
+
+// Filters of one tap: a matrix product whose columns are the positions of all rows.
+template <class T, class Epilogue>
+inline void correlate_one(const Filter<T>& filter, int64_t channels, int64_t out_channels, int64_t positions,
+                          const T* in, const Epilogue& epilogue) {
+  const int64_t stride = positions * kLanes<T>;
+  for (int64_t p = 0; p < positions; p += kBlockColumns)
+    multiply<T>(int(min_of(kBlockColumns, positions - p)), out_channels, filter.start, filter.out_stride,
+                filter.in_stride, in + p * kLanes<T>, stride, channels, From<Epilogue>{epilogue, p * kLanes<T>});
 }
 
 // sum[o][y][x] = sum over c, i, j of weight[o][c][i][j] in[c][y + i - size / 2][x + j - size / 2], inside the image.

@@ -18,15 +18,16 @@ class CnnLayer {
   static constexpr bool kRunsOfTiles = true;
   static constexpr bool kEndsTogether = false;  // filters are small: each thread has sums of its own
 
-  // The number of strips that takes least time: rows that one thread goes through, and a tenth more for rows of
-  // neighbours. A strip has what the filter of the next one sees.
+  // The number of strips that takes least time, in multiply-adds: of the rows that one thread goes through, and 3 for each
+  // vector of a strip with its neighbours' rows, which is copied.
   static int64_t strips(const ChainShape& s, int64_t threads) {
-    int64_t best = 1, least = 0;
+    const int64_t products = s.width * s.size * s.size;  // of a number of a state
+    int64_t best = 1, least = INT64_MAX;
     for (int64_t strips = 1; strips <= kLanes<T>; strips *= 2) {
       const int64_t rows = ceil_div(s.plane.height, strips), tiles = ceil_div(s.batch * strips, kLanes<T>);
-      if (strips > 1 && rows < max_of(1, s.size / 2)) break;
-      const int64_t time = ceil_div(tiles, threads) * (10 * rows + (strips > 1 ? rows + 3 : 0));
-      if (strips == 1 || time < least) best = strips, least = time;
+      const int64_t copied = strips > 1 && s.size > 1 ? 3 * (rows + s.size - 1) : 0;
+      const int64_t time = ceil_div(tiles, threads) * (rows * products + copied);
+      if (time < least) best = strips, least = time;
     }
     return best;
   }
@@ -36,15 +37,17 @@ class CnnLayer {
         shape_(tiles.shape),
         params_(params),
         taps_(tiles.shape.size * tiles.shape.size),
-        masks_(tiles.strips > 1 ? (tiles.plane.height + 2) * kLanes<T> * int64_t(sizeof(T)) : 0),
-        above_(masks_.as<T>()),
-        below_(above_ + kLanes<T>),
-        inside_(below_ + kLanes<T>) {
+        masks_(tiles.strips > 1 ? (tiles.plane.height + 2 * tiles.strips) * kLanes<T> * int64_t(sizeof(T)) : 0),
+        away_(masks_.as<T>()),
+        inside_(away_ + 2 * tiles.strips * kLanes<T>) {
     if (tiles.strips == 1) return;
     const auto mask = [](bool all) { return all ? all_ones<T>() : T(0); };
     for (int64_t s = 0; s < kLanes<T>; ++s) {
-      above_[s] = mask(s % tiles.strips > 0);
-      below_[s] = mask(s % tiles.strips < tiles.strips - 1);
+      for (int64_t away = 1; away <= tiles.strips; ++away) {
+        T* const masks = away_ + 2 * (away - 1) * kLanes<T> + s;
+        masks[0] = mask(s % tiles.strips >= away);
+        masks[kLanes<T>] = mask(s % tiles.strips + away < tiles.strips);
+      }
       for (int64_t y = 0; y < tiles.plane.height; ++y) inside_[y * kLanes<T> + s] = mask(y < tiles.rows_inside(s));
     }
   }
@@ -100,7 +103,7 @@ class CnnLayer {
                 T* scratch) const {
     const Buffer margins(margins_bytes(columns)), cleared(tiles_.padded() ? rows * tiles_.row * int64_t(sizeof(T)) : 0);
     if (tiles_.padded()) full = with_margin(rows, full, 0, cleared.as<T>()).start;
-    if (tiles_.strips == 1) {
+    if (tiles_.strips == 1 || taps_ == 1) {
       weight_sums(rows, columns, shape_.size, tiles_.plane, full, Image<T>{h}, scratch);
     } else {
       weight_sums(rows, columns, shape_.size, tiles_.plane, full, strip(columns, h, margins), scratch);
@@ -166,29 +169,40 @@ class CnnLayer {
   const ChainParams<const T>& params_;
   const int64_t taps_;
   const Buffer masks_;
-  T *const above_, *const below_, *const inside_;  // lanes that have a strip above, and below; lanes inside, a row
+  // Lanes that have a strip so many before, and behind, for 1, 2, ... strips; lanes inside the image, a row.
+  T *const away_, *const inside_;
 
   // `from` with `margin` rows more above and below: those of the strips there, 0 at the ends of an image and past them.
   Strip<T> with_margin(int64_t channels, const T* from, int64_t margin, T* to) const {
     const int64_t line = tiles_.plane.width * kLanes<T>, rows = tiles_.plane.height,
                   channel = (rows + 2 * margin) * line;
     for (int64_t c = 0; c < channels; ++c, from += rows * line) {
-      T* const start = to + c * channel;
+      T* const start = to + c * channel + margin * line;
       for (int64_t y = 0; y < rows; ++y) {
         const Vec<T> inside = load(inside_ + y * kLanes<T>);
         for (int64_t e = y * line; e < (y + 1) * line; e += kLanes<T>)
-          store(start + margin * line + e, keep_if(inside, load(from + e)));
+          store(start + e, keep_if(inside, load(from + e)));
       }
-      const Vec<T> above = load(above_), below = load(below_);
-      for (int64_t e = 0; e < margin * line; e += kLanes<T>) {
-        store(start + e, keep_if(above, from_lane<T, 1>(load(start + rows * line + e))));
-        store(start + (margin + rows) * line + e, keep_if(below, from_lane<T, -1>(load(start + margin * line + e))));
+      for (int64_t m = 0; m < margin; ++m) {
+        const int64_t y = m % rows, away = min_of(m / rows + 1, tiles_.strips);
+        const T* const mask = away_ + 2 * (away - 1) * kLanes<T>;
+        copy_row<1>(away, start + (rows - 1 - y) * line, load(mask), start - (m + 1) * line);
+        copy_row<-1>(away, start + y * line, load(mask + kLanes<T>), start + (rows + m) * line);
       }
     }
     return {to, margin};
   }
+  // A row of the strips that are `away` lanes before (BY = 1) or behind, of those lanes that have one.
+  template <int BY>
+  ND_INLINE void copy_row(int64_t away, const T* from, Vec<T> mask, T* to) const {
+    for (int64_t e = 0; e < tiles_.plane.width * kLanes<T>; e += kLanes<T>) {
+      Vec<T> row = load(from + e);
+      for (int64_t i = 0; i < away; ++i) row = from_lane<T, BY>(row);
+      store(to + e, keep_if(mask, row));
+    }
+  }
   int64_t margins_bytes(int64_t channels) const {
-    if (tiles_.strips == 1) return 0;
+    if (tiles_.strips == 1 || taps_ == 1) return 0;
     return channels * (tiles_.plane.height + 2 * (shape_.size / 2)) * tiles_.plane.width * kLanes<T> *
            int64_t(sizeof(T));
   }
@@ -203,6 +217,7 @@ class CnnLayer {
   template <class Epilogue>
   void any_correlation(const Filter<T>& filter, int64_t channels, int64_t out_channels, const T* from,
                        const Epilogue& epilogue) const {
+    if (taps_ == 1) return correlate_one(filter, channels, out_channels, tiles_.positions, from, epilogue);
     if (tiles_.strips == 1) return correlate(filter, channels, out_channels, tiles_.plane, Image<T>{from}, epilogue);
     const Buffer margins(margins_bytes(channels));
     correlate(filter, channels, out_channels, tiles_.plane, strip(channels, from, margins), epilogue);

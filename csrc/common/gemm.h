@@ -19,7 +19,8 @@ struct Constant {
 // Rows in a full block: R * V accumulators, V vectors of B and a broadcast must fit in the registers.
 // clang-format off
 template <int V>
-constexpr int kBlockRows = kRegisters == 32 ? (V == 4 ? 6 : V == 2 ? 12 : 16) : (V == 4 ? 2 : V == 2 ? 6 : 8);
+constexpr int kBlockRows = kRegisters == 32 ? (V == 4 ? 6 : V == 3 ? 8 : V == 2 ? 12 : 16)
+                                            : (V == 4 ? 2 : V == 3 ? 3 : V == 2 ? 6 : 8);
 // clang-format on
 
 // acc += A B
@@ -71,12 +72,14 @@ struct MultiplyRows {
   }
 };
 
-// All rows of C for 1, 2 or 4 vectors of columns. Never inlined: every call would unroll it again.
+// All rows of C for 1 to 4 vectors of columns. Never inlined: every call would unroll it again.
 template <class T, class Epilogue>
 __attribute__((noinline)) void multiply(int vectors, int64_t rows, const T* a, int64_t row_stride, int64_t k_stride,
                                         const T* b, int64_t ldb, int64_t depth, const Epilogue& epilogue) {
   if (vectors == 4) {
     for_row_blocks<4>(0, rows, MultiplyRows<T, 4, Epilogue>{a, row_stride, k_stride, b, ldb, depth, epilogue});
+  } else if (vectors == 3) {
+    for_row_blocks<3>(0, rows, MultiplyRows<T, 3, Epilogue>{a, row_stride, k_stride, b, ldb, depth, epilogue});
   } else if (vectors == 2) {
     for_row_blocks<2>(0, rows, MultiplyRows<T, 2, Epilogue>{a, row_stride, k_stride, b, ldb, depth, epilogue});
   } else {

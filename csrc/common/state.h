@@ -38,7 +38,7 @@ struct Tiles {
   Buffer masks;
   T *skip, *every, *skip_units;  // (width) twice, (units)
 
-  // Tiles of 1, 2 or 4 vectors, at most `most`; images in so many strips, which divide the lanes.
+  // Tiles of 1 to 4 vectors, at most `most`; images in so many strips, which divide the lanes.
   Tiles(const ChainShape& s, int64_t most, int64_t threads, int64_t strips = 1)
       : shape(s),
         strips(strips),
@@ -62,7 +62,16 @@ struct Tiles {
     }
   }
 
-  static int64_t vectors_of(int64_t share, int64_t most) { return min_of(share >= 3 ? 4 : share == 2 ? 2 : 1, most); }
+  // The number, at most `most`, that takes a thread's share of the vectors through in least time: a vector past the share
+  // is lost, and a tile's own costs are about those of half a vector.
+  static int64_t vectors_of(int64_t share, int64_t most) {
+    int64_t best = 1, least = 3 * share;
+    for (int64_t vectors = 2; vectors <= most; ++vectors) {
+      const int64_t time = ceil_div(share, vectors) * (2 * vectors + 1);
+      if (time <= least) best = vectors, least = time;
+    }
+    return best;
+  }
   int64_t valid(int64_t tile) const { return min_of(samples, shape.batch * strips - tile * samples); }
   // Whether strips reach past the image, and the rows of one that do not.
   bool padded() const { return plane.height * strips > shape.plane.height; }
@@ -183,6 +192,53 @@ inline void store_samples(const Tiles<T>& tiles, int64_t tile, int64_t features,
   transpose(features, tiles.valid(tile), from, tiles.samples, to + tile * tiles.samples * features, features);
 }
 
+// In a word of a state the images of a strip stand side by side, N of them a tile; in a tile they are strips apart: lane
+// b * strips + k has what stands at k * N + b. Whole tiles are copied run by run, and then their lanes put in order.
+template <int STRIPS, class V, int... I>
+ND_INLINE V interleaved(V x, Indices<I...>) {
+  return __builtin_shufflevector(x, x, (I % STRIPS * (int(sizeof...(I)) / STRIPS) + I / STRIPS)...);
+}
+// Calls body(position, element of the word, element of the row) for the runs of channel c of a tile.
+template <class T, int N, class Body>
+ND_INLINE void for_runs(const Tiles<T>& tiles, int64_t tile, int64_t c, const Body& body) {
+  for (int64_t k = 0; k < kLanes<T> / N; ++k)
+    for (int64_t p = 0; p < tiles.rows_inside(k) * tiles.plane.width; ++p)
+      body((c * tiles.image + k * tiles.positions + p) * tiles.shape.batch + tile * N, p * kLanes<T> + k * N);
+}
+template <class T, int N>
+inline void load_runs(const Tiles<T>& tiles, int64_t tile, const T* from, T* to) {
+  typename MakeIndices<kLanes<T>>::type all;
+  for (int64_t c = 0; c < tiles.shape.width; ++c, to += tiles.row) {
+    if (tiles.padded()) fill(tiles.row, T(0), to);
+    for_runs<T, N>(tiles, tile, c, [&](int64_t at, int64_t e) { __builtin_memcpy(to + e, from + at, N * sizeof(T)); });
+    for (int64_t e = 0; e < tiles.row; e += kLanes<T>)
+      ND_ISA::store(to + e, interleaved<kLanes<T> / N>(ND_ISA::load(to + e), all));
+  }
+}
+template <class T, int N>
+inline void store_runs(const Tiles<T>& tiles, int64_t tile, const T* from, T* to) {
+  typename MakeIndices<kLanes<T>>::type all;
+  const Buffer row(tiles.row * int64_t(sizeof(T)));
+  for (int64_t c = 0; c < tiles.shape.width; ++c, from += tiles.row) {
+    for (int64_t e = 0; e < tiles.row; e += kLanes<T>)
+      ND_ISA::store(row.as<T>() + e, interleaved<N>(ND_ISA::load(from + e), all));
+    for_runs<T, N>(tiles, tile, c,
+                   [&](int64_t at, int64_t e) { __builtin_memcpy(to + at, row.as<T>() + e, N * sizeof(T)); });
+  }
+}
+// body(a Constant of the images of a tile), if it is whole and they are at least four; returns whether it is so.
+template <class T, int N = kLanes<T> / 2, class Body>
+ND_INLINE bool with_runs(const Tiles<T>& tiles, int64_t tile, const Body& body) {
+  if constexpr (N < 4) {  // shorter runs take longer than one element after another
+    return false;
+  } else {
+    if (tiles.strips * N != kLanes<T>) return with_runs<T, N / 2>(tiles, tile, body);
+    if (tiles.valid(tile) < tiles.samples) return false;
+    body(Constant<N>());
+    return true;
+  }
+}
+
 // Images of (batch, channels, height, width), and back.
 template <class T>
 inline void load_images(const Tiles<T>& tiles, int64_t tile, int64_t channels, bool zeros, const T* from, T* to) {
@@ -211,6 +267,7 @@ inline void load_outputs(const Tiles<T>& tiles, int64_t tile, int64_t row, int64
 template <class T>
 inline void load_word(const Tiles<T>& tiles, int64_t tile, bool zeros, const T* from, T* to) {
   if (tiles.strips > 1) {
+    if (with_runs(tiles, tile, [&](auto n) { load_runs<T, decltype(n)::value>(tiles, tile, from, to); })) return;
     fill(tiles.size, T(0), to);
     return for_strips(tiles, tile, tiles.shape.width,
                       [&](int64_t i, int64_t unit, int64_t b) { to[i] = from[unit * tiles.shape.batch + b]; });
@@ -228,9 +285,11 @@ inline void load_word(const Tiles<T>& tiles, int64_t tile, bool zeros, const T* 
 }
 template <class T>
 inline void store_word(const Tiles<T>& tiles, int64_t tile, const T* from, T* to) {
-  if (tiles.strips > 1)
+  if (tiles.strips > 1) {
+    if (with_runs(tiles, tile, [&](auto n) { store_runs<T, decltype(n)::value>(tiles, tile, from, to); })) return;
     return for_strips(tiles, tile, tiles.shape.width,
                       [&](int64_t i, int64_t unit, int64_t b) { to[unit * tiles.shape.batch + b] = from[i]; });
+  }
   const int64_t valid = tiles.valid(tile), samples = tiles.samples;
   for (int64_t i = 0; i < tiles.units; ++i) {
     T* const row = to + i * tiles.shape.batch + tile * samples;

@@ -30,7 +30,7 @@ class PairSums {
         outputs(outputs),
         samples(samples),
         batch(pairs.symmetric ? pairs.rows : pairs.rows + pairs.columns),
-        row_block(int(min_of(8, samples))),
+        row_block(int(min_of(8, samples & -samples))),  // divides a tile
         parallel(parallel) {}
 
   void add(const GramLayers<T>& layers) const {

@@ -25,6 +25,9 @@ STATE_COST, UNIT_COST = 140, 12
 it besides its products. Measured with two threads: saving every state took 1.7 times as long as one in 250 layers with
 3 channels and filters of 3x3 (27 products a number), 3 times as one in 64 with MLPs of width 4, as long at 75."""
 
+AUTO_NUMBERS = 1 << 27
+"""Of all states, to which ``checkpoint="auto"`` keeps every one where that is faster: 512 MiB in float32."""
+
 SEGMENT_COST = 20_000_000
 """In multiply-adds: what a segment costs that a schedule runs from Python, besides its layers. Measured with two
 threads: 0.1 ms."""
@@ -191,9 +194,9 @@ def usual_segment(depth: int) -> int:
 def auto_segment(depth: int, inputs: int, outputs: int, taps: int, positions: int | None) -> int:
     """Layers between saved states under ``checkpoint="auto"`` without a budget.
 
-    Every state where that is faster and takes no more memory than the parameters and their gradients. Narrow layers
-    are computed again: that takes less time than to write their states to memory and to read them back, and as long
-    where all fit in the cache.
+    Every state where that is faster, as eager layers keep them, to AUTO_NUMBERS or as many as the parameters and their
+    gradients have. Narrow layers are computed again: that takes less time than to write their states to memory and to
+    read them back, and as long where all fit in the cache.
 
     Arguments:
         depth, inputs, outputs, taps: of the network; L, and the entries of a filter.
@@ -204,4 +207,4 @@ def auto_segment(depth: int, inputs: int, outputs: int, taps: int, positions: in
         return usual_segment(depth)
     hidden = (depth - 2) * width * (width * taps + 1)
     parameters = hidden + (inputs + outputs) * width * taps + width + outputs
-    return 1 if (depth - 1) * width * positions <= 2 * parameters else usual_segment(depth)
+    return 1 if (depth - 1) * width * positions <= max(2 * parameters, AUTO_NUMBERS) else usual_segment(depth)

@@ -96,8 +96,8 @@ class Checkpointing(nn.Module):
 
         Under ``torch.no_grad()`` nothing is saved. ``checkpoint="auto"`` is the plan without a budget
         (``narrowdeep.memory``): every state of a network so wide that running its layers again costs more than keeping
-        their states, while all of them take no more memory than the parameters and their gradients; otherwise one in
-        64 layers, or in the square root of the depth.
+        their states, as eager layers do, while all of them are at most 2**27 numbers, or as many as the parameters and
+        their gradients; otherwise one in 64 layers, or in the square root of the depth.
         """
         if not torch.is_grad_enabled():
             return 0

@@ -62,3 +62,19 @@ def backward_costs(sizes: Sequence[int], flags: Sequence[bool], threads: int) ->
     if load().narrowdeep_backward_costs(*arguments):
         raise ValueError(f"NARROWDEEP_ISA must be one of {', '.join(instruction_sets())} on this machine")
     return BackwardCosts(*found)
+
+
+def multiply_adds(rounds: int, *, independent: bool, double: bool) -> int:
+    """Multiply-adds in registers on every thread of torch's pool, for benchmarks to time.
+
+    Returns the floating-point operations of all threads, as many at once as keep all units busy; or, where they are not
+    ``independent``, the multiply-adds of one thread, each of which waited for the last.
+
+    Raises: ValueError when NARROWDEEP_ISA names no instruction set of this machine.
+    """
+    run = load().narrowdeep_multiply_adds
+    run.restype = ctypes.c_int64
+    operations = int(run(ctypes.c_int64(rounds), ctypes.c_bool(independent), ctypes.c_bool(double)))
+    if rounds > 0 and operations == 0:
+        raise ValueError(f"NARROWDEEP_ISA must be one of {', '.join(instruction_sets())} on this machine")
+    return operations

@@ -9,14 +9,22 @@ import pytest
 from benchmarks import report
 
 
-def entry(workload, measure, peer, seconds, floors, flops=None):
-    info = {"workload": workload, "measure": measure, "peer": peer, "flops": flops, "floors": floors, "error": 1e-6}
+def entry(workload, measure, peer, seconds, floors, flops=None, dependent=1, traffic=1):
+    work = {"flops": flops, "dependent": dependent, "traffic": traffic}
+    info = {"workload": workload, "measure": measure, "peer": peer, **work, "floors": floors, "error": 1e-6}
     return {"extra_info": info, "stats": {"min": seconds, "mean": 10 * seconds}}
 
 
 def run_of(*entries, peak=2e11):
     machine = {"cpu": {"brand_raw": "Abacus"}, "machine": "x", "threads": 2, "vector": "AVX512", "torch": "2.10"}
-    return {"machine_info": {**machine, "peak_flops": peak}, "benchmarks": list(entries)}
+    limits = {
+        "peak_flops": peak,
+        "peak_flops_double": peak / 2,
+        "latency": 1e-9,
+        "bandwidth": 2e10,
+        "cache_bytes": 10**6,
+    }
+    return {"machine_info": {**machine, "limits": limits}, "benchmarks": list(entries)}
 
 
 FLOORS = {"eager": 8, "JAX scan": 5, "peak": 0.5}
@@ -55,9 +63,24 @@ def test_a_later_file_replaces_whole_rows(first):
 
 def test_table_shows_floors_and_bold_misses(first):
     lines = report.table(report.read_rows([first])).splitlines()
-    assert lines[0] == "| work | measure | narrowdeep, ms | of FMA peak | eager | JAX scan | torch.func |"
-    assert lines[2] == "| net | forward | 10 | **40%, below 50%** | 8.00x (floor 8x) | **4.00x, below 5x** |  |"
-    assert lines[3] == "| net | NTK | 12.5 |  |  |  | 240x (floor 150x) |"
+    assert lines[0] == "| work | measure | narrowdeep, ms | bound | of FMA peak | eager | JAX scan | torch.func |"
+    ratios = "8.00x (floor 8x) | **4.00x, below 5x** |  |"
+    assert lines[2] == f"| net | forward | 10 | arithmetic, 40% | **40%, below 50%** | {ratios}"
+    assert lines[3] == "| net | NTK | 12.5 |  |  |  |  | 240x (floor 150x) |"
+
+
+@pytest.mark.parametrize(
+    ("work", "bound"),
+    [
+        ({"flops": 10**9, "dependent": 10**6, "traffic": 10**7}, "arithmetic, 50%"),  # 5, 1 and 0.5 ms of 10
+        ({"flops": 10**8, "dependent": 2 * 10**6, "traffic": 10**7}, "latency, 20%"),
+        ({"flops": 10**8, "dependent": 10**6, "traffic": 10**8}, "bandwidth, 50%"),
+        ({"flops": 10**6, "dependent": 10**3, "traffic": 10**6}, "arithmetic, 0%"),  # it fits in the cache
+    ],
+)
+def test_a_row_is_bound_by_what_takes_longest(work, bound):
+    (row,) = report.read_rows([run_of(entry("net", "forward", "narrowdeep", 0.01, {}, **work))])
+    assert row.bound() == bound
 
 
 def test_a_floor_whose_peer_did_not_run_is_not_called_kept(first):
@@ -73,7 +96,7 @@ def test_command_prints_the_table_and_draws_the_chart(first, tmp_path, capsys):
     source.write_text(json.dumps(first))
     report.main([str(source), "--plot", str(chart)])
     shown = capsys.readouterr().out
-    assert "Abacus, 2 threads, AVX512, torch 2.10, measured float32 FMA peak 200 GFLOP/s" in shown
+    assert "Abacus, 2 threads, AVX512, torch 2.10, measured in registers 200 GFLOP/s in float32, 1.00 ns" in shown
     assert "below its floor: net, forward, JAX scan" in shown
     assert "2 floors kept, 2 missed" in shown
     assert chart.read_bytes().startswith(b"\x89PNG")

@@ -112,6 +112,24 @@ def test_operations_of_a_cnn_leave_out_the_padding():
     assert workload.flops("forward + backward") == 2 * 2 * 14 * (3 * (3 + 9 + 3) - 3)
 
 
+@pytest.mark.parametrize("workload", SMALL, ids=lambda w: w.name)
+def test_traffic_is_that_of_the_parameters_and_the_samples(workload):
+    problem = make_problem(workload)
+    assert workload.parameters == sum(p.numel() for p in problem.sequential().parameters())
+    samples = problem.x.numel() + problem.cotangent.numel()
+    assert workload.traffic("forward") == 4 * (workload.parameters + samples)
+    assert workload.traffic("forward + backward") == 4 * (3 * workload.parameters + samples)
+    assert workload.traffic("NTK") is None
+
+
+def test_operations_that_wait_for_one_another():
+    # Width 4: a product, two additions of a tree over four, and three more, in each of 7 layers.
+    assert Workload(2, 1, 7, 5, EVERY).dependent("forward") == 7 * 6
+    assert Workload(2, 1, 7, 5, EVERY).dependent("forward + backward") == 2 * 7 * 6
+    # 3 channels and filters of 3x3: 27 products.
+    assert Workload(1, 1, 7, 5, EVERY, image=(4, 4)).dependent("forward") == 7 * 9
+
+
 @pytest.mark.parametrize("peer", [Eager, Narrowdeep], ids=lambda p: p.name)
 def test_a_step_moves_the_weights_against_their_gradients(peer):
     contender = peer(make_problem(Workload(2, 1, 4, 3, EVERY)))

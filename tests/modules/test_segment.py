@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from narrowdeep import DeepNarrowCNN, DeepNarrowMLP, memory
+from narrowdeep.memory import step
 
 
 class SavedStates(TorchDispatchMode):
@@ -63,12 +64,18 @@ def test_segment_by_checkpoint():
     assert DeepNarrowMLP(1, 1, 50).segment(1) == 64
     assert DeepNarrowMLP(1, 1, 10_000).segment(1) == 100
     assert DeepNarrowMLP(125, 1, 9).segment(1) == 64  # 127 products to compute a number of a state; from 128 on, saved
-    wide = DeepNarrowMLP(126, 1, 9)  # 8 states of n samples, against twice n (n + 1) parameters in each of 7 layers
+    wide = DeepNarrowMLP(126, 1, 9)  # 8 states of 128 units
     assert wide.segment(1) == 1
-    assert wide.segment(4 * wide.width) == 64
+    most = step.AUTO_NUMBERS // (8 * 128)
+    assert (wide.segment(most), wide.segment(most + 1)) == (1, 64)
+    assert DeepNarrowMLP(1, 1, 50).segment(most) == 64  # however few they are
     assert DeepNarrowCNN(12, 1, 50).segment(1) == 64  # 14 channels, 9 taps: 126 products
     assert DeepNarrowCNN(13, 1, 50).segment(1) == 1
-    assert DeepNarrowCNN(13, 1, 50).segment(28 * 28) == 64
+    assert DeepNarrowCNN(13, 1, 50).segment(28 * 28) == 1
+    most = step.AUTO_NUMBERS // (49 * 15)  # positions of 15 channels in 49 states
+    assert (DeepNarrowCNN(13, 1, 50).segment(most), DeepNarrowCNN(13, 1, 50).segment(most + 1)) == (1, 64)
+    deep = DeepNarrowMLP(126, 1, 6000, device="meta")  # twice 128 * 129 parameters in each of 5,998 layers are more
+    assert (deep.segment(257), deep.segment(259)) == (1, 77)
     assert DeepNarrowCNN(1, 1, 50).segment(1) == 64
     assert DeepNarrowCNN(1, 1, 10_000).segment(1) == 100
 

@@ -70,6 +70,9 @@ CONV_CASES = [
     Case(2, 1, 40, 1, 3, (17, 3)),  # few images, in strips of rows: the last ones reach past the image
     Case(1, 2, 6, 2, 5, (9, 6)),
     Case(1, 1, 6, 3, 7, (13, 3)),
+    Case(1, 2, 34, 1, 7, (7, 2)),  # a filter sees several strips
+    Case(1, 1, 5, 4, 9, (3, 4)),  # and past all of them
+    Case(2, 1, 34, 12, 3, (16, 2)),  # tiles of whole images
 ]
 CASES = MLP_CASES + CONV_CASES
 PLAIN_CASES = [  # the offset form has width in + 1 + out, the plain form any width
