@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from narrowdeep.ops import triton_chain, triton_common
+from narrowdeep.ops import triton_chain, triton_common, triton_second
 from narrowdeep.ops.mlp.layered import LINEAR
 from narrowdeep.ops.triton_common import TILE, Block, empty, launch, prefetched, read_state
 
@@ -65,7 +65,9 @@ def weight_gradient(
         tl.store(bias_ptr + cell + i, tl.sum(sums[i * (WIDTH + 1) + WIDTH], axis=0), row + i < WIDTH)
 
 
-_NARROW = {"forward": 16, "recompute": 16, "backward": 16, "jvp": 8}
+_TANGENTS = ("jvp", "tangents", "backward_jvp")
+
+_NARROW = {"forward": 16, "recompute": 16, "backward": 16} | dict.fromkeys(_TANGENTS, 8)
 """Widest layer that runs one sample a lane. A state and its tangent of 16 units each would not fit the registers."""
 
 _TILED = {
@@ -98,6 +100,14 @@ _SAMPLES = {
     ("jvp", torch.float32, True): (4, 2),
     ("jvp", torch.float64, False): (4, 2),
     ("jvp", torch.float64, True): (2, 1),
+    ("tangents", torch.float32, False): (4, 2),
+    ("tangents", torch.float32, True): (4, 2),
+    ("tangents", torch.float64, False): (4, 2),
+    ("tangents", torch.float64, True): (2, 1),
+    ("backward_jvp", torch.float32, False): (4, 2),
+    ("backward_jvp", torch.float32, True): (4, 2),
+    ("backward_jvp", torch.float64, False): (4, 2),
+    ("backward_jvp", torch.float64, True): (2, 1),
 }
 
 _SAMPLES_BLACKWELL = {("backward", torch.float32, True): (8, 4, 1)}
@@ -109,7 +119,7 @@ _SPLIT = 4096
 
 def widest(kernel: str, dtype: torch.dtype, target: int = 90) -> int:
     """Widest layer that ``kernel`` runs on sm_``target``; a wider chain runs one layer at a time."""
-    most = _TILED["jvp" if kernel == "jvp" else "forward", dtype]
+    most = _TILED["jvp" if kernel in _TANGENTS else "forward", dtype]
     return min(most, _WIDEST_TURING) if target < 80 else most
 
 
@@ -124,14 +134,15 @@ def blocks(kernel: str, x: Tensor, weight: Tensor, offset: bool) -> list[Block]:
     """Blocks of samples to choose from, the one with the best instruction mix first (4 warps share cached weights)."""
     width = weight.shape[1]
     if width > _NARROW[kernel]:
-        limit = 255 if kernel in ("recompute", "jvp") else None
+        tangents = kernel in _TANGENTS
+        limit = 255 if kernel == "recompute" or tangents else None
         if kernel == "recompute" and width > 64:
             return [Block(16, 8, limit)]  # 32 samples spill 24 bytes on sm_80
-        return [Block(32, 4 if width <= 32 and kernel != "jvp" else 8, limit)]
+        return [Block(32, 4 if width <= 32 and not tangents else 8, limit)]
     table = _SAMPLES | (_SAMPLES_BLACKWELL if triton_common.capability(x.device) >= 100 else {})
     most = table[kernel, x.dtype, offset][0 if width <= 4 else 1 if width <= 8 else 2]
     sizes = [most >> i for i in range(4) if most >> i]
-    limit = 255 if kernel == "backward" and x.dtype == torch.float64 else None
+    limit = 255 if kernel.startswith("backward") and x.dtype == torch.float64 else None
     return [Block(128 * size, 4, limit) for size in sizes] + [Block(32, 1, 255)]
 
 
@@ -174,3 +185,4 @@ FAMILY = triton_chain.Family(LINEAR, supported, blocks, _constants, sum_weight_g
 mlp_forward = partial(triton_chain.forward, FAMILY)
 mlp_backward = partial(triton_chain.backward, FAMILY)
 mlp_jvp = partial(triton_chain.jvp, FAMILY)
+mlp_backward_jvp = partial(triton_second.backward_jvp, FAMILY)
