@@ -127,8 +127,9 @@ def blocks(kernel: str, x: Tensor, weight: Tensor, offset: bool) -> list[Block]:
         a_lane = 1  # two spill 8 bytes there
     limit = 168 if narrow else None
     if kernel in _SECOND:
-        a_lane = 2 if x.dtype == torch.float32 else 1
-        limit = 168 if weight.shape[1] < 4 else 255
+        single = x.dtype == torch.float32
+        a_lane = 2 if single or weight.shape[1] < 4 else 1
+        limit = 168 if single and weight.shape[1] < 4 else 255
     samples = max(1, 128 * a_lane // lanes)
     return [
         Block(samples, max(1, min(8, lanes * samples // (32 * a_lane))), limit),

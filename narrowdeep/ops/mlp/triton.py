@@ -65,7 +65,8 @@ def weight_gradient(
         tl.store(bias_ptr + cell + i, tl.sum(sums[i * (WIDTH + 1) + WIDTH], axis=0), row + i < WIDTH)
 
 
-_TANGENTS = ("jvp", "tangents", "backward_jvp")
+_SECOND = ("tangents", "backward_jvp")
+_TANGENTS = ("jvp", *_SECOND)
 
 _NARROW = {"forward": 16, "recompute": 16, "backward": 16} | dict.fromkeys(_TANGENTS, 8)
 """Widest layer that runs one sample a lane. A state and its tangent of 16 units each would not fit the registers."""
@@ -79,7 +80,7 @@ _TILED = {
 """Widest layer that runs in ``tl.dot`` tiles without spills; the backward as the forward. cuBLAS takes over past it."""
 
 _WIDEST_TURING = 32
-"""The same on sm_75, which cannot copy to shared memory past the registers."""
+"""The same on sm_75, which cannot copy to shared memory past the registers. Second derivatives in float64 stop at 4."""
 
 _SAMPLES = {
     # kernel, dtype, offset: samples a lane at widths up to 4, 8, 16. The most that needs no spill (docs/gpu.md): a
@@ -100,18 +101,15 @@ _SAMPLES = {
     ("jvp", torch.float32, True): (4, 2),
     ("jvp", torch.float64, False): (4, 2),
     ("jvp", torch.float64, True): (2, 1),
-    ("tangents", torch.float32, False): (4, 2),
-    ("tangents", torch.float32, True): (4, 2),
-    ("tangents", torch.float64, False): (4, 2),
-    ("tangents", torch.float64, True): (2, 1),
-    ("backward_jvp", torch.float32, False): (4, 2),
-    ("backward_jvp", torch.float32, True): (4, 2),
-    ("backward_jvp", torch.float64, False): (4, 2),
-    ("backward_jvp", torch.float64, True): (2, 1),
 }
 
-_SAMPLES_BLACKWELL = {("backward", torch.float32, True): (8, 4, 1)}
-"""The same where sm_100 needs fewer: two samples a lane spill 16 bytes at width 16."""
+_SAMPLES |= {(kernel, *key[1:]): most for key, most in _SAMPLES.items() if key[0] == "jvp" for kernel in _SECOND}
+
+_SAMPLES_BLACKWELL = {("backward", torch.float32, True): (8, 4, 1), ("backward_jvp", torch.float32, True): (4, 1)}
+"""The same where sm_100 needs fewer: two samples a lane spill 16 bytes at width 16, 8 at width 8."""
+
+_SAMPLES_TURING = {("tangents", torch.float32, True): (4, 1)}
+"""The same on sm_75."""
 
 _SPLIT = 4096
 """Samples that a program of ``weight_gradient`` sums: constant, so that the batch alone fixes the order of the sum."""
@@ -120,7 +118,9 @@ _SPLIT = 4096
 def widest(kernel: str, dtype: torch.dtype, target: int = 90) -> int:
     """Widest layer that ``kernel`` runs on sm_``target``; a wider chain runs one layer at a time."""
     most = _TILED["jvp" if kernel in _TANGENTS else "forward", dtype]
-    return min(most, _WIDEST_TURING) if target < 80 else most
+    if target >= 80:
+        return most
+    return 4 if kernel in _SECOND and dtype == torch.float64 else min(most, _WIDEST_TURING)
 
 
 def supported(kernel: str, x: Tensor, weight: Tensor) -> bool:
@@ -136,10 +136,11 @@ def blocks(kernel: str, x: Tensor, weight: Tensor, offset: bool) -> list[Block]:
     if width > _NARROW[kernel]:
         tangents = kernel in _TANGENTS
         limit = 255 if kernel == "recompute" or tangents else None
-        if kernel == "recompute" and width > 64:
-            return [Block(16, 8, limit)]  # 32 samples spill 24 bytes on sm_80
+        if width > {"recompute": 64, "tangents": 16}.get(kernel, width):
+            return [Block(16, 8, limit)]  # 32 samples spill up to 24 bytes on sm_80
         return [Block(32, 4 if width <= 32 and not tangents else 8, limit)]
-    table = _SAMPLES | (_SAMPLES_BLACKWELL if triton_common.capability(x.device) >= 100 else {})
+    target = triton_common.capability(x.device)
+    table = _SAMPLES | (_SAMPLES_BLACKWELL if target >= 100 else _SAMPLES_TURING if target < 80 else {})
     most = table[kernel, x.dtype, offset][0 if width <= 4 else 1 if width <= 8 else 2]
     sizes = [most >> i for i in range(4) if most >> i]
     limit = 255 if kernel.startswith("backward") and x.dtype == torch.float64 else None
