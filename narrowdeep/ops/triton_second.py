@@ -28,7 +28,7 @@ def backward_jvp(family: Family, *args: Any) -> tuple[Tensor, ...]:
     if grad_t is None:
         grad_t = torch.zeros_like(grad)
     grads = [input.new_empty(0 if p is None or not need_params else p.shape) for p in params.flat()]
-    these = span(family, input, params.flat(), offset, outputs, start)
+    these = span(family, input, args[3:9], offset, outputs, start)
     layers, weight = these.layers, these.hidden[0]
     has_weight_t, has_bias_t = tangents.hidden_weight is not None, tangents.hidden_bias is not None
     hidden_t = [h if t is None else t.contiguous() for h, t in zip(these.hidden, tangents[3:5], strict=True)]
@@ -79,7 +79,6 @@ def backward_jvp(family: Family, *args: Any) -> tuple[Tensor, ...]:
             weight_grad.add_(other)
     if first is None:
         return g_t if need_input else input.new_empty(0), *grads
-    bottom = [(w[0] + w[1]) + w[2] if offset else w[0] for w in (g, g_t)]
-    ends = grads[:2] if need_params else []
-    rest = input, first.weight, tangents, ends, scale, offset, need_input
-    return layered_second.first_gradient_tangents(family.layer, *bottom, *rest), *grads
+    full, full_t = ((w[0] + w[1]) + w[2] if offset else w[0] for w in (g, g_t))
+    bottom = full, full_t, input, first.weight, tangents, grads[:2] if need_params else [], scale, offset, need_input
+    return layered_second.first_gradient_tangents(family.layer, *bottom), *grads
