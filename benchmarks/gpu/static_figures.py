@@ -35,7 +35,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITCallable
 
 from benchmarks.gpu import modelled
-from narrowdeep.ops import triton_chain, triton_common
+from narrowdeep.ops import triton_chain, triton_common, triton_second
 from narrowdeep.ops.cnn import triton as cnn
 from narrowdeep.ops.gram import triton as gram
 from narrowdeep.ops.mlp import triton as mlp
@@ -56,6 +56,8 @@ _CHAIN: dict[str, tuple[Any, dict[str, Any]]] = {
     "recompute": (triton_chain.chain_recompute, {}),
     "backward": (triton_chain.chain_backward, {"STORE": True}),
     "jvp": (triton_chain.chain_jvp, {"HAS_WEIGHT_T": True, "HAS_BIAS_T": True}),
+    "tangents": (triton_second.chain_tangents, {"HAS_WEIGHT_T": True, "HAS_BIAS_T": True, "STORE": True}),
+    "backward_jvp": (triton_second.chain_backward_jvp, {"HAS_WEIGHT_T": True, "STORE": True}),
 }
 
 

@@ -18,7 +18,7 @@ from narrowdeep.ops.layered import (
     last_gradients,
     step_tangent,
 )
-from narrowdeep.ops.params import BackwardJvpArgs
+from narrowdeep.ops.params import BackwardJvpArgs, ChainTangents
 from narrowdeep.ops.precision import at_full_precision
 from narrowdeep.ops.reference import RENORMALISE_PERIOD
 
@@ -27,6 +27,53 @@ def _product_rule(layer: Layer, g: Tensor, g_t: Tensor, h: Tensor, h_t: Tensor, 
     """Tangents of the gradients of a weight and its bias: ``G' h^T + G T^T`` and G'."""
     last_gradients(layer, g_t, h, grads)
     grads[0].add_(layer.weight_grad(g, h_t, torch.empty_like(grads[0])))
+
+
+def last_gradient_tangents(
+    layer: Layer,
+    grad: Tensor,
+    grad_t: Tensor,
+    h: Tensor,
+    h_t: Tensor,
+    last_weight: Tensor,
+    tangents: ChainTangents,
+    offset: bool,
+    grads: list[Tensor],
+) -> tuple[HiLo, HiLo]:
+    """G and G' of the last state, ``h`` with the tangent ``h_t``; they have still to pass its ReLU.
+
+    Tangents of the gradients of last_weight and last_bias go into ``grads``, if any.
+    """
+    r, g = last_gradient(layer, grad, h, last_weight, offset)
+    r_t, g_t = last_gradient(layer, grad_t, h, last_weight, offset)
+    if tangents.last_weight is not None:
+        g_t.lo.add_(layer.transpose(tangents.last_weight, r, torch.empty_like(h)))
+    if grads:
+        _product_rule(layer, r, r_t, h, h_t, grads)
+    return g, g_t
+
+
+def first_gradient_tangents(
+    layer: Layer,
+    g: Tensor,
+    g_t: Tensor,
+    input: Tensor,
+    first_weight: Tensor,
+    tangents: ChainTangents,
+    grads: list[Tensor],
+    scale: float,
+    offset: bool,
+    need_input: bool,
+) -> Tensor:
+    """The tangent of the gradient of x from G and G' of state 0; those of first_weight and first_bias into ``grads``,
+    if any."""
+    x = input.movedim(0, -1)
+    found = first_gradients(layer, g_t, x, first_weight, grads, scale, offset, need_input)
+    if grads and tangents.input is not None:
+        grads[0].add_(layer.weight_grad(g, tangents.input.movedim(0, -1), torch.empty_like(grads[0])))
+    if need_input and tangents.first_weight is not None:
+        found.add_(layer.transpose(tangents.first_weight, g, torch.empty_like(x)).movedim(-1, 0))
+    return found
 
 
 @at_full_precision
@@ -51,14 +98,10 @@ def backward_jvp(layer: Layer, *args: Any) -> tuple[Tensor, ...]:
     if last is None:
         g, g_t = entered(grad, outputs), entered(grad_t, outputs)
     else:
-        r, g = last_gradient(layer, grad, h, last.weight, offset)
-        r_t, g_t = last_gradient(layer, grad_t, h, last.weight, offset)
-        if tangents.last_weight is not None:
-            g_t.lo.add_(layer.transpose(tangents.last_weight, r, room))
+        h_t, ends = tangent.full(out=room), grads[4:] if need_params else []
+        g, g_t = last_gradient_tangents(layer, grad, grad_t, h, h_t, last.weight, tangents, offset, ends)
         for gradient in (g, g_t):
             gradient.mask(h <= 0, gradient.lo.clone())
-        if need_params:
-            _product_rule(layer, r, r_t, h, tangent.full(out=room), grads[4:])
     full, full_t = torch.empty_like(h), torch.empty_like(h)
     z, z_t = torch.empty_like(h), torch.empty_like(h)
     for begin in reversed(range(0, layers, step)):
@@ -85,10 +128,8 @@ def backward_jvp(layer: Layer, *args: Any) -> tuple[Tensor, ...]:
                     gradient.renormalise()
     if first is None:
         return g_t.state() if need_input else input.new_empty(0), *grads
-    x, full, full_t = input.movedim(0, -1), g.full(out=full), g_t.full(out=full_t)
-    found = first_gradients(layer, full_t, x, first.weight, grads[:2] if need_params else [], scale, offset, need_input)
-    if need_params and tangents.input is not None:
-        grads[0].add_(layer.weight_grad(full, tangents.input.movedim(0, -1), torch.empty_like(grads[0])))
-    if need_input and tangents.first_weight is not None:
-        found.add_(layer.transpose(tangents.first_weight, full, torch.empty_like(x)).movedim(-1, 0))
+    g.full(out=full)
+    g_t.full(out=full_t)
+    ends = grads[:2] if need_params else []
+    found = first_gradient_tangents(layer, full, full_t, input, first.weight, tangents, ends, scale, offset, need_input)
     return found, *grads

@@ -16,10 +16,12 @@ import triton
 from torch import Tensor
 
 from narrowdeep.ops import layered
+from narrowdeep.ops.params import Affine, ChainParams
 from narrowdeep.ops.reference import RENORMALISE_PERIOD, saved_shape
 from narrowdeep.ops.triton_common import FRAGMENT, Block, choose_block, empty, launch, scratch_bytes
-from narrowdeep.ops.triton_kernels import chain_backward, chain_forward, chain_jvp, chain_recompute
+from narrowdeep.ops.triton_kernels import chain_backward, chain_forward, chain_recompute
 from narrowdeep.ops.triton_packed import SPARE, filters_shape, is_packed, layer_size, pack, packed_filters
+from narrowdeep.ops.triton_tangents import chain_jvp
 
 PACKED = ("forward", "recompute", "backward")
 """Kernels that read an MLP's hidden layers as records (``triton_packed.py``), tiles excepted."""
@@ -30,7 +32,8 @@ MOST_SEGMENTS = 65_535
 
 @dataclass(frozen=True)
 class Family:
-    """What the MLP and the convolution chain differ in on a GPU. ``kernel`` is forward, recompute, backward or jvp.
+    """What the MLP and the convolution chain differ in on a GPU. ``kernel`` is forward, recompute, backward, jvp,
+    tangents or backward_jvp.
 
     ``x`` stands for the samples of a call: (B, any, *positions), of which shape, dtype and device are read.
     """
@@ -188,6 +191,22 @@ def words(state: Tensor | layered.HiLo) -> tuple[Tensor, Tensor, Tensor]:
     if state.base is None:
         return state.lo, state.lo, state.lo
     return state.base, state.hi, state.lo
+
+
+def initial_words(
+    family: Family,
+    input: Tensor,
+    first: Affine | None,
+    tangents: tuple[Tensor | None, ...],
+    scale: float,
+    offset: bool,
+    outputs: int,
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """``words`` of a span's first state and of its tangent; arguments as ``layered.initial_tangent`` has them."""
+    if first is None:  # as they came in, without a copy
+        return words(input), words(torch.zeros_like(input) if tangents[0] is None else tangents[0])
+    state, tangent = layered.initial_tangent(family.layer, input, first, tangents, scale, offset, outputs)
+    return words(state), words(tangent)
 
 
 def forward(
@@ -422,15 +441,8 @@ def jvp(
         tangents = (input_t, first_weight_t, first_bias_t, hidden_weight_t, hidden_bias_t, *last_t)
         return layered.jvp(family.layer, input, *params, *tangents, scale, offset, outputs, start)
     these = span(family, input, params, offset, outputs, start)
-    if first_weight is None or first_bias is None:
-        state, tangent = words(input), words(torch.zeros_like(input) if input_t is None else input_t)
-    else:
-        x = input.movedim(0, -1)
-        before = layered.first_state(family.layer, x, first_weight, first_bias, outputs, scale, offset)
-        first_t = (None if input_t is None else input_t.movedim(0, -1), first_weight_t, first_bias_t)
-        value = before.full(out=torch.empty_like(before.lo))
-        ends = (first_weight, outputs, first_t, scale, offset)
-        state, tangent = words(before), words(layered.first_tangent(family.layer, x, value, *ends))
+    first_t = input_t, first_weight_t, first_bias_t
+    state, tangent = initial_words(family, input, ChainParams.of(params).first, first_t, scale, offset, outputs)
     weight, bias = these.hidden
     h = empty(state[2], *state[2].shape)
     final = empty(h, these.words, *h.shape)

@@ -24,6 +24,9 @@ from narrowdeep.ops.precision import full_precision
 
 DTYPES = (torch.float32, torch.float64)
 
+CHAIN_OPS = ("forward", "backward", "jvp", "backward_jvp")
+"""Of a family, each with kernels of its own."""
+
 OLDEST = (7, 5)
 """Compute capability of the oldest device that the kernels run on."""
 
@@ -120,24 +123,12 @@ def register(library: torch.library.Library, name: str, kernels: str, otherwise:
     library.impl(name, call, "CUDA")
 
 
-def register_layered(library: torch.library.Library, name: str, function: Callable[..., Any]) -> None:
-    """Implement op ``name``, which has no kernels of its own, for CUDA tensors."""
-
-    def call(*args: Any) -> Any:
-        check_tensors([a for a in args if isinstance(a, Tensor)])
-        return function(*args)
-
-    library.impl(name, call, "CUDA")
-
-
 def register_chain(library: torch.library.Library, family: str) -> None:
-    """``register`` the ops of a family; ``layered.py`` takes the place of missing kernels, and is all that a second
-    derivative has."""
+    """``register`` the ops of a family; ``layered.py`` takes the place of missing kernels."""
     layered = importlib.import_module(f"narrowdeep.ops.{family}.layered")
-    for op in ("forward", "backward", "jvp"):
+    for op in CHAIN_OPS:
         name = f"{family}_{op}"
         register(library, name, f"narrowdeep.ops.{family}.triton", getattr(layered, name))
-    register_layered(library, f"{family}_backward_jvp", getattr(layered, f"{family}_backward_jvp"))
 
 
 def backward_workspace(x: Tensor, hidden_weight: Tensor, offset: bool, segment: int) -> int | None:
@@ -180,7 +171,7 @@ def triton_status() -> dict[str, Any]:
 
         target = capability(torch.device("cuda" if device else "cpu"))
         past = "past that one layer at a time"
-        for kernel in ("forward", "backward", "jvp"):
+        for kernel in CHAIN_OPS:
             most = {str(d).removeprefix("torch."): widest(kernel, d, target) for d in DTYPES}
             widths = ", ".join(f"width <= {width} in {dtype}" for dtype, width in most.items())
             kernels[f"mlp {kernel}"] = f"{widths}; {past} (cuBLAS)"

@@ -47,7 +47,7 @@ from narrowdeep.ops.triton_packed import (
     spare_layers,
 )
 
-_LOOSE = ["batch", "layers", "segment", "phase", "first", "last", "given", "masked"]
+LOOSE = ["batch", "layers", "segment", "phase", "first", "last", "given", "masked", "count"]
 """Integers that must not make another kernel."""
 
 
@@ -113,7 +113,7 @@ def _advance(
     return total, hi, lo
 
 
-@triton.jit(do_not_specialize=_LOOSE)
+@triton.jit(do_not_specialize=LOOSE)
 def chain_forward(
     base_ptr,
     hi_ptr,
@@ -186,7 +186,7 @@ def chain_forward(
     leave(final_ptr, base_ptr, hi_ptr, hi, lo, column, batch, MIDDLE, WIDTH, ROWS)
 
 
-@triton.jit(do_not_specialize=_LOOSE)
+@triton.jit(do_not_specialize=LOOSE)
 def chain_recompute(
     base_ptr,
     given_ptr,
@@ -256,7 +256,7 @@ def chain_recompute(
         write_state(h_ptr + end * matrix, h, column, batch, WIDTH, ROWS)
 
 
-@triton.jit(do_not_specialize=_LOOSE)
+@triton.jit(do_not_specialize=LOOSE)
 def chain_backward(
     base_ptr,
     hi_ptr,
@@ -353,94 +353,3 @@ def chain_backward(
             if low % RENORMALISE_PERIOD == 0:
                 total, hi, lo = renormalise(base_ptr, total, hi, lo, column, batch, MIDDLE, WIDTH, ROWS)
     leave(result_ptr, base_ptr, hi_ptr, hi, lo, column, batch, MIDDLE, WIDTH, ROWS)
-
-
-@triton.jit(do_not_specialize=_LOOSE)
-def chain_jvp(
-    base_ptr,
-    hi_ptr,
-    lo_ptr,
-    base_t_ptr,
-    hi_t_ptr,
-    lo_t_ptr,
-    weight_ptr,
-    bias_ptr,
-    weight_t_ptr,
-    bias_t_ptr,
-    h_ptr,
-    final_ptr,
-    scratch_ptr,
-    batch,
-    layers,
-    phase,
-    HAS_WEIGHT_T: tl.constexpr,
-    HAS_BIAS_T: tl.constexpr,
-    MIDDLE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    TAP: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    LENGTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    PREFETCH: tl.constexpr,
-):
-    """A state (base, hi, lo) and its tangent (base_t, hi_t, lo_t) through all layers; lo and lo_t in plain form.
-
-    Writes the value of the last state to ``h``, (n, B), and its tangent to ``final``, (3, n, B) or (1, n, B).
-    """
-    OFFSET: tl.constexpr = MIDDLE >= 0
-    batch = batch.to(tl.int64)
-    phase = phase.to(tl.int64)
-    end = layers.to(tl.int64) + phase
-    if ALIGNED:
-        batch = tl.multiple_of(batch, 4)
-    column, room = lanes(scratch_ptr, batch, WIDTH, TAP, HEIGHT, LENGTH, BLOCK)
-    COUNT: tl.constexpr = entry_count(WIDTH, ROWS) * len(column[0])
-    LAYER: tl.constexpr = layer_size(WIDTH, 0, TAP, len(room) == 0)
-    batch *= HEIGHT * LENGTH
-    weight_ptr -= phase * LAYER
-    bias_ptr -= phase * WIDTH
-    weight_t_ptr -= phase * LAYER
-    bias_t_ptr -= phase * WIDTH
-    lo = read_state(lo_ptr, column, batch, WIDTH, ROWS)
-    lo_t = read_state(lo_t_ptr, column, batch, WIDTH, ROWS)
-    if OFFSET:
-        total, hi = enter(base_ptr, hi_ptr, column, batch, MIDDLE, WIDTH, ROWS)
-        total_t, hi_t = enter(base_t_ptr, hi_t_ptr, column, batch, MIDDLE, WIDTH, ROWS)
-    else:
-        total = lo
-        hi = lo
-        total_t = lo_t
-        hi_t = lo_t
-    prefetch(weight_ptr, phase * LAYER, end * LAYER, RENORMALISE_PERIOD * LAYER, PREFETCH)
-    for chunk in range(0, (end + RENORMALISE_PERIOD - 1) // RENORMALISE_PERIOD):
-        low = tl.maximum(chunk * RENORMALISE_PERIOD, phase)
-        high = tl.minimum(chunk * RENORMALISE_PERIOD + RENORMALISE_PERIOD, end)
-        prefetch(weight_ptr, high * LAYER, end * LAYER, RENORMALISE_PERIOD * LAYER, PREFETCH)
-        if HAS_WEIGHT_T:
-            prefetch(weight_t_ptr, high * LAYER, end * LAYER, RENORMALISE_PERIOD * LAYER, PREFETCH)
-        for j in range(low, high):
-            h = add_states(total, lo, COUNT) if OFFSET else lo
-            full = add_states(total_t, lo_t, COUNT) if OFFSET else lo_t
-            dz = read_bias(bias_t_ptr + j * WIDTH, WIDTH, ROWS) if HAS_BIAS_T else zeros_like_state(lo_t, COUNT)
-            if HAS_WEIGHT_T:
-                dz = affine(
-                    weight_t_ptr + j * LAYER, h, dz, room, j % 2, WIDTH, ROWS, False, TAP, HEIGHT, LENGTH, BLOCK
-                )
-            turn = (j + 1) % 2 if HAS_WEIGHT_T else 0
-            dz = affine(weight_ptr + j * LAYER, full, dz, room, turn, WIDTH, ROWS, False, TAP, HEIGHT, LENGTH, BLOCK)
-            bias = read_bias(bias_ptr + j * WIDTH, WIDTH, ROWS)
-            z = affine(weight_ptr + j * LAYER, h, bias, room, 1 - turn, WIDTH, ROWS, False, TAP, HEIGHT, LENGTH, BLOCK)
-            if OFFSET:
-                dz = add_skip(dz, lo_t, MIDDLE, COUNT, ROWS, len(column[0]))
-                z = add_skip(z, lo, MIDDLE, COUNT, ROWS, len(column[0]))
-            lo = clip(z, total, OFFSET, COUNT)
-            lo_t = mask_gradient(add_states(total, lo, COUNT) if OFFSET else lo, dz, total_t, OFFSET, COUNT)
-        if OFFSET:
-            if high % RENORMALISE_PERIOD == 0:
-                total, hi, lo = renormalise(base_ptr, total, hi, lo, column, batch, MIDDLE, WIDTH, ROWS)
-                total_t, hi_t, lo_t = renormalise(base_t_ptr, total_t, hi_t, lo_t, column, batch, MIDDLE, WIDTH, ROWS)
-    h = add_states(total, lo, COUNT) if OFFSET else lo
-    write_state(h_ptr, h, column, batch, WIDTH, ROWS)
-    leave(final_ptr, base_t_ptr, hi_t_ptr, hi_t, lo_t, column, batch, MIDDLE, WIDTH, ROWS)

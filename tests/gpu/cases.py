@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from narrowdeep.ops.cnn import layered as cnn_layered
 from narrowdeep.ops.cnn import reference as cnn_reference
 from narrowdeep.ops.gram import reference as gram_reference
+from narrowdeep.ops.mlp import layered as mlp_layered
 from narrowdeep.ops.mlp import reference as mlp_reference
 from narrowdeep.ops.reference import saved_shape
 from tests.ops.chains import truths
@@ -181,6 +183,109 @@ def check_state(case: Case, ops: Ops, start: int) -> None:
     assert_close(out.sum(0), expected.sum(0).to(case.dtype), "state")
     arguments = (state, *hidden, state_t, None, None, *tangents, None, None, *settings)
     assert_close(jvp(*arguments).sum(0), truth.jvp(*doubled(arguments)).sum(0).to(case.dtype), "tangent")
+
+
+ALL_GIVEN = 0b11111111
+
+
+@dataclass(frozen=True)
+class SecondCase:
+    """The tangent of the backward of a network, or of a span of it that has neither or one of its ends."""
+
+    case: Case
+    first: bool = True
+    last: bool = True
+    start: int = 0
+    given: int = ALL_GIVEN
+    """Bits of the tangents that are not None: of the gradient, the input and the six parameters."""
+
+    def __str__(self) -> str:
+        ends = f"{'x' if self.first else self.start}to{'y' if self.last else 'state'}"
+        return f"second-{self.case}-{ends}-{self.given:08b}"
+
+
+def draw_words(case: Case, kind: str, seed: int) -> Tensor:
+    """A state, its tangent T or its gradient G, with 0 in the words that a chain leaves at 0."""
+    shape = (3 if case.offset else 1, case.hidden, *case.image, case.batch)
+    words, middle = draw(*shape, dtype=case.dtype, seed=seed), case.hidden - case.out_features - 1
+    if case.offset:
+        words[:2, middle] = 0
+        words[0, middle + 1 :] = SCALE if kind == "state" else 0
+        if kind == "gradient":
+            words[0] = 0
+            right = (case.out_features, *(1 for _ in case.image), case.batch)
+            words[0, middle + 1 :] = draw(*right, dtype=case.dtype, seed=seed + 1)
+    return words
+
+
+def draw_second(second: SecondCase) -> tuple[Any, ...]:
+    """(grad, grad_t, input, six parameters, their seven tangents, settings) of ``backward_jvp``."""
+    case = second.case
+    x, *params = draw_inputs(case)
+    out = case.batch, case.out_features
+    grads = [draw(*out, dtype=case.dtype, seed=i) for i in (8, 9)]
+    if not second.last:
+        grads = [draw_words(case, "gradient", i) for i in (50, 52)]
+    values: list[Any] = [x if second.first else draw_words(case, "state", 54), *params]
+    tangents = [draw(*t.shape, dtype=case.dtype, seed=20 + i) for i, t in enumerate(values)]
+    if not second.first:
+        tangents[0] = draw_words(case, "tangent", 56)
+    moving = [grads[1], *tangents]
+    grad_t, *tangents_t = [t if second.given >> i & 1 else None for i, t in enumerate(moving)]
+    for i in (*(() if second.first else (1, 2)), *(() if second.last else (5, 6))):
+        values[i] = tangents_t[i] = None
+    return grads[0], grad_t, *values, *tangents_t, SCALE, case.offset, case.out_features, second.start
+
+
+def check_second(second: SecondCase, op: Callable[..., tuple[Tensor, ...]]) -> None:
+    """A network against autograd through the reference in float64, a span against its layers in float64."""
+    case = second.case
+    arguments = draw_second(second)
+    layers = cnn_layered.cnn_backward_jvp if case.image else mlp_layered.mlp_backward_jvp
+    truth = (CNN_TRUTH if case.image else MLP_TRUTH).backward_jvp if second.first and second.last else layers
+    found = op(*arguments, True, True)
+    for name, value, actual, expected in zip(
+        NAMES, arguments[2:9], found, truth(*doubled(arguments), True, True), strict=True
+    ):
+        assert actual.shape == (torch.Size([0]) if value is None else value.shape), name
+        whole = name == "x" and not second.first  # where a state's gradient is rounded depends on its words
+        wanted = expected.to(case.dtype)
+        assert_close(actual.sum(0) if whole else actual, wanted.sum(0) if whole else wanted, f"tangent of {name}")
+    for need in [(True, False), (False, True)] if case.depth < 10 else []:
+        needed = need[0], *[need[1]] * 6
+        for some, actual, same in zip(needed, op(*arguments, *need), found, strict=True):
+            assert torch.equal(actual, same) if some else actual.shape == (0,)
+
+
+def check_second_spans(case: Case, ops: Ops, op: Callable[..., tuple[Tensor, ...]], cuts: tuple[int, ...]) -> None:
+    """A network cut at the states ``cuts`` gives the bits of the whole."""
+    forward, backward, jvp = ops
+    grad, grad_t, x, *rest = draw_second(SecondCase(case))
+    params, (x_t, *params_t), settings = rest[:6], rest[6:13], rest[13:16]
+    wanted = op(grad, grad_t, x, *rest, True, True)
+    bounds = list(zip((0, *cuts), (*cuts, case.depth - 2), strict=True))
+
+    def part(values: list[Tensor], low: int, high: int) -> list[Tensor | None]:
+        first = values[:2] if low == 0 else [None, None]
+        last = values[4:] if high == case.depth - 2 else [None, None]
+        return [*first, *(t[low:high] for t in values[2:4]), *last]
+
+    values, tangents = [x], [x_t]
+    for low, high in bounds:
+        some, some_t = part(params, low, high), part(params_t, low, high)
+        tangents.append(jvp(values[-1], *some, tangents[-1], *some_t, *settings, low))
+        values.append(forward(values[-1], *some, *settings, low, 0)[0])
+    found: list[tuple[Tensor, ...]] = []
+    for i, (low, high) in reversed(list(enumerate(bounds))):
+        some, some_t = part(params, low, high), part(params_t, low, high)
+        both = grad, grad_t, values[i], *some, tangents[i], *some_t, *settings, low, True, True
+        grad_t, *grads = op(*both)
+        grad = backward(grad, values[i], *some, x.new_empty(0), *settings, low, 0, True, False)[0]
+        found.insert(0, tuple(grads))
+    assert torch.equal(grad_t, wanted[0])
+    for i, name in enumerate(NAMES[1:]):
+        pieces = [grads[i] for grads in found if grads[i].numel()]
+        assert torch.equal(torch.cat(pieces) if len(pieces) > 1 else pieces[0], wanted[1 + i]), name
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from narrowdeep.ops.cnn.op import ops as cnn_ops
 from narrowdeep.ops.gram.op import cnn_gram, mlp_gram
 from narrowdeep.ops.gram.reference import DIAGONAL, FULL, TRACE
 from narrowdeep.ops.mlp.op import ops as mlp_ops
-from tests.gpu.cases import Case, GramCase, Ops, check, check_gram
+from tests.gpu.cases import Case, GramCase, Ops, SecondCase, check, check_gram, check_second
 
 F32, F64 = torch.float32, torch.float64
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -71,6 +71,20 @@ def test_large_batch(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("outputs", "image", "tap"), [(1, (7, 7), 3), (2, (3, 5), 1), (1, (4, 6), 5)])
 def test_conv(outputs: int, image: tuple[int, int], tap: int, dtype: torch.dtype, segment: int, device: str) -> None:
     check(Case(1, outputs, 36, 5, True, dtype, segment, image=image, tap=tap), ops_of(cnn_ops, device))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("ends", [(True, True), (False, False)], ids=["network", "span"])
+@pytest.mark.parametrize("offset", [True, False], ids=["offset", "plain"])
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize(("inputs", "outputs", "image"), [(1, 1, ()), (10, 5, ()), (30, 9, ()), (1, 1, (7, 5))])
+def test_second_derivatives(
+    inputs: int, outputs: int, image: Any, dtype: torch.dtype, offset: bool, ends: tuple[bool, bool], device: str
+) -> None:
+    op = cnn_ops.backward_jvp if image else mlp_ops.backward_jvp
+    case = Case(inputs, outputs, 69, 37, offset, dtype, 0, image=image)
+    start = 0 if ends[0] else 29
+    check_second(SecondCase(case, *ends, start), through(op, device))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -20,7 +20,7 @@ from narrowdeep.ops.cnn import triton as cnn
 from narrowdeep.ops.gram import triton as gram
 from narrowdeep.ops.mlp import triton as mlp
 from narrowdeep.ops.triton_common import Block, choose_block
-from tests.gpu.cases import Case, Ops, draw_inputs
+from tests.gpu.cases import Case, Ops, SecondCase, draw_inputs, draw_second
 
 
 def test_importing_narrowdeep_imports_no_triton_and_starts_no_device() -> None:
@@ -33,7 +33,9 @@ def test_importing_narrowdeep_imports_no_triton_and_starts_no_device() -> None:
 def test_status_reports_the_limits_of_the_code() -> None:
     status = triton_dispatch.triton_status()
     assert status["dtypes"] == ["float32", "float64"]
-    assert f"width <= {mlp.widest('jvp', torch.float64)} in float64" in status["kernels"]["mlp jvp"]
+    for kernel in ("jvp", "backward_jvp"):
+        assert f"width <= {mlp.widest(kernel, torch.float64)} in float64" in status["kernels"][f"mlp {kernel}"]
+        assert cnn.limits(kernel) in status["kernels"][f"cnn {kernel}"]
     assert (status["reason"] is None) == status["available"]
 
 
@@ -173,6 +175,33 @@ def test_torch_does_no_more_where_there_are_more_groups(image: tuple[int, ...]) 
     assert image or len(rest[0]) <= 40
 
 
+@pytest.mark.parametrize("offset", [True, False], ids=["offset", "plain"])
+@pytest.mark.parametrize("image", [(), (2, 2)], ids=["mlp", "cnn"])
+def test_kernels_of_a_second_derivative(image: tuple[int, ...], offset: bool) -> None:
+    """Forward with tangents; then for a group of segments again, both gradients back, two sums and their sum."""
+    case = Case(1, 1, 22, 4, offset, torch.float32, 0, image=image)
+    arguments = draw_second(SecondCase(case, first=False, last=False, start=40))
+    op = cnn.cnn_backward_jvp if image else mlp.mlp_backward_jvp
+    zeros = ["new_zeros"] if image else []
+    top = [*zeros, "chain_tangents"]
+    group = [*zeros, "chain_tangents", *zeros, "chain_backward_jvp"]
+    sums = ["weight_gradient", "weight_gradient", "add_"]
+    with counted() as work:
+        op(*arguments, True, True)
+    assert work.kernels == [*top, *group, *sums]
+    with counted() as work:
+        op(*arguments, True, False)
+    assert work.kernels == [*top, *group]
+    with counted() as work, mock.patch.object(triton_chain, "scratch_bytes", return_value=1):
+        op(*arguments, True, True)
+    assert work.kernels == [*top, *[*group, *sums] * 5]  # segments of 4 layers, one at a time
+    hidden = [i for i, a in enumerate(arguments) if isinstance(a, torch.Tensor) and len(a) == 20]
+    two: list[Any] = [a[:2] if i in hidden else a for i, a in enumerate(arguments)]
+    with counted() as work:
+        op(*two, True, True)
+    assert work.kernels == [*group, *sums]  # nothing is kept of one segment
+
+
 _WAITING = {"_local_scalar_dense", "item", "nonzero", "masked_select", "_unique2", "equal", "is_nonzero", "_to_copy"}
 """Operators for which the host waits, or which copy between host and device."""
 
@@ -184,6 +213,7 @@ def test_a_second_call_waits_for_nothing(image: tuple[int, ...], segment: int) -
     case = Case(2, 1, 22, 4, True, torch.float32, segment, image=image)
     inputs: list[Any] = list(draw_inputs(case))
     forward, backward, jvp = _CNN if image else _MLP
+    second = cnn.cnn_backward_jvp if image else mlp.mlp_backward_jvp
     settings = (10.0, True, 1, 0)
     calls = []
     for _ in range(2):
@@ -191,6 +221,7 @@ def test_a_second_call_waits_for_nothing(image: tuple[int, ...], segment: int) -
             out, saved = forward(*inputs, *settings, segment)
             backward(out, *inputs, saved, *settings, segment, True, True)
             jvp(*inputs, *inputs, *settings)
+            second(out, None, *inputs, *inputs, *settings, True, True)
         assert not _WAITING & set(work.kernels)
         synchronize.assert_not_called()
         calls.append((work.kernels, work.allocated))
@@ -248,7 +279,7 @@ def test_small_batches_take_small_programs(samples: int, expected: int) -> None:
     assert [block.samples for block in chosen] == [expected]
 
 
-@pytest.mark.parametrize("kernel", ["forward", "backward", "jvp"])
+@pytest.mark.parametrize("kernel", triton_dispatch.CHAIN_OPS)
 def test_what_kernels_take(kernel: str) -> None:
     x, weight = torch.empty(3, 2), torch.empty(1, 5, 5)
     assert mlp.supported(kernel, x, weight)

@@ -16,7 +16,7 @@ from torch._subclasses import FakeTensorMode
 
 from narrowdeep.ops import triton_dispatch
 from narrowdeep.ops.mlp import layered
-from tests.gpu.cases import Case, draw_inputs
+from tests.gpu.cases import Case, SecondCase, draw_inputs, draw_second
 
 CUDA = torch.device("cuda", 0)
 SETTINGS = (10.0, True, 1, 0, 2)
@@ -157,6 +157,22 @@ def test_a_kernel_that_does_not_compile_is_tried_once() -> None:
     ):
         status = triton_dispatch.triton_status()
     assert (status["available"], status["reason"]) == (False, reason)
+
+
+def test_a_second_derivative_whose_kernel_does_not_compile() -> None:
+    pytest.importorskip("triton", reason="needs Triton")
+    from narrowdeep.ops import triton_chain
+
+    recorder: Any = Recorder()
+    triton_dispatch.register_chain(recorder, "mlp")
+    assert set(recorder.implementations) == {"mlp_forward", "mlp_backward", "mlp_jvp", "mlp_backward_jvp"}
+    arguments = *draw_second(SecondCase(Case(1, 1, 9, 5, True, torch.float64, 0))), True, True
+    expected = layered.mlp_backward_jvp(*arguments)
+    failing = mock.Mock(side_effect=triton_dispatch.KernelError("chain_tangents", ValueError("too many registers")))
+    with mock.patch.object(triton_chain, "launch", failing), pytest.warns(RuntimeWarning, match="chain_tangents"):
+        found = recorder.implementations["mlp_backward_jvp"](*arguments)
+    assert failing.call_count == 1
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_our_own_errors_are_not_taken_for_a_kernels() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("triton", reason="needs Triton")
 
-from tests.gpu.interpreted import CASES, GRAMS
+from tests.gpu.interpreted import CASES, GRAMS, SECONDS
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +28,6 @@ def failures() -> dict[str, str | None]:
     return {line["case"]: line["failure"] for line in map(json.loads, process.stdout.splitlines())}
 
 
-@pytest.mark.parametrize("case", [str(case) for case in [*CASES, *GRAMS]])
+@pytest.mark.parametrize("case", [str(case) for case in [*CASES, *GRAMS, *SECONDS]])
 def test_matches_reference(failures: dict[str, str | None], case: str) -> None:
     assert failures[case] is None

@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("triton", reason="needs Triton")
 
-from narrowdeep.ops import triton_chain, triton_common
+from narrowdeep.ops import triton_chain, triton_common, triton_second
 from narrowdeep.ops.cnn import triton as cnn
 from narrowdeep.ops.gram import triton as gram
 from narrowdeep.ops.mlp import triton as mlp
@@ -24,8 +24,11 @@ from tests.gpu.cases import (
     SCALE,
     Case,
     GramCase,
+    SecondCase,
     check,
     check_gram,
+    check_second,
+    check_second_spans,
     check_spans,
     check_state,
     doubled,
@@ -83,6 +86,7 @@ def simulated(simulator: Simulator, **limits: Any) -> Iterator[None]:
     stand_ins: dict[str, Any] = {"launch": simulator.launch, "empty": simulator.empty}
     with (
         mock.patch.multiple(triton_chain, **stand_ins | limits),
+        mock.patch.object(triton_second, "empty", simulator.empty),
         mock.patch.multiple(mlp, **stand_ins | {"_SPLIT": 512}),
         mock.patch.multiple(cnn, **stand_ins | {"_SPLIT": 128}),
     ):
@@ -219,6 +223,66 @@ def test_small_images(case: Case) -> None:
             arguments = (*inputs, saved, 10.0, case.offset, case.out_features, 0, case.segment, True, True)
             found.append((out, saved, *CNN[1](out, *arguments)))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+SECONDS = [
+    SecondCase(Case(1, 1, 37, 37, True, F32, 0)),
+    SecondCase(Case(1, 1, 36, 36, False, F64, 0), first=False, last=False, start=31),
+    SecondCase(Case(1, 2, 5, 5, True, F64, 0), first=False, start=62),
+    SecondCase(Case(2, 2, 5, 1, False, F32, 0), last=False),
+    SecondCase(Case(5, 3, 5, 5, True, F32, 0), last=False),  # tiles of 16 units
+    SecondCase(Case(10, 7, 4, 17, True, F32, 0), given=0b11101111),
+    SecondCase(Case(10, 5, 4, 5, False, F64, 0), first=False),
+    SecondCase(Case(1, 1, 6, 5, True, F32, 0), given=0b11001111),
+    SecondCase(Case(1, 1, 35, 3, True, F32, 0, image=(3, 5))),
+    SecondCase(Case(2, 1, 4, 2, False, F64, 0, image=(3, 3)), first=False),
+    SecondCase(Case(1, 1, 4, 2, True, F64, 0, image=(2, 3)), last=False, given=0b11101111),
+    SecondCase(Case(1, 1, 4, 1, False, F32, 0, image=(2, 3), tap=5), first=False, last=False, start=30),
+]
+
+
+def run_second(second: SecondCase, simulator: Simulator, **limits: Any) -> None:
+    image = second.case.image
+    with simulated(simulator, **limits):
+        check_second(second, cnn.cnn_backward_jvp if image else mlp.mlp_backward_jvp)
+    assert {"chain_tangents", "chain_backward_jvp"} <= set(simulator.launches)
+
+
+@pytest.mark.parametrize("target", [80, 90])
+@pytest.mark.parametrize("second", SECONDS, ids=str)
+def test_second_derivatives(second: SecondCase, target: int) -> None:
+    run_second(second, Simulator(target))
+
+
+@pytest.mark.parametrize(
+    ("case", "cuts"),
+    [
+        (Case(1, 1, 37, 5, True, F32, 0), (20, 33)),
+        (Case(1, 1, 9, 3, False, F64, 0), (1,)),
+        (Case(5, 3, 4, 2, True, F32, 0), (1,)),  # tiles
+        (Case(1, 1, 8, 2, True, F32, 0, image=(2, 3)), (3, 4)),
+    ],
+    ids=str,
+)
+def test_second_derivatives_of_spans(case: Case, cuts: tuple[int, ...]) -> None:
+    with simulated(Simulator(90)):
+        op = cnn.cnn_backward_jvp if case.image else mlp.mlp_backward_jvp
+        check_second_spans(case, CNN if case.image else MLP, op, cuts)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("second", [SECONDS[2], SECONDS[6], SECONDS[9], SECONDS[10]], ids=str)
+def test_second_derivatives_in_random_warp_order(second: SecondCase, seed: int) -> None:
+    block = Block(4 if second.case.image else 64, 2)
+    run_second(second, Simulator(80, mode="warp", seed=seed), choose_block=lambda *args: args[-1](block))
+
+
+def test_second_derivatives_in_groups() -> None:
+    """Several samples a lane; groups of one segment of three layers."""
+    simulator = Simulator(90)
+    limits: dict[str, Any] = {"choose_block": lambda *a: a[-1](a[1][0]), "scratch_bytes": lambda device: 1}
+    run_second(SecondCase(Case(1, 1, 12, 516, True, F32, 0)), simulator, **limits)
+    assert simulator.launches.count("chain_backward_jvp") == 4
 
 
 GRAMS = [

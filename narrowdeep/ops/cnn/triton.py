@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from narrowdeep.ops import triton_chain, triton_common
+from narrowdeep.ops import triton_chain, triton_common, triton_second
 from narrowdeep.ops.cnn.layered import CONVOLUTION
 from narrowdeep.ops.triton_affine import strip_length
 from narrowdeep.ops.triton_common import Block, empty, launch, prefetched
@@ -86,6 +86,9 @@ _MOST_LANES = 1024
 _MOST_CHANNELS = {torch.float32: 16, torch.float64: 12}
 """Hidden channels a lane holds without spills; in the tangent kernel half as many."""
 
+_SECOND = ("tangents", "backward_jvp")
+"""Kernels of second derivatives: from 5 channels on they spill a few bytes on one architecture or another."""
+
 _MOST_TAP = 5
 """Largest filter: a layer's taps are unrolled."""
 
@@ -99,18 +102,21 @@ _SPLIT = 8192
 """Columns that a program of ``weight_gradient`` sums: constant, so that the shape alone fixes the order of the sum."""
 
 
+def _most_channels(kernel: str, dtype: torch.dtype) -> int:
+    return 4 if kernel in _SECOND else _MOST_CHANNELS[dtype] // (2 if kernel == "jvp" else 1)
+
+
 def supported(kernel: str, x: Tensor, weight: Tensor) -> bool:
     """Whether ``kernel`` takes this chain, of hidden weights (layers, n, n, f, f)."""
     layers, channels, _, tap, _ = weight.shape
-    most = _MOST_CHANNELS[x.dtype] // (2 if kernel == "jvp" else 1)
+    most = _most_channels(kernel, x.dtype)
     lanes = triton.next_power_of_2(max(1, x.shape[2] * x.shape[3]))
     return x.shape[0] > 0 and layers > 0 and 0 < channels <= most and tap <= _MOST_TAP and lanes <= _MOST_LANES
 
 
 def limits(kernel: str) -> str:
     """What ``supported`` asks for, in words."""
-    halves = 2 if kernel == "jvp" else 1
-    most = ", ".join(f"{count // halves} in {str(d).removeprefix('torch.')}" for d, count in _MOST_CHANNELS.items())
+    most = ", ".join(f"{_most_channels(kernel, d)} in {str(d).removeprefix('torch.')}" for d in _MOST_CHANNELS)
     return f"channels <= {most}, filter <= {_MOST_TAP} x {_MOST_TAP}, at most {_MOST_LANES} positions"
 
 
@@ -134,8 +140,12 @@ def blocks(kernel: str, x: Tensor, weight: Tensor, offset: bool) -> list[Block]:
         a_lane = min(a_lane, 2)  # four spill up to 32 bytes there
     if target < 80 and not narrow:
         a_lane = 1  # two spill 8 bytes there
-    samples = max(1, 128 * a_lane // lanes)
     limit = 168 if narrow else None
+    if kernel in _SECOND:
+        single = x.dtype == torch.float32
+        a_lane = 2 if single or weight.shape[1] < 4 else 1
+        limit = 168 if single and weight.shape[1] < 4 else 255
+    samples = max(1, 128 * a_lane // lanes)
     return [
         Block(samples, max(1, min(8, lanes * samples // (32 * a_lane))), limit),
         Block(1, max(1, min(8, lanes // 32)), limit),
@@ -175,3 +185,4 @@ FAMILY = triton_chain.Family(CONVOLUTION, supported, blocks, _constants, sum_wei
 cnn_forward = partial(triton_chain.forward, FAMILY)
 cnn_backward = partial(triton_chain.backward, FAMILY)
 cnn_jvp = partial(triton_chain.jvp, FAMILY)
+cnn_backward_jvp = partial(triton_second.backward_jvp, FAMILY)

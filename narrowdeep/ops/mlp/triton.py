@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from narrowdeep.ops import triton_chain, triton_common
+from narrowdeep.ops import triton_chain, triton_common, triton_second
 from narrowdeep.ops.mlp.layered import LINEAR
 from narrowdeep.ops.triton_common import TILE, Block, empty, launch, prefetched, read_state
 
@@ -65,8 +65,14 @@ def weight_gradient(
         tl.store(bias_ptr + cell + i, tl.sum(sums[i * (WIDTH + 1) + WIDTH], axis=0), row + i < WIDTH)
 
 
-_NARROW = {"forward": 16, "recompute": 16, "backward": 16, "jvp": 8}
+_SECOND = ("tangents", "backward_jvp")
+_TANGENTS = ("jvp", *_SECOND)
+
+_NARROW = {"forward": 16, "recompute": 16, "backward": 16} | dict.fromkeys(_TANGENTS, 8)
 """Widest layer that runs one sample a lane. A state and its tangent of 16 units each would not fit the registers."""
+
+_NARROW_DOUBLE = 8
+"""The same in float64: with 16 units the record of a layer would not fit, and tiles have its tensor cores."""
 
 _TILED = {
     ("forward", torch.float32): 80,
@@ -77,31 +83,36 @@ _TILED = {
 """Widest layer that runs in ``tl.dot`` tiles without spills; the backward as the forward. cuBLAS takes over past it."""
 
 _WIDEST_TURING = 32
-"""The same on sm_75, which cannot copy to shared memory past the registers."""
+"""The same on sm_75, which cannot copy to shared memory past the registers. Second derivatives in float64 stop at 4."""
 
 _SAMPLES = {
     # kernel, dtype, offset: samples a lane at widths up to 4, 8, 16. The most that needs no spill (docs/gpu.md), since
     # a load of weights then serves that many multiply-adds; at width 4 no more than pay beside records read ahead.
     ("forward", torch.float32, False): (4, 4, 4),
     ("forward", torch.float32, True): (4, 4, 2),
-    ("forward", torch.float64, False): (4, 4, 2),
-    ("forward", torch.float64, True): (4, 2, 1),
+    ("forward", torch.float64, False): (4, 4),
+    ("forward", torch.float64, True): (4, 2),
     ("recompute", torch.float32, False): (4, 4, 4),
     ("recompute", torch.float32, True): (4, 4, 2),
-    ("recompute", torch.float64, False): (4, 4, 2),
-    ("recompute", torch.float64, True): (4, 2, 1),
+    ("recompute", torch.float64, False): (4, 4),
+    ("recompute", torch.float64, True): (4, 2),
     ("backward", torch.float32, False): (4, 4, 4),
     ("backward", torch.float32, True): (4, 4, 2),
-    ("backward", torch.float64, False): (4, 4, 2),
-    ("backward", torch.float64, True): (2, 2, 1),
+    ("backward", torch.float64, False): (4, 4),
+    ("backward", torch.float64, True): (2, 2),
     ("jvp", torch.float32, False): (4, 2),
     ("jvp", torch.float32, True): (4, 2),
     ("jvp", torch.float64, False): (4, 2),
     ("jvp", torch.float64, True): (2, 1),
 }
 
-_SAMPLES_BLACKWELL = {("backward", torch.float32, True): (4, 4, 1)}
-"""The same where sm_100 needs fewer: two samples a lane spill 16 bytes at width 16."""
+_SAMPLES |= {(kernel, *key[1:]): most for key, most in _SAMPLES.items() if key[0] == "jvp" for kernel in _SECOND}
+
+_SAMPLES_BLACKWELL = {("backward", torch.float32, True): (4, 4, 1), ("backward_jvp", torch.float32, True): (4, 1)}
+"""The same where sm_100 needs fewer: two samples a lane spill 16 bytes at width 16, 8 at width 8."""
+
+_SAMPLES_TURING = {("tangents", torch.float32, True): (4, 1)}
+"""The same on sm_75."""
 
 _AHEAD = {torch.float32: 2, torch.float64: 1}
 """Layers that records are read ahead up to width 4; wider ones would take the registers of the states."""
@@ -112,8 +123,15 @@ _SPLIT = 16_384
 
 def widest(kernel: str, dtype: torch.dtype, target: int = 90) -> int:
     """Widest layer that ``kernel`` runs on sm_``target``; a wider chain runs one layer at a time."""
-    most = _TILED["jvp" if kernel == "jvp" else "forward", dtype]
-    return min(most, _WIDEST_TURING) if target < 80 else most
+    most = _TILED["jvp" if kernel in _TANGENTS else "forward", dtype]
+    if target >= 80:
+        return most
+    return 4 if kernel in _SECOND and dtype == torch.float64 else min(most, _WIDEST_TURING)
+
+
+def narrow(kernel: str, dtype: torch.dtype) -> int:
+    """Widest layer of which ``kernel`` runs one sample a lane, or a few lanes a sample on tensor cores."""
+    return min(_NARROW[kernel], _NARROW_DOUBLE) if dtype == torch.float64 else _NARROW[kernel]
 
 
 def supported(kernel: str, x: Tensor, weight: Tensor) -> bool:
@@ -136,26 +154,27 @@ def fragments(kernel: str, x: Tensor, width: int, offset: bool) -> bool:
 def blocks(kernel: str, x: Tensor, weight: Tensor, offset: bool) -> list[Block]:
     """Blocks of samples to choose from, the one with the best instruction mix first (4 warps share cached weights)."""
     width = weight.shape[1]
-    if width > _NARROW[kernel]:
-        limit = 255 if kernel in ("recompute", "jvp") else None
-        if kernel == "recompute" and width > 64:
-            return [Block(16, 8, limit)]  # 32 samples spill 24 bytes on sm_80
-        return [Block(32, 4 if width <= 32 and kernel != "jvp" else 8, limit)]
+    if width > narrow(kernel, x.dtype):
+        tangents = kernel in _TANGENTS
+        limit = 255 if kernel == "recompute" or tangents else None
+        if width > {"recompute": 64, "tangents": 16}.get(kernel, width):
+            return [Block(16, 8, limit)]  # 32 samples spill up to 24 bytes on sm_80
+        return [Block(32, 4 if width <= 32 and not tangents else 8, limit)]
     if fragments(kernel, x, width, offset):
         many, few = (2, 2) if width <= 8 else (1, 2) if kernel == "forward" else (0, 0)  # more would spill
         return [Block(64, 4, None, many, True), Block(16, 1, 255, few, True)]
-    blackwell = triton_common.capability(x.device) >= 100
-    table = _SAMPLES | (_SAMPLES_BLACKWELL if blackwell else {})
+    target = triton_common.capability(x.device)
+    table = _SAMPLES | (_SAMPLES_BLACKWELL if target >= 100 else _SAMPLES_TURING if target < 80 else {})
     most = table[kernel, x.dtype, offset][0 if width <= 4 else 1 if width <= 8 else 2]
     sizes = [most >> i for i in range(4) if most >> i]
-    spilling = (kernel == "backward" and x.dtype == torch.float64) or (blackwell and width <= 4)
+    spilling = (kernel.startswith("backward") and x.dtype == torch.float64) or (target >= 100 and width <= 4)
     limit = 255 if spilling else None
     ahead = _AHEAD[x.dtype] if width <= 4 else 0
     return [Block(128 * size, 4, limit, ahead) for size in sizes] + [Block(32, 1, 255, ahead)]
 
 
 def _constants(kernel: str, x: Tensor, weight: Tensor) -> dict[str, Any]:
-    rows = 1 if weight.shape[1] <= _NARROW[kernel] else TILE
+    rows = 1 if weight.shape[1] <= narrow(kernel, x.dtype) else TILE
     return {"ROWS": rows, "TAP": 0, "HEIGHT": 1, "LENGTH": 1, "PREFETCH": prefetched(weight)}
 
 
@@ -193,3 +212,4 @@ FAMILY = triton_chain.Family(LINEAR, supported, blocks, _constants, sum_weight_g
 mlp_forward = partial(triton_chain.forward, FAMILY)
 mlp_backward = partial(triton_chain.backward, FAMILY)
 mlp_jvp = partial(triton_chain.jvp, FAMILY)
+mlp_backward_jvp = partial(triton_second.backward_jvp, FAMILY)
