@@ -22,9 +22,6 @@ from narrowdeep.ops.params import Affine, BackwardArgs, ForwardArgs, JvpArgs
 from narrowdeep.ops.precision import at_full_precision
 from narrowdeep.ops.reference import RENORMALISE_PERIOD, saved_shape, two_sum
 
-Params = tuple[Tensor | None, Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None]
-
-
 
 @dataclass(frozen=True)
 class Layer:

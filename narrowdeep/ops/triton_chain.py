@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 
 from narrowdeep.ops import layered
-from narrowdeep.ops.params import Affine, ChainParams
+from narrowdeep.ops.params import Affine, BackwardArgs, ChainParams, ChainSettings, ForwardArgs, JvpArgs
 from narrowdeep.ops.reference import RENORMALISE_PERIOD, saved_shape
 from narrowdeep.ops.triton_common import FRAGMENT, Block, choose_block, empty, launch, scratch_bytes
 from narrowdeep.ops.triton_kernels import chain_backward, chain_forward, chain_recompute
@@ -168,19 +168,17 @@ class Span:
         choose_block(key, self.family.blocks(name, x, weight, offset), batch * segments, x.device, start)
 
 
-def samples(input: Tensor, first_weight: Tensor | None) -> Tensor:
+def samples(input: Tensor, first: Affine | None) -> Tensor:
     """The input of a span as ``Family`` takes it: x, or a state with the batch first."""
-    return input if first_weight is not None else input[0].movedim(-1, 0)
+    return input if first is not None else input[0].movedim(-1, 0)
 
 
-def span(
-    family: Family, input: Tensor, params: layered.Params, offset: bool, outputs: int, start: int, reader: str = ""
-) -> Span:
+def span(family: Family, input: Tensor, params: ChainParams, settings: ChainSettings, reader: str = "") -> Span:
     """Of a call."""
-    weight, bias = params[2], params[3]
-    middle = weight.shape[1] - outputs - 1 if offset else -1
+    weight, bias = params.hidden
+    middle = weight.shape[1] - settings.outputs - 1 if settings.offset else -1
     hidden = weight.contiguous(), bias.contiguous()
-    return Span(family, samples(input, params[0]), hidden, middle, start % RENORMALISE_PERIOD, reader)
+    return Span(family, samples(input, params.first), hidden, middle, settings.start % RENORMALISE_PERIOD, reader)
 
 
 def words(state: Tensor | layered.HiLo) -> tuple[Tensor, Tensor, Tensor]:
@@ -209,46 +207,33 @@ def initial_words(
     return words(state), words(tangent)
 
 
-def forward(
-    family: Family,
-    input: Tensor,
-    first_weight: Tensor | None,
-    first_bias: Tensor | None,
-    hidden_weight: Tensor,
-    hidden_bias: Tensor,
-    last_weight: Tensor | None,
-    last_bias: Tensor | None,
-    scale: float,
-    offset: bool,
-    outputs: int,
-    start: int,
-    segment: int,
-) -> tuple[Tensor, Tensor]:
+def forward(family: Family, *args: Any) -> tuple[Tensor, Tensor]:
     """(output, saved) of a span, see ``narrowdeep.ops.chain``."""
-    params = (first_weight, first_bias, hidden_weight, hidden_bias, last_weight, last_bias)
-    if not family.supported("forward", samples(input, first_weight), hidden_weight):
-        return layered.forward(family.layer, input, *params, scale, offset, outputs, start, segment)
-    these = span(family, input, params, offset, outputs, start, "forward")
+    input, params, settings, segment = ForwardArgs.of(args)
+    (scale, offset, outputs, _), (first, hidden, last) = settings, params
+    if not family.supported("forward", samples(input, first), hidden.weight):
+        return layered.forward(family.layer, *args)
+    these = span(family, input, params, settings, "forward")
     layers = these.layers
-    if first_weight is None or first_bias is None:
+    if first is None:
         base, hi, lo = words(input)
     else:
         x = input.movedim(0, -1)
-        base, hi, lo = words(layered.first_state(family.layer, x, first_weight, first_bias, outputs, scale, offset))
+        base, hi, lo = words(layered.first_state(family.layer, x, *first, outputs, scale, offset))
     # A kernel saves the states at both ends, too: one more row is cheaper than a question in every layer.
     saved = empty(lo, *saved_shape(layers, tuple(lo.shape), offset, segment))
     final = empty(lo, these.words, *lo.shape)
     tensors = (base, hi, lo, *these.weights("forward"), saved if segment else final, final)
     numbers = (layers, segment if segment > 1 else layers, these.phase)
     these.run(chain_forward, "forward", tensors, numbers, SAVE=min(segment, 2))
-    low = 1 if first_weight is None and segment else 0
-    high = saved.shape[0] - (segment == 1 and last_weight is None)
+    low = 1 if first is None and segment else 0
+    high = saved.shape[0] - (segment == 1 and last is None)
     saved = saved[low:high]
-    if last_weight is None or last_bias is None:
+    if last is None:
         return final, saved
     state = layered.HiLo(base if offset else None, final[-1], these.middle, final[1] if offset else None)
     h = state.full(out=torch.empty_like(lo))
-    return layered.last_output(family.layer, state, h, last_weight, last_bias), saved
+    return layered.last_output(family.layer, state, h, *last), saved
 
 
 @dataclass
@@ -260,12 +245,9 @@ class Descent:
 
     family: Family
     input: Tensor
-    params: layered.Params
+    params: ChainParams
     saved: Tensor
-    scale: float
-    offset: bool
-    outputs: int
-    start: int
+    settings: ChainSettings
     segment: int
     step: int
     """Layers a group, a multiple of ``segment``."""
@@ -279,16 +261,16 @@ class Descent:
 
         Before the first one, ``r`` and ``h_last`` are what ``layered.last_gradients`` takes, if there is a last layer.
         """
-        segment, offset, last_weight = self.segment, self.offset, self.params[4]
-        these = span(self.family, self.input, self.params, offset, self.outputs, self.start, "backward")
+        segment, (scale, offset, outputs, _), end = self.segment, self.settings, self.params.last
+        these = span(self.family, self.input, self.params, self.settings, "backward")
         saved, layers = self.saved.contiguous(), these.layers
-        given = int(self.params[0] is None)
+        given = int(self.params.first is None)
         if given:
             state = self.input.contiguous()
             base, row = state[0], state[-2:] if offset else state
         else:
-            x, width = self.input.movedim(0, -1), self.params[2].shape[1]
-            base = layered.base_of(x, width, self.outputs, self.scale) if offset else saved
+            x, width = self.input.movedim(0, -1), self.params.hidden.weight.shape[1]
+            base = layered.base_of(x, width, outputs, scale) if offset else saved
             row = saved
         shape = saved.shape[2:]
         for first in range((layers - 1) // self.step * self.step, -1, -self.step):
@@ -300,18 +282,18 @@ class Descent:
                 numbers: tuple[int, ...] = (layers, segment, these.phase, first // segment, given)
                 these.run(chain_recompute, "recompute", tensors, numbers, segments=triton.cdiv(count, segment))
             elif given and first == 0:  # the state that came in was not saved again
-                before_last = count if last_weight is not None and last == layers else count - 1
+                before_last = count if end is not None and last == layers else count - 1
                 h = torch.cat((((base + row[0]) + row[1])[None] if offset else row, saved[:before_last, 0]))
             else:
                 h = saved[first - given :, 0]
-            masked = last < layers or last_weight is None
+            masked = last < layers or end is None
             if self.gradient is not None:
                 before = words(self.gradient)
-            elif last_weight is None:
+            elif end is None:
                 before = words(grad)
             else:
                 self.h_last = h[count]
-                self.r, top = layered.last_gradient(self.family.layer, grad, h[count], last_weight, offset)
+                self.r, top = layered.last_gradient(self.family.layer, grad, h[count], end.weight, offset)
                 before = words(top)
             g = empty(saved, count, *shape) if keep_g else h
             self.gradient = empty(saved, these.words, *shape)
@@ -324,7 +306,7 @@ class Descent:
         """G of the first state as one value."""
         assert self.gradient is not None
         g = self.gradient
-        return (g[0] + g[1]) + g[2] if self.offset else g[0]
+        return (g[0] + g[1]) + g[2] if self.settings.offset else g[0]
 
 
 def layers_a_group(state: Tensor, segment: int, device: torch.device) -> int:
@@ -366,100 +348,50 @@ def workspace(family: Family, x: Tensor, weight: Tensor, offset: bool, segment: 
     return (most + records) * x.element_size()
 
 
-def backward(
-    family: Family,
-    grad: Tensor,
-    input: Tensor,
-    first_weight: Tensor | None,
-    first_bias: Tensor | None,
-    hidden_weight: Tensor,
-    hidden_bias: Tensor,
-    last_weight: Tensor | None,
-    last_bias: Tensor | None,
-    saved: Tensor,
-    scale: float,
-    offset: bool,
-    outputs: int,
-    start: int,
-    segment: int,
-    need_input: bool,
-    need_params: bool,
-) -> tuple[Tensor, ...]:
+def backward(family: Family, *args: Any) -> tuple[Tensor, ...]:
     """Gradients of the input and the six parameters of a span; with segment 0 the forward runs again first."""
-    params = (first_weight, first_bias, hidden_weight, hidden_bias, last_weight, last_bias)
-    settings = (scale, offset, outputs, start)
-    if not family.supported("backward", samples(input, first_weight), hidden_weight):
-        flags = (segment, need_input, need_params)
-        return layered.backward(family.layer, grad, input, *params, saved, *settings, *flags)
+    grad, input, params, saved, settings, segment, need_input, need_params = BackwardArgs.of(args)
+    if not family.supported("backward", samples(input, params.first), params.hidden.weight):
+        return layered.backward(family.layer, *args)
     if segment == 0:
-        segment = max(2, round(hidden_weight.shape[0] ** 0.5))
-        saved = forward(family, input, *params, *settings, segment)[1]
-    grads = [input.new_empty(0 if p is None or not need_params else p.shape) for p in params]
+        segment = max(2, round(params.layers**0.5))
+        saved = forward(family, input, *params.flat(), *settings, segment)[1]
+    grads = [input.new_empty(0 if p is None or not need_params else p.shape) for p in params.flat()]
     step = layers_a_group(input.new_empty(saved.shape[2:], device="meta"), segment, input.device)
-    descent = Descent(family, input, params, saved, *settings, segment, step)
-    for first, last, h, g in descent.groups(grad, need_params):
+    descent = Descent(family, input, params, saved, settings, segment, step)
+    for begin, end, h, g in descent.groups(grad, need_params):
         if need_params:
-            family.sum_weight_gradients(g, h, grads[2][first:last], grads[3][first:last])
-    if need_params and last_weight is not None:
+            family.sum_weight_gradients(g, h, grads[2][begin:end], grads[3][begin:end])
+    if need_params and params.last is not None:
         assert descent.r is not None
         assert descent.h_last is not None
         layered.last_gradients(family.layer, descent.r, descent.h_last, grads[4:])
-    if first_weight is None:
+    if params.first is None:
         assert descent.gradient is not None
         return descent.gradient if need_input else input.new_empty(0), *grads
-    ends = grads[:2] if need_params else []
-    x = input.movedim(0, -1)
-    full = descent.full()
-    return layered.first_gradients(family.layer, full, x, first_weight, ends, scale, offset, need_input), *grads
+    ends = params.first.weight, grads[:2] if need_params else [], settings.scale, settings.offset
+    return layered.first_gradients(family.layer, descent.full(), input.movedim(0, -1), *ends, need_input), *grads
 
 
-def jvp(
-    family: Family,
-    input: Tensor,
-    first_weight: Tensor | None,
-    first_bias: Tensor | None,
-    hidden_weight: Tensor,
-    hidden_bias: Tensor,
-    last_weight: Tensor | None,
-    last_bias: Tensor | None,
-    input_t: Tensor | None,
-    first_weight_t: Tensor | None,
-    first_bias_t: Tensor | None,
-    hidden_weight_t: Tensor | None,
-    hidden_bias_t: Tensor | None,
-    last_weight_t: Tensor | None,
-    last_bias_t: Tensor | None,
-    scale: float,
-    offset: bool,
-    outputs: int,
-    start: int,
-) -> Tensor:
+def jvp(family: Family, *args: Any) -> Tensor:
     """The tangent of a span's output."""
-    params = (first_weight, first_bias, hidden_weight, hidden_bias, last_weight, last_bias)
-    last_t = (last_weight_t, last_bias_t)
-    if not family.supported("jvp", samples(input, first_weight), hidden_weight):
-        tangents = (input_t, first_weight_t, first_bias_t, hidden_weight_t, hidden_bias_t, *last_t)
-        return layered.jvp(family.layer, input, *params, *tangents, scale, offset, outputs, start)
-    these = span(family, input, params, offset, outputs, start)
-    first_t = input_t, first_weight_t, first_bias_t
-    state, tangent = initial_words(family, input, ChainParams.of(params).first, first_t, scale, offset, outputs)
-    weight, bias = these.hidden
+    input, params, tangents, settings = JvpArgs.of(args)
+    (scale, offset, outputs, _), (first, hidden, last) = settings, params
+    if not family.supported("jvp", samples(input, first), hidden.weight):
+        return layered.jvp(family.layer, *args)
+    these = span(family, input, params, settings)
+    first_t = tangents.input, tangents.first_weight, tangents.first_bias
+    state, tangent = initial_words(family, input, first, first_t, scale, offset, outputs)
     h = empty(state[2], *state[2].shape)
     final = empty(h, these.words, *h.shape)
-    tensors = (
-        *state,
-        *tangent,
-        weight,
-        bias,
-        weight if hidden_weight_t is None else hidden_weight_t.contiguous(),
-        bias if hidden_bias_t is None else hidden_bias_t.contiguous(),
-        h,
-        final,
+    hidden_t = tangents.hidden_weight, tangents.hidden_bias
+    given_t = [h if t is None else t.contiguous() for h, t in zip(these.hidden, hidden_t, strict=True)]
+    has = {"HAS_WEIGHT_T": hidden_t[0] is not None, "HAS_BIAS_T": hidden_t[1] is not None}
+    these.run(
+        chain_jvp, "jvp", (*state, *tangent, *these.hidden, *given_t, h, final), (these.layers, these.phase), **has
     )
-    has = {"HAS_WEIGHT_T": hidden_weight_t is not None, "HAS_BIAS_T": hidden_bias_t is not None}
-    these.run(chain_jvp, "jvp", tensors, (these.layers, these.phase), **has)
-    if last_weight is None:
+    if last is None:
         return final
     after = layered.HiLo(tangent[0] if offset else None, final[-1], these.middle, final[1] if offset else None)
-    full = after.full(out=torch.empty_like(h))
-    return layered.last_tangent(family.layer, after, full, h, last_weight, last_t)
+    last_t = tangents.last_weight, tangents.last_bias
+    return layered.last_tangent(family.layer, after, after.full(out=torch.empty_like(h)), h, last.weight, last_t)

@@ -22,13 +22,13 @@ def backward_jvp(family: Family, *args: Any) -> tuple[Tensor, ...]:
     Keeps sqrt(layers) states and tangents; a group of segments has h, T, G and G' of its layers beside them.
     """
     grad, grad_t, input, params, tangents, settings, need_input, need_params = BackwardJvpArgs.of(args)
-    (scale, offset, outputs, start), (first, hidden, last) = settings, params
-    if not family.supported("backward_jvp", samples(input, first and first.weight), hidden.weight):
+    (scale, offset, outputs, _), (first, hidden, last) = settings, params
+    if not family.supported("backward_jvp", samples(input, first), hidden.weight):
         return layered_second.backward_jvp(family.layer, *args)
     if grad_t is None:
         grad_t = torch.zeros_like(grad)
     grads = [input.new_empty(0 if p is None or not need_params else p.shape) for p in params.flat()]
-    these = span(family, input, args[3:9], offset, outputs, start)
+    these = span(family, input, params, settings)
     layers, weight = these.layers, these.hidden[0]
     has_weight_t, has_bias_t = tangents.hidden_weight is not None, tangents.hidden_bias is not None
     hidden_t = [h if t is None else t.contiguous() for h, t in zip(these.hidden, tangents[3:5], strict=True)]

@@ -19,6 +19,7 @@ from narrowdeep.ops import layered, triton_chain, triton_dispatch
 from narrowdeep.ops.cnn import triton as cnn
 from narrowdeep.ops.gram import triton as gram
 from narrowdeep.ops.mlp import triton as mlp
+from narrowdeep.ops.params import ChainParams, ChainSettings
 from narrowdeep.ops.triton_common import Block, choose_block
 from tests.gpu.cases import Case, Ops, SecondCase, draw_inputs, draw_second
 
@@ -260,12 +261,12 @@ def test_workspace_is_what_a_backward_allocates(image: tuple[int, ...], segment:
         fresh = [t for t in held if t is not None and t.untyped_storage().data_ptr() not in given]
         most = max(most, sum(t.numel() * t.element_size() for t in fresh))
 
-    settings = (10.0, True, 1, 0, segment)
-    arguments: Any = (*inputs, *settings)
+    settings = ChainSettings(10.0, True, 1, 0)
+    arguments: Any = (*inputs, *settings, segment)
     saved = layered.forward(family.layer, *arguments)[1]
     with mock.patch.multiple(triton_chain, launch=launch, scratch_bytes=lambda device: 1000):
         step = triton_chain.layers_a_group(saved[0, 0], segment, x.device)
-        walk = triton_chain.Descent(family, x, params, saved, *settings, step)
+        walk = triton_chain.Descent(family, x, ChainParams.of(params), saved, settings, segment, step)
         list(walk.groups(torch.ones(5, 1, dtype=torch.float32), True))
         assert triton_chain.workspace(family, x, params[2], True, segment) == most
 

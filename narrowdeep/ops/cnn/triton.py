@@ -143,7 +143,7 @@ def blocks(kernel: str, x: Tensor, weight: Tensor, offset: bool) -> list[Block]:
     limit = 168 if narrow else None
     if kernel in _SECOND:
         single = x.dtype == torch.float32
-        a_lane = 2 if single or weight.shape[1] < 4 else 1
+        a_lane = 2 if single else 1
         limit = 168 if single and weight.shape[1] < 4 else 255
     samples = max(1, 128 * a_lane // lanes)
     return [

@@ -23,6 +23,7 @@ from narrowdeep.ops import triton_chain
 from narrowdeep.ops.cnn import triton as cnn
 from narrowdeep.ops.gram import reference
 from narrowdeep.ops.mlp import triton as mlp
+from narrowdeep.ops.params import ChainParams, ChainSettings
 from narrowdeep.ops.triton_common import MULTIPROCESSORS, empty, launch
 
 WIDEST = 16
@@ -339,10 +340,10 @@ def gram(
     walks, iterators = [], []
     for x in [x1] if symmetric else [x1, x2]:  # the backward from every output at once
         repeated = x.repeat(outputs, *(1 for _ in x.shape[1:]))
-        settings = (scale, offset, outputs, 0, segment)
-        saved = triton_chain.forward(chain, repeated, *params, *settings)[1]
+        settings = ChainSettings(scale, offset, outputs, 0)
+        saved = triton_chain.forward(chain, repeated, *params, *settings, segment)[1]
         seeds = torch.eye(outputs, dtype=x.dtype, device=x.device).repeat_interleave(x.shape[0], 0)
-        walks.append(triton_chain.Descent(chain, repeated, params, saved, *settings, step))
+        walks.append(triton_chain.Descent(chain, repeated, ChainParams.of(params), saved, settings, segment, step))
         iterators.append(walks[-1].groups(seeds, True))
     total = x1.new_zeros(terms(0).cells, count1, count2, dtype=torch.float64)
 

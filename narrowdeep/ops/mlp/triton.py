@@ -85,7 +85,7 @@ _TILED = {
 _WIDEST_TURING = 32
 """The same on sm_75, which cannot copy to shared memory past the registers. Second derivatives in float64 stop at 4."""
 
-_SAMPLES = {
+_SAMPLES: dict[Any, tuple[int, ...]] = {
     # kernel, dtype, offset: samples a lane at widths up to 4, 8, 16. The most that needs no spill (docs/gpu.md), since
     # a load of weights then serves that many multiply-adds; at width 4 no more than pay beside records read ahead.
     ("forward", torch.float32, False): (4, 4, 4),
@@ -108,11 +108,19 @@ _SAMPLES = {
 
 _SAMPLES |= {(kernel, *key[1:]): most for key, most in _SAMPLES.items() if key[0] == "jvp" for kernel in _SECOND}
 
-_SAMPLES_BLACKWELL = {("backward", torch.float32, True): (4, 4, 1), ("backward_jvp", torch.float32, True): (4, 1)}
+_SAMPLES_BLACKWELL: dict[Any, tuple[int, ...]] = {
+    ("backward", torch.float32, True): (4, 4, 1),
+    ("backward_jvp", torch.float32, True): (4, 1),
+}
 """The same where sm_100 needs fewer: two samples a lane spill 16 bytes at width 16, 8 at width 8."""
 
-_SAMPLES_TURING = {("tangents", torch.float32, True): (4, 1)}
-"""The same on sm_75."""
+_SAMPLES_TURING: dict[Any, tuple[int, ...]] = {
+    ("forward", torch.float32, True): (4, 4, 1),
+    ("recompute", torch.float32, True): (4, 4, 1),
+    ("backward", torch.float32, True): (4, 4, 1),
+    ("tangents", torch.float32, True): (4, 1),
+}
+"""The same on sm_75, whose layers of 5 to 16 units have no tensor cores."""
 
 _AHEAD = {torch.float32: 2, torch.float64: 1}
 """Layers that records are read ahead up to width 4; wider ones would take the registers of the states."""
@@ -167,7 +175,8 @@ def blocks(kernel: str, x: Tensor, weight: Tensor, offset: bool) -> list[Block]:
     table = _SAMPLES | (_SAMPLES_BLACKWELL if target >= 100 else _SAMPLES_TURING if target < 80 else {})
     most = table[kernel, x.dtype, offset][0 if width <= 4 else 1 if width <= 8 else 2]
     sizes = [most >> i for i in range(4) if most >> i]
-    spilling = (kernel.startswith("backward") and x.dtype == torch.float64) or (target >= 100 and width <= 4)
+    double = x.dtype == torch.float64 and (kernel.startswith("backward") or width > 4)
+    spilling = double or (target >= 100 and width <= 4)
     limit = 255 if spilling else None
     ahead = _AHEAD[x.dtype] if width <= 4 else 0
     return [Block(128 * size, 4, limit, ahead) for size in sizes] + [Block(32, 1, 255, ahead)]
