@@ -257,8 +257,13 @@ def check_second(second: SecondCase, op: Callable[..., tuple[Tensor, ...]]) -> N
             assert torch.equal(actual, same) if some else actual.shape == (0,)
 
 
-def check_second_spans(case: Case, ops: Ops, op: Callable[..., tuple[Tensor, ...]], cuts: tuple[int, ...]) -> None:
-    """A network cut at the states ``cuts`` gives the bits of the whole."""
+def check_second_spans(
+    case: Case, ops: Ops, op: Callable[..., tuple[Tensor, ...]], cuts: tuple[int, ...], bits: bool = True
+) -> None:
+    """A network cut at the states ``cuts`` gives the bits of the whole.
+
+    Without ``bits`` they agree up to rounding: ``op`` computes states in another order than forward, which cuts them.
+    """
     forward, backward, jvp = ops
     grad, grad_t, x, *rest = draw_second(SecondCase(case))
     params, (x_t, *params_t), settings = rest[:6], rest[6:13], rest[13:16]
@@ -282,10 +287,13 @@ def check_second_spans(case: Case, ops: Ops, op: Callable[..., tuple[Tensor, ...
         grad_t, *grads = op(*both)
         grad = backward(grad, values[i], *some, x.new_empty(0), *settings, low, 0, True, False)[0]
         found.insert(0, tuple(grads))
-    assert torch.equal(grad_t, wanted[0])
-    for i, name in enumerate(NAMES[1:]):
-        pieces = [grads[i] for grads in found if grads[i].numel()]
-        assert torch.equal(torch.cat(pieces) if len(pieces) > 1 else pieces[0], wanted[1 + i]), name
+    whole = [[grad_t], *([grads[i] for grads in found if grads[i].numel()] for i in range(len(NAMES) - 1))]
+    for name, pieces, expected in zip(NAMES, whole, wanted, strict=True):
+        joined = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+        if bits:
+            assert torch.equal(joined, expected), name
+        else:
+            assert_close(joined, expected, f"tangent of {name}")
 
 
 @dataclass(frozen=True)

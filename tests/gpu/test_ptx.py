@@ -267,7 +267,8 @@ def test_second_derivatives(second: SecondCase, target: int) -> None:
 def test_second_derivatives_of_spans(case: Case, cuts: tuple[int, ...]) -> None:
     with simulated(Simulator(90)):
         op = cnn.cnn_backward_jvp if case.image else mlp.mlp_backward_jvp
-        check_second_spans(case, CNN if case.image else MLP, op, cuts)
+        # Of 9 units forward runs on tensor cores, second derivatives in tiles.
+        check_second_spans(case, CNN if case.image else MLP, op, cuts, bits=case.hidden < 9)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

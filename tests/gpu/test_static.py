@@ -82,11 +82,11 @@ def test_no_row_is_out_of_date(any_table: dict[str, Any]) -> None:
 
 
 def test_a_key_tells_sources_constants_and_blocks_apart() -> None:
-    entry = Entry("mlp", "forward", F32, True, 8, 90)
-    others = [replace(entry, kernel="recompute"), replace(entry, width=4), replace(entry, offset=False)]
+    entry = Entry("mlp", "forward", F32, False, 8, 90)
+    others = [replace(entry, kernel="recompute"), replace(entry, width=4), replace(entry, offset=True)]
     assert len({key(e) for e in [entry, *others]}) == 4
     before = key(entry)
-    with mock.patch.dict(mlp._SAMPLES, {("forward", F32, True): (8, 2, 2)}):
+    with mock.patch.dict(mlp._SAMPLES, {("forward", F32, False): (8, 2, 2)}):
         assert key(entry) != before
     with mock.patch.object(triton_common.two_sum, "_src", "def two_sum(a, b):\n    return a + b, b"):
         assert key(entry) != before

@@ -110,6 +110,8 @@ def supported(kernel: str, x: Tensor, weight: Tensor) -> bool:
     """Whether ``kernel`` takes this chain, of hidden weights (layers, n, n, f, f)."""
     layers, channels, _, tap, _ = weight.shape
     most = _most_channels(kernel, x.dtype)
+    if kernel in _SECOND and x.dtype == torch.float64 and 80 <= triton_common.capability(x.device) < 90:
+        most = min(most, 2)  # three spill 8 bytes there
     lanes = triton.next_power_of_2(max(1, x.shape[2] * x.shape[3]))
     return x.shape[0] > 0 and layers > 0 and 0 < channels <= most and tap <= _MOST_TAP and lanes <= _MOST_LANES
 
@@ -143,7 +145,7 @@ def blocks(kernel: str, x: Tensor, weight: Tensor, offset: bool) -> list[Block]:
     limit = 168 if narrow else None
     if kernel in _SECOND:
         single = x.dtype == torch.float32
-        a_lane = 2 if single else 1
+        a_lane = 2 if single or weight.shape[1] < 4 else 1
         limit = 168 if single and weight.shape[1] < 4 else 255
     samples = max(1, 128 * a_lane // lanes)
     return [

@@ -71,8 +71,8 @@ _TANGENTS = ("jvp", *_SECOND)
 _NARROW = {"forward": 16, "recompute": 16, "backward": 16} | dict.fromkeys(_TANGENTS, 8)
 """Widest layer that runs one sample a lane. A state and its tangent of 16 units each would not fit the registers."""
 
-_NARROW_DOUBLE = 8
-"""The same in float64: with 16 units the record of a layer would not fit, and tiles have its tensor cores."""
+_NARROW_RECORD = 8
+"""The same in float64, where tiles have tensor cores, and on sm_75: the record of 16 units would not fit."""
 
 _TILED = {
     ("forward", torch.float32): 80,
@@ -115,12 +115,9 @@ _SAMPLES_BLACKWELL: dict[Any, tuple[int, ...]] = {
 """The same where sm_100 needs fewer: two samples a lane spill 16 bytes at width 16, 8 at width 8."""
 
 _SAMPLES_TURING: dict[Any, tuple[int, ...]] = {
-    ("forward", torch.float32, True): (4, 4, 1),
-    ("recompute", torch.float32, True): (4, 4, 1),
-    ("backward", torch.float32, True): (4, 4, 1),
     ("tangents", torch.float32, True): (4, 1),
 }
-"""The same on sm_75, whose layers of 5 to 16 units have no tensor cores."""
+"""The same on sm_75."""
 
 _AHEAD = {torch.float32: 2, torch.float64: 1}
 """Layers that records are read ahead up to width 4; wider ones would take the registers of the states."""
@@ -137,9 +134,10 @@ def widest(kernel: str, dtype: torch.dtype, target: int = 90) -> int:
     return 4 if kernel in _SECOND and dtype == torch.float64 else min(most, _WIDEST_TURING)
 
 
-def narrow(kernel: str, dtype: torch.dtype) -> int:
+def narrow(kernel: str, x: Tensor) -> int:
     """Widest layer of which ``kernel`` runs one sample a lane, or a few lanes a sample on tensor cores."""
-    return min(_NARROW[kernel], _NARROW_DOUBLE) if dtype == torch.float64 else _NARROW[kernel]
+    short = x.dtype == torch.float64 or triton_common.capability(x.device) < 80
+    return min(_NARROW[kernel], _NARROW_RECORD) if short else _NARROW[kernel]
 
 
 def supported(kernel: str, x: Tensor, weight: Tensor) -> bool:
@@ -162,7 +160,7 @@ def fragments(kernel: str, x: Tensor, width: int, offset: bool) -> bool:
 def blocks(kernel: str, x: Tensor, weight: Tensor, offset: bool) -> list[Block]:
     """Blocks of samples to choose from, the one with the best instruction mix first (4 warps share cached weights)."""
     width = weight.shape[1]
-    if width > narrow(kernel, x.dtype):
+    if width > narrow(kernel, x):
         tangents = kernel in _TANGENTS
         limit = 255 if kernel == "recompute" or tangents else None
         if width > {"recompute": 64, "tangents": 16}.get(kernel, width):
@@ -170,12 +168,13 @@ def blocks(kernel: str, x: Tensor, weight: Tensor, offset: bool) -> list[Block]:
         return [Block(32, 4 if width <= 32 and not tangents else 8, limit)]
     if fragments(kernel, x, width, offset):
         many, few = (2, 2) if width <= 8 else (1, 2) if kernel == "forward" else (0, 0)  # more would spill
-        return [Block(64, 4, None, many, True), Block(16, 1, 255, few, True)]
+        limit = 168 if kernel == "recompute" and width <= 8 else None  # ptxas takes 128 on sm_86 and sm_89, and spills
+        return [Block(64, 4, limit, many, True), Block(16, 1, 255, few, True)]
     target = triton_common.capability(x.device)
     table = _SAMPLES | (_SAMPLES_BLACKWELL if target >= 100 else _SAMPLES_TURING if target < 80 else {})
     most = table[kernel, x.dtype, offset][0 if width <= 4 else 1 if width <= 8 else 2]
     sizes = [most >> i for i in range(4) if most >> i]
-    double = x.dtype == torch.float64 and (kernel.startswith("backward") or width > 4)
+    double = x.dtype == torch.float64 and (kernel.startswith("backward") or (width > 4 and target >= 80))
     spilling = double or (target >= 100 and width <= 4)
     limit = 255 if spilling else None
     ahead = _AHEAD[x.dtype] if width <= 4 else 0
@@ -183,7 +182,7 @@ def blocks(kernel: str, x: Tensor, weight: Tensor, offset: bool) -> list[Block]:
 
 
 def _constants(kernel: str, x: Tensor, weight: Tensor) -> dict[str, Any]:
-    rows = 1 if weight.shape[1] <= narrow(kernel, x.dtype) else TILE
+    rows = 1 if weight.shape[1] <= narrow(kernel, x) else TILE
     return {"ROWS": rows, "TAP": 0, "HEIGHT": 1, "LENGTH": 1, "PREFETCH": prefetched(weight)}
 
 
