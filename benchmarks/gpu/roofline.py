@@ -80,8 +80,8 @@ def times(kernel: str, width: int, batch: int) -> tuple[Block, dict[str, float]]
     steps = 1
     if kernel == "weight_gradient":  # an iteration takes the samples of a block and some rows of a layer
         rows = mlp.weight_gradient_block(width, torch.float32)[0]
-        steps = math.ceil(min(batch, 4096) / block.samples)
-        programs = todo.segments * math.ceil(batch / 4096) * math.ceil(width / rows)
+        steps = math.ceil(min(batch, mlp._SPLIT) / block.samples)
+        programs = todo.segments * math.ceil(batch / mlp._SPLIT) * math.ceil(width / rows)
     else:
         programs = todo.segments * math.ceil(batch / block.samples)
     share = math.ceil(programs / MULTIPROCESSORS)

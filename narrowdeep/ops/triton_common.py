@@ -6,6 +6,8 @@ tile of 16 units, shape (16, BLOCK), weights are tiles of ``tl.dot``. ``ROWS`` =
 core's accumulator, shape (2 BLOCK,). Matrices in memory are (n, B), batch last.
 ``column`` is (columns of that matrix, whether there are such): of a convolution a lane may take several positions,
 and an entry is a unit at one of them.
+
+More than 400 lines, because the three layouts of a state are told apart here and nowhere else.
 """
 
 # ruff: noqa: RUF005 (the kernel language has no starred tuples)
@@ -30,11 +32,11 @@ RENORMALISE_PERIOD = tl.constexpr(_RENORMALISE_PERIOD)
 
 INTERPRETED = knobs.runtime.interpret
 
-_PREFETCH_BYTES = 64 << 10
+_PREFETCH_BYTES = 64 << 10  # of the weights themselves; as records they may take a little more
 """Weights of RENORMALISE_PERIOD layers are asked for ahead if they fit the first-level cache beside the states."""
 
 FRAGMENT = tl.constexpr(8)
-"""ROWS of the layout that tensor cores take and give (``triton_fragments.py``): two units of two samples a lane."""
+"""ROWS of the layout that tensor cores take and give (``triton_packed.py``): two units of two samples a lane."""
 
 TILE = 16
 """Units a tile of the ``tl.dot`` layout holds: the least ``tl.dot`` takes."""

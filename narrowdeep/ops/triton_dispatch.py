@@ -1,7 +1,8 @@
 """The CUDA key of the raw ops, and what is available there. Importing it imports no Triton and asks no device.
 
-Narrow chains run one sample a lane, middling ones in ``tl.dot`` tiles, wider ones (and everything, where Triton is
-missing or fails) one layer at a time through cuBLAS (``layered.py``). The choice follows from shapes and dtypes alone.
+Narrow chains run one sample a lane or on tensor cores, middling ones in ``tl.dot`` tiles, wider ones (and everything,
+where Triton is missing or fails) one layer at a time through cuBLAS (``layered.py``). The choice follows from shapes,
+dtypes and the device's architecture alone.
 """
 
 from __future__ import annotations

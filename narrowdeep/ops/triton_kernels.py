@@ -10,8 +10,6 @@ The backward goes down a group of segments at a time: ``chain_recompute`` comput
 segments in parallel; ``chain_backward`` follows G through them; the family's weight gradient kernel sums
 G h^T over the batch, layers in parallel. Those sums would cost more than the layer inside the chain, and only the chain
 is serial. No float atomics: results are the same from run to run.
-
-More than 400 lines, because a kernel's arguments take one each, and the four go through a layer in the same words.
 """
 
 # ruff: noqa: SIM102 (a constexpr `if` must stand alone)

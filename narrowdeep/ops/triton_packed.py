@@ -89,7 +89,8 @@ def pack(weight_ptr, bias_ptr, packed_ptr, layers, WIDTH: tl.constexpr, ROWS: tl
             place = tl.where(tl.program_id(1) == 0, output * WIDTH + input, input * WIDTH + output)
             weight = tl.load(weight_ptr + place, mask=inside & (output < WIDTH) & (input < WIDTH), other=0.0)
             head, rest = split(weight)
-            weight = tl.where(part < 2, head, split(rest)[0])
+            # Rounded as a number, some NaNs would turn into 0.
+            weight = tl.where(weight != weight, weight, tl.where(part < 2, head, split(rest)[0]))
             tl.store(packed_ptr + (tile * 128 + group * 16 + pair * 4 + part), weight)
         unit = part // 2 * 8 + pair * 2 + part % 2
         bias = tl.load(bias_ptr + unit, mask=inside & (unit < WIDTH), other=0.0)

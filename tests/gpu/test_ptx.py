@@ -195,6 +195,17 @@ def test_tensor_cores_are_as_accurate_as_float32(case: Case, target: int) -> Non
         assert error <= 2 * other + 2e-7, f"{name}: {error:.1e}, in float32 {other:.1e}"
 
 
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, -1])
+def test_tensor_cores_keep_a_weight_that_is_not_a_number(bits: int) -> None:
+    inputs = list(draw_inputs(Case(3, 2, 4, 20, True, F32, 0)))
+    inputs[3][0, 0, 0] = torch.tensor(bits, dtype=torch.int32).view(F32)
+    simulator = Simulator(90)
+    with simulated(simulator):
+        out = MLP[0](*inputs, SCALE, True, 2, 0, 0)[0]
+    assert "pack" in simulator.launches
+    assert out.isnan().all()
+
+
 SMALL_IMAGES = [
     Case(1, 1, 4, 5, True, F32, 2, image=(5, 4)),  # rows in lanes, four samples a warp, the last warp ragged
     Case(1, 1, 3, 9, True, F32, 1, image=(4, 4)),  # no lane to spare

@@ -119,6 +119,7 @@ def supported(kernel: str, x: Tensor, weight: Tensor) -> bool:
 def limits(kernel: str) -> str:
     """What ``supported`` asks for, in words."""
     most = ", ".join(f"{_most_channels(kernel, d)} in {str(d).removeprefix('torch.')}" for d in _MOST_CHANNELS)
+    most += " (2 on sm_80 to sm_89)" if kernel in _SECOND else ""
     return f"channels <= {most}, filter <= {_MOST_TAP} x {_MOST_TAP}, at most {_MOST_LANES} positions"
 
 
