@@ -103,7 +103,7 @@ class CnnLayer {
                 T* scratch) const {
     const Buffer margins(margins_bytes(columns)), cleared(tiles_.padded() ? rows * tiles_.row * int64_t(sizeof(T)) : 0);
     if (tiles_.padded()) full = with_margin(rows, full, 0, cleared.as<T>()).start;
-    if (tiles_.strips == 1 || taps_ == 1) {
+    if (!needs_margins()) {
       weight_sums(rows, columns, shape_.size, tiles_.plane, full, Image<T>{h}, scratch);
     } else {
       weight_sums(rows, columns, shape_.size, tiles_.plane, full, strip(columns, h, margins), scratch);
@@ -201,8 +201,10 @@ class CnnLayer {
       store(to + e, keep_if(mask, row));
     }
   }
+  // One tap sees no neighbours, but what a strip has past the image must not reach a sum: 0 times infinity is NaN.
+  bool needs_margins() const { return tiles_.strips > 1 && (taps_ > 1 || tiles_.padded()); }
   int64_t margins_bytes(int64_t channels) const {
-    if (tiles_.strips == 1 || taps_ == 1) return 0;
+    if (!needs_margins()) return 0;
     return channels * (tiles_.plane.height + 2 * (shape_.size / 2)) * tiles_.plane.width * kLanes<T> *
            int64_t(sizeof(T));
   }

@@ -6,8 +6,8 @@
 namespace narrowdeep {
 namespace ND_ISA {
 
-// Length of the chains. Each of `Chains` vectors waits for its own last value only. Two units of latency 4 need 8 of them; what is left of the
-// registers holds the two operands.
+// Length of the chains. Each of `Chains` vectors waits for its own last value only. Two units of latency 4 need 8 of
+// them, four units 16; what is left of the registers holds the two operands.
 template <class T, int Chains>
 int64_t multiply_adds(int64_t rounds) {
   constexpr int kSteps = 16;  // a round: the loop itself must not count
@@ -30,7 +30,7 @@ int64_t multiply_adds(int64_t rounds) {
 
 template <class T>
 int64_t multiply_adds(int64_t rounds, bool independent) {
-  constexpr int kChains = 12;
+  constexpr int kChains = kRegisters == 32 ? 24 : 12;
   return independent ? 2 * kChains * kLanes<T> * multiply_adds<T, kChains>(rounds) : multiply_adds<T, 1>(rounds);
 }
 

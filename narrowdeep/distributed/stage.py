@@ -111,7 +111,9 @@ class Stage(nn.Module):
         if isinstance(chosen, tuple):
             return chosen
         if chosen == "auto":
-            return auto_segment(self._layers + 2, self._inputs, self._outputs, math.prod(self._tap), positions), None
+            sizes = self._inputs, self._outputs, math.prod(self._tap)
+            # Many calls of many stages may be in flight: no room for each but that of its parameters.
+            return auto_segment(self._layers + 2, *sizes, positions, most=0), None
         return 1 if chosen == "none" else chosen, None
 
     @torch.no_grad()

@@ -191,12 +191,14 @@ def usual_segment(depth: int) -> int:
     return max(AUTO_SEGMENT, math.isqrt(depth))
 
 
-def auto_segment(depth: int, inputs: int, outputs: int, taps: int, positions: int | None) -> int:
+def auto_segment(
+    depth: int, inputs: int, outputs: int, taps: int, positions: int | None, most: int = AUTO_NUMBERS
+) -> int:
     """Layers between saved states under ``checkpoint="auto"`` without a budget.
 
-    Every state where that is faster, as eager layers keep them, to AUTO_NUMBERS or as many as the parameters and their
-    gradients have. Narrow layers are computed again: that takes less time than to write their states to memory and to
-    read them back, and as long where all fit in the cache.
+    Every state where that is faster, as eager layers keep them, to ``most`` numbers or as many as the parameters and
+    their gradients have. Narrow layers are computed again: that takes less time than to write their states to memory
+    and to read them back, and as long where all fit in the cache.
 
     Arguments:
         depth, inputs, outputs, taps: of the network; L, and the entries of a filter.
@@ -207,4 +209,4 @@ def auto_segment(depth: int, inputs: int, outputs: int, taps: int, positions: in
         return usual_segment(depth)
     hidden = (depth - 2) * width * (width * taps + 1)
     parameters = hidden + (inputs + outputs) * width * taps + width + outputs
-    return 1 if (depth - 1) * width * positions <= max(2 * parameters, AUTO_NUMBERS) else usual_segment(depth)
+    return 1 if (depth - 1) * width * positions <= max(2 * parameters, most) else usual_segment(depth)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from narrowdeep import DeepNarrowCNN
 from tests.ops.chains import CONV, Case, arguments, assert_close
 
 
@@ -18,6 +19,27 @@ def test_an_infinite_sample_in_the_last_tile_leaves_no_trace_in_the_lanes_withou
     for a, b in zip(got[1:], want[1:], strict=True):
         torch.testing.assert_close(a, b)
         assert not a.isnan().any()
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_what_overflows_past_an_image_leaves_no_trace_in_gradients(size: int) -> None:
+    """Every state in the image is 0; the strip past its last row has no zero input, and grows by 1e6 a layer."""
+    model = DeepNarrowCNN(1, 1, 12, kernel_size=size, form="plain")
+    middle = size // 2
+    with torch.no_grad():
+        for param in model.parameters():
+            param.zero_()
+        model.first_weight[:, :, middle, middle] = 1.0
+        model.hidden_bias[0] = 1.0
+        model.hidden_weight[0, :, :, middle, middle] = -torch.eye(3)
+        model.hidden_weight[1:, :, :, middle, middle] = 1e6 * torch.eye(3)
+        model.last_weight.fill_(1.0)
+    eager = model.to_sequential()
+    for network in (model, eager):
+        network(torch.ones(1, 1, 3, 4)).sum().backward()
+    grads = [part.weight.grad for part in eager if isinstance(part, torch.nn.Conv2d) and part.weight.grad is not None]
+    torch.testing.assert_close(model.hidden_weight.grad, torch.stack(grads[1:-1]))
+    assert all(param.grad is not None and param.grad.isfinite().all() for param in model.parameters())
 
 
 def test_the_engine_checks_filters_and_images() -> None:
