@@ -11,6 +11,7 @@ from datetime import timedelta
 import torch.distributed as dist
 import typer
 
+from narrowdeep.checks import check_number
 from narrowdeep.commands.options import fail, one_line_errors
 from narrowdeep.distributed.ranks import ALONE, LostRankError, Ranks
 
@@ -23,6 +24,8 @@ def launched(device: str, timeout: float) -> Iterator[Ranks]:
 
     Raises: ValueError where torch has no backend for the device; OSError where the others are not found.
     """
+    with one_line_errors():
+        timeout = check_number("timeout", timeout, positive=True)
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ:
         yield ALONE
         return

@@ -145,7 +145,7 @@ def train(
         bool, typer.Option("--tensorboard", help="Write scalars for TensorBoard into --out; needs tensorboard.")
     ] = False,
     timeout: Annotated[
-        float, typer.Option(min=1, max=1e6, help="Seconds that a process under torchrun waits for another one.")
+        float, typer.Option(help="Seconds that a process under torchrun waits for another one, above 0.")
     ] = 1800.0,
     config: ConfigOption = None,
     json: JsonOption = False,
