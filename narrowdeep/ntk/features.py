@@ -124,13 +124,11 @@ class InitialFeatures:
     def are_of(self, model: nn.Module, ours: Ours | None) -> bool:
         """Whether the model is at the initialisation that they are made of, with the same parameters trained."""
         try:
-            now = dataclasses.asdict(InitialFeatures.of(model, ours))
+            now = InitialFeatures.of(model, ours)
         except ValueError:
             return False
-        own = dataclasses.asdict(self)
-        tensors = [name for name, value in own.items() if isinstance(value, Tensor)]
-        same = all(torch.equal(own.pop(name), now.pop(name)) for name in tensors)
-        return same and own == now
+        pairs = [(getattr(self, field.name), getattr(now, field.name)) for field in dataclasses.fields(self)]
+        return all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs)
 
     def thinned(self, every: int) -> InitialFeatures:
         """Of one hidden layer in ``every``. Their Gram matrix is about the same: the weights are independent draws."""

@@ -382,16 +382,13 @@ def _step_back(
 def jvp(layer: Layer, *args: Any) -> Tensor:
     """The tangent of a span's output."""
     input, params, tangents, (scale, offset, outputs, start) = JvpArgs.of(args)
-    hidden_t = tangents.hidden_weight, tangents.hidden_bias
-    first_t = tangents.input, tangents.first_weight, tangents.first_bias
-    state, tangent = initial_tangent(layer, input, params.first, first_t, scale, offset, outputs)
+    state, tangent = initial_tangent(layer, input, params.first, tangents.first, scale, offset, outputs)
     h, room = state.full(out=torch.empty_like(state.lo)), torch.empty_like(state.lo)
     for j in range(params.layers):
-        step_tangent(layer, state, tangent, params.hidden, hidden_t, j, h, room, start + j + 1)
+        step_tangent(layer, state, tangent, params.hidden, tangents.hidden, j, h, room, start + j + 1)
     if params.last is None:
         return tangent.state()
-    last_t = tangents.last_weight, tangents.last_bias
-    return last_tangent(layer, tangent, tangent.full(out=room), h, params.last.weight, last_t)
+    return last_tangent(layer, tangent, tangent.full(out=room), h, params.last.weight, tangents.last)
 
 
 def initial_tangent(

@@ -81,19 +81,19 @@ def backward_jvp(layer: Layer, *args: Any) -> tuple[Tensor, ...]:
     """Tangents of a span's gradients; arguments as ``narrowdeep.ops.chain`` has them. Keeps sqrt(layers) states."""
     grad, grad_t, input, params, tangents, settings, need_input, need_params = BackwardJvpArgs.of(args)
     (scale, offset, outputs, start), (first, hidden, last) = settings, params
-    weight_t, bias_t, layers = tangents.hidden_weight, tangents.hidden_bias, params.layers
+    weight_t, layers = tangents.hidden_weight, params.layers
     step = max(1, math.isqrt(layers))
     grads = [input.new_empty(0 if p is None or not need_params else p.shape) for p in params.flat()]
     if grad_t is None:
         grad_t = torch.zeros_like(grad)
 
-    state, tangent = initial_tangent(layer, input, first, tangents[:3], scale, offset, outputs)
+    state, tangent = initial_tangent(layer, input, first, tangents.first, scale, offset, outputs)
     h, room = state.full(out=torch.empty_like(state.lo)), torch.empty_like(state.lo)
     kept: list[tuple[HiLo, HiLo]] = []
     for j in range(layers):
         if j % step == 0:
             kept.append((state.clone(), tangent.clone()))
-        step_tangent(layer, state, tangent, hidden, (weight_t, bias_t), j, h, room, start + j + 1)
+        step_tangent(layer, state, tangent, hidden, tangents.hidden, j, h, room, start + j + 1)
 
     if last is None:
         g, g_t = entered(grad, outputs), entered(grad_t, outputs)
@@ -110,7 +110,7 @@ def backward_jvp(layer: Layer, *args: Any) -> tuple[Tensor, ...]:
         values = [(state.full(out=torch.empty_like(h)), tangent.full(out=torch.empty_like(h)))]
         h.copy_(values[0][0])
         for j in range(begin, end - 1):
-            step_tangent(layer, state, tangent, hidden, (weight_t, bias_t), j, h, room, start + j + 1)
+            step_tangent(layer, state, tangent, hidden, tangents.hidden, j, h, room, start + j + 1)
             values.append((h.clone(), tangent.full(out=torch.empty_like(h))))
         for j in reversed(range(begin, end)):
             g.full(out=full)

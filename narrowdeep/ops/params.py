@@ -75,6 +75,19 @@ class ChainTangents(NamedTuple):
     last_weight: Tensor | None
     last_bias: Tensor | None
 
+    @property
+    def first(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Of all that the first state depends on: the input, and the first layer where there is one."""
+        return self.input, self.first_weight, self.first_bias
+
+    @property
+    def hidden(self) -> tuple[Tensor | None, Tensor | None]:
+        return self.hidden_weight, self.hidden_bias
+
+    @property
+    def last(self) -> tuple[Tensor | None, Tensor | None]:
+        return self.last_weight, self.last_bias
+
 
 class ForwardArgs(NamedTuple):
     """Of ``forward``."""

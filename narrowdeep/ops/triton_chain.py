@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 
 from narrowdeep.ops import layered
-from narrowdeep.ops.params import Affine, BackwardArgs, ChainParams, ChainSettings, ForwardArgs, JvpArgs
+from narrowdeep.ops.params import Affine, BackwardArgs, ChainParams, ChainSettings, ChainTangents, ForwardArgs, JvpArgs
 from narrowdeep.ops.reference import RENORMALISE_PERIOD, saved_shape
 from narrowdeep.ops.triton_common import FRAGMENT, Block, choose_block, empty, launch, scratch_bytes
 from narrowdeep.ops.triton_kernels import chain_backward, chain_forward, chain_recompute
@@ -129,6 +129,11 @@ class Span:
         """Hidden weights and biases as a kernel reads them."""
         weight, bias = self.hidden
         return weight if self.records is None else self.records[-1 if kernel == "backward" else 0], bias
+
+    def tangents(self, given: ChainTangents) -> tuple[list[Tensor], dict[str, bool]]:
+        """Those of the hidden weights and biases, something else where there are none, and what says so to a kernel."""
+        tensors = [h if t is None else t.contiguous() for h, t in zip(self.hidden, given.hidden, strict=True)]
+        return tensors, {"HAS_WEIGHT_T": given.hidden_weight is not None, "HAS_BIAS_T": given.hidden_bias is not None}
 
     def packed_filters(self, weight: Tensor, transposed: bool) -> Tensor:
         """``packed_filters``, of the hidden weights once a call."""
@@ -380,18 +385,14 @@ def jvp(family: Family, *args: Any) -> Tensor:
     if not family.supported("jvp", samples(input, first), hidden.weight):
         return layered.jvp(family.layer, *args)
     these = span(family, input, params, settings)
-    first_t = tangents.input, tangents.first_weight, tangents.first_bias
-    state, tangent = initial_words(family, input, first, first_t, scale, offset, outputs)
+    state, tangent = initial_words(family, input, first, tangents.first, scale, offset, outputs)
     h = empty(state[2], *state[2].shape)
     final = empty(h, these.words, *h.shape)
-    hidden_t = tangents.hidden_weight, tangents.hidden_bias
-    given_t = [h if t is None else t.contiguous() for h, t in zip(these.hidden, hidden_t, strict=True)]
-    has = {"HAS_WEIGHT_T": hidden_t[0] is not None, "HAS_BIAS_T": hidden_t[1] is not None}
-    these.run(
-        chain_jvp, "jvp", (*state, *tangent, *these.hidden, *given_t, h, final), (these.layers, these.phase), **has
-    )
+    hidden_t, has = these.tangents(tangents)
+    tensors = (*state, *tangent, *these.hidden, *hidden_t, h, final)
+    these.run(chain_jvp, "jvp", tensors, (these.layers, these.phase), **has)
     if last is None:
         return final
     after = layered.HiLo(tangent[0] if offset else None, final[-1], these.middle, final[1] if offset else None)
-    last_t = tangents.last_weight, tangents.last_bias
-    return layered.last_tangent(family.layer, after, after.full(out=torch.empty_like(h)), h, last.weight, last_t)
+    full = after.full(out=torch.empty_like(h))
+    return layered.last_tangent(family.layer, after, full, h, last.weight, tangents.last)

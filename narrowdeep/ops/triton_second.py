@@ -30,9 +30,8 @@ def backward_jvp(family: Family, *args: Any) -> tuple[Tensor, ...]:
     grads = [input.new_empty(0 if p is None or not need_params else p.shape) for p in params.flat()]
     these = span(family, input, params, settings)
     layers, weight = these.layers, these.hidden[0]
-    has_weight_t, has_bias_t = tangents.hidden_weight is not None, tangents.hidden_bias is not None
-    hidden_t = [h if t is None else t.contiguous() for h, t in zip(these.hidden, tangents[3:5], strict=True)]
-    state, tangent = initial_words(family, input, first, tangents[:3], scale, offset, outputs)
+    hidden_t, has = these.tangents(tangents)
+    state, tangent = initial_words(family, input, first, tangents.first, scale, offset, outputs)
     shape = state[2].shape
 
     segment = max(2, math.isqrt(layers))
@@ -41,7 +40,6 @@ def backward_jvp(family: Family, *args: Any) -> tuple[Tensor, ...]:
     def through(begin: int, count: int, parallel: int, store: bool, h: Tensor, t: Tensor) -> None:
         """``count`` segments, from each of ``parallel`` ones that begin with number ``begin``."""
         tensors = (*state, *tangent, *these.hidden, *hidden_t, kept, h, t)
-        has = {"HAS_WEIGHT_T": has_weight_t, "HAS_BIAS_T": has_bias_t}
         numbers = (layers, segment, these.phase, begin, count)
         these.run(chain_tangents, "tangents", tensors, numbers, segments=parallel, STORE=store, **has)
 
@@ -68,7 +66,7 @@ def backward_jvp(family: Family, *args: Any) -> tuple[Tensor, ...]:
             "backward_jvp",
             (*before, weight, hidden_t[0], h, g, g_t, full, full_t),
             (layers, these.phase, begin, end, int(masked)),
-            HAS_WEIGHT_T=has_weight_t,
+            HAS_WEIGHT_T=has["HAS_WEIGHT_T"],
             STORE=need_params,
         )
         if need_params:  # G T^T + G' h^T; the bias's is G' alone

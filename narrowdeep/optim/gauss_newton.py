@@ -219,10 +219,10 @@ class GramGaussNewton:
 
         with exact({param.device.type for param in self._params.params}):
             chunkwise = self._chunkwise(samples) if initial is None else None
-            if initial is not None:
-                given = initial.outputs(samples)
+            if chunkwise is not None:
+                given = chunkwise.outputs(advance)
             else:
-                given = self._outputs(x, advance) if chunkwise is None else chunkwise.outputs(advance)
+                given = self._outputs(x, advance) if initial is None else initial.outputs(samples)
             fitted = given.reshape(len(x), -1).double()
             if not fitted.isfinite().all():
                 raise ValueError("model must have finite outputs at x, got NaN or infinity")

@@ -108,15 +108,10 @@ _SAMPLES: dict[Any, tuple[int, ...]] = {
 
 _SAMPLES |= {(kernel, *key[1:]): most for key, most in _SAMPLES.items() if key[0] == "jvp" for kernel in _SECOND}
 
-_SAMPLES_BLACKWELL: dict[Any, tuple[int, ...]] = {
-    ("backward", torch.float32, True): (4, 4, 1),
-    ("backward_jvp", torch.float32, True): (4, 1),
-}
-"""The same where sm_100 needs fewer: two samples a lane spill 16 bytes at width 16, 8 at width 8."""
+_SAMPLES_BLACKWELL: dict[Any, tuple[int, ...]] = {("backward_jvp", torch.float32, True): (4, 1)}
+"""The same where sm_100 needs fewer: two samples a lane spill 8 bytes at width 8."""
 
-_SAMPLES_TURING: dict[Any, tuple[int, ...]] = {
-    ("tangents", torch.float32, True): (4, 1),
-}
+_SAMPLES_TURING: dict[Any, tuple[int, ...]] = {("tangents", torch.float32, True): (4, 1)}
 """The same on sm_75."""
 
 _AHEAD = {torch.float32: 2, torch.float64: 1}
