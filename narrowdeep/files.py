@@ -16,6 +16,7 @@ import json
 import os
 import re
 import secrets
+import signal
 import socket
 import stat
 import threading
@@ -61,8 +62,10 @@ def replacing(path: str | Path) -> Iterator[BufferedWriter]:
     with errors_named(path):
         _require_file(path)
         _remove_left_over(path)
-        temporary, file = _create(path)
+        temporary = None
         try:
+            with _undivided():
+                temporary, file = _create(path)
             with file:
                 yield file
                 file.flush()
@@ -70,8 +73,9 @@ def replacing(path: str | Path) -> Iterator[BufferedWriter]:
                 os.replace(temporary, path)  # before it is closed: until then the lock says that somebody owns it
                 _sync_folder(path.parent)
         except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+            if temporary is not None:
+                with contextlib.suppress(OSError), contextlib.closing(file):
+                    temporary.unlink(missing_ok=True)
             raise
 
 
@@ -92,9 +96,10 @@ def require_writable(path: str | Path) -> None:
     path = Path(path)
     with errors_named(path):
         _require_file(path)
-        temporary, file = _create(path)
-        with file:
-            temporary.unlink()
+        with _undivided():
+            temporary, file = _create(path)
+            with file:
+                temporary.unlink()
 
 
 class Log:
@@ -154,18 +159,41 @@ def folder_lock(folder: str | Path) -> Iterator[None]:
         yield
         return
     path = folder / LOCK
-    with errors_named(folder):
-        descriptor = _take_lock(folder, path)
-    held.add(key)
+    descriptor = None
+    try:
+        with errors_named(folder), _undivided():
+            descriptor = _take_lock(folder, path)
+            held.add(key)
+        yield
+    finally:
+        with _undivided():
+            if descriptor is not None:
+                held.discard(key)
+                # Removed before it is let go: whoever waits for this very file sees that it is gone, and makes another.
+                with contextlib.suppress(OSError):
+                    if _is_at(descriptor, path):
+                        path.unlink()
+                os.close(descriptor)
+
+
+@contextmanager
+def _undivided() -> Iterator[None]:
+    """Let Ctrl-C wait until the end: what stands inside is done whole, and whoever made a file knows that it is there.
+
+    Only the main thread is ever interrupted. A handler that raises nothing, as while training, runs late as well.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    waits = threading.Event()
+    signal.signal(signal.SIGINT, lambda number, frame: waits.set())
     try:
         yield
     finally:
-        held.discard(key)
-        # Removed before it is let go: whoever waits for this very file sees that it is gone, and makes another.
-        with contextlib.suppress(OSError):
-            if _is_at(descriptor, path):
-                path.unlink()
-        os.close(descriptor)
+        signal.signal(signal.SIGINT, handler)
+        if waits.is_set():
+            signal.raise_signal(signal.SIGINT)
 
 
 def _take_lock(folder: Path, path: Path) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -375,3 +376,55 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, number):
         write(tmp_path / "file", b"new")
     assert (tmp_path / "file").read_bytes() == b"new"
     assert names(tmp_path) == sorted([other.name, "file"])
+
+
+
+@pytest.fixture(params=["open", "close", "fstat", "stat", "ftruncate", "pwrite", "unlink", "replace", "fsync"])
+def interrupted(request, monkeypatch):
+    """Runs something again and again with a Ctrl-C after another call of one function of ``os`` each time."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    real, left = getattr(os, request.param), 0
+
+    def call(*args, **options):
+        nonlocal left
+        try:
+            return real(*args, **options)
+        finally:
+            left -= 1
+            if left == 0:
+                signal.raise_signal(signal.SIGINT)
+
+    def each(run):
+        nonlocal left
+        for number in range(1, 100):
+            left = number
+            with contextlib.suppress(KeyboardInterrupt):
+                run()
+            came, left = left <= 0, 0
+            yield
+            if not came:
+                return
+
+    monkeypatch.setattr(os, request.param, call)
+    yield each
+    signal.signal(signal.SIGINT, previous)
+
+
+def test_ctrl_c_leaves_no_lock(tmp_path, interrupted):
+    def use():
+        with folder_lock(tmp_path):
+            pass
+
+    for _ in interrupted(use):
+        assert names(tmp_path) == []
+        with folder_lock(tmp_path):
+            assert names(tmp_path) == [files.LOCK]
+
+
+@pytest.mark.parametrize("run", [files.require_writable, lambda path: write(path, "new")])
+def test_ctrl_c_leaves_no_temporary_file(tmp_path, interrupted, run):
+    path = tmp_path / "file"
+    path.write_text("old")
+    for _ in interrupted(lambda: run(path)):
+        assert names(tmp_path) == ["file"]
+        assert path.read_text() in ("old", "new")
