@@ -103,8 +103,9 @@ class GramGaussNewton:
             depth; or ``kernel(x1, x2)``, (N1, N2) for every output or (N1, N2, out, out), called at every step.
         momentum: in [0, 1); above 0 it takes a buffer of the parameters' size. A step that is taken back empties it.
         batch_size: samples of one forward or backward.
-        budget: bytes that a matrix and its factor may take, as an int or text ("4GiB"). Smaller systems go by Cholesky,
-            in features where they are fewer than the samples; larger ones by conjugate gradients.
+        budget: bytes that a matrix may take, which its factor shares, as an int or text ("4GiB", 23,170 unknowns).
+            Smaller systems go by Cholesky, in features where they are fewer than the samples; larger ones by conjugate
+            gradients.
         ranks: processes that share the work of a step (``narrowdeep.distributed.Ranks.of()``), all with the same model
             and the same x and y: each takes its part of the samples through the network and, where the system is one in
             features, into that. All take the same step.

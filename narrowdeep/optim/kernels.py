@@ -17,7 +17,7 @@ from narrowdeep.ntk.empirical import empirical_ntk, ntk_vector_product
 from narrowdeep.ntk.features import InitialFeatures
 from narrowdeep.ntk.limit import limit_ntk_cnn, limit_ntk_mlp
 from narrowdeep.ntk.network import Ours
-from narrowdeep.optim.systems import FeatureSystem, ProductSystem, SampleSystem, System
+from narrowdeep.optim.systems import FeatureSystem, ProductSystem, SampleSystem, System, add_gram
 
 _BLOCK_BYTES = 1 << 28
 """What the features, or the rows of a kernel, of one block of samples may take."""
@@ -25,10 +25,6 @@ _BLOCK_BYTES = 1 << 28
 
 _FEW = 4096
 """Features of the system that conjugate gradients start from, about."""
-
-_ROWS = 1024
-"""Of a Gram matrix, computed at a time."""
-
 
 class Kernel(Protocol):
     constant: bool
@@ -58,13 +54,11 @@ class FeatureKernel:
         if _factorised(samples) <= budget:
             kernel = torch.zeros(samples, samples, dtype=torch.float64, device=x.device)
             for block in self.features.blocks(x):
-                for begin in range(0, samples, _ROWS):  # the half below the diagonal
-                    end = min(begin + _ROWS, samples)
-                    kernel[begin:end, :end].addmm_(block[begin:end], block[:end].T)
-            return SampleSystem(kernel.tril_().add_(kernel.tril(-1).T))
+                add_gram(kernel, block, block.T)
+            return SampleSystem(kernel)
         _say_too_large(min(samples, count), budget)
         # Some of the layers make a system that is near enough to start from.
-        few = self.features.thinned(-(-count // min(_FEW, 1 + math.isqrt(budget // 16))))
+        few = self.features.thinned(-(-count // min(_FEW, 1 + math.isqrt(budget // 8))))
         near = FeatureSystem(few.matrix, x, self._rows(few.count(x.shape[1])), ranks=self._ranks)
         mean = sum(float(block.square().sum()) for block in self.features.blocks(x)) / samples
         return ProductSystem(lambda v: self.product(x, x, v), mean, near)
@@ -109,7 +103,7 @@ class FunctionKernel:
         first = self._evaluate(x[:1], x[:1])
         size = len(x) * (outputs if first.dim() == 4 else 1)
         if _factorised(size) <= budget:
-            return SampleSystem(self._evaluate(x, x))
+            return SampleSystem(self._symmetric(x))
         _say_too_large(size, budget)
         diagonal = [self._evaluate(one, one).flatten().sum() for one in x[:: max(1, len(x) // 16)].split(1)]
         mean = float(torch.stack(diagonal).mean()) / (outputs if first.dim() == 4 else 1)
@@ -121,6 +115,16 @@ class FunctionKernel:
             kernel = self._evaluate(rows, x2)
             parts.append(torch.einsum("ijab,jb->ia", kernel, v) if kernel.dim() == 4 else kernel @ v)
         return torch.cat(parts)
+
+    def _symmetric(self, x: Tensor) -> Tensor:
+        kernel = self._evaluate(x, x)
+        turned = kernel.transpose(0, 1)
+        if kernel.dim() == 4:
+            turned = turned.transpose(2, 3)
+        largest = kernel.abs().max()
+        if any((rows - columns).abs().max() > 1e-4 * largest for rows, columns in zip(kernel, turned, strict=True)):
+            raise ValueError("kernel must be symmetric: kernel(x) is not equal to its transpose")
+        return kernel.clone()  # the function may have kept it
 
     def _evaluate(self, x1: Tensor, x2: Tensor) -> Tensor:
         kernel = torch.as_tensor(self.function(x1, x2), device=x1.device).detach()
@@ -144,8 +148,8 @@ def limit_kernel(ours: Ours) -> FunctionKernel:
 
 
 def _factorised(size: int) -> int:
-    """Bytes of a matrix and of its Cholesky factor."""
-    return 16 * size * size
+    """Bytes of a matrix that shares them with its Cholesky factor."""
+    return 8 * size * size
 
 
 def _say_too_large(size: int, budget: int) -> None:

@@ -5,7 +5,7 @@ All in float64. lambda is ``damping`` times the mean of K's diagonal: a damping 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,6 +20,8 @@ with optional():
     import scipy.sparse.linalg  # type: ignore[import-untyped]
 
 EPS = torch.finfo(torch.float64).eps
+_ROWS = 1024
+"""Of a matrix that is symmetric, taken at a time."""
 _ITERATIONS = 2000
 _TOLERANCE = 1e-6
 """Of the residual of conjugate gradients, relative to the right-hand side."""
@@ -39,27 +41,61 @@ class System(Protocol):
         """``K v``, (N, out)."""
 
 
-class _Cholesky:
-    """Of a symmetric matrix with lambda on its diagonal; the last factor is kept."""
+class _Symmetric:
+    """A symmetric matrix and the Cholesky factor of it with lambda on its diagonal, in the memory of one.
+
+    The matrix has the half above the diagonal, the last factor the half below it, and its diagonal is beside it.
+    """
 
     def __init__(self, matrix: Tensor, mean: float) -> None:
-        self.matrix, self.mean = matrix, mean
-        self._factor: tuple[float, Tensor] | None = None
+        """``matrix`` is the caller's no more; what is below its diagonal is not read."""
+        self._both, self.mean = matrix, mean
+        self._diagonal = matrix.diagonal().clone()
+        self._damping: float | None = None
 
-    def __call__(self, right: Tensor, damping: float) -> Tensor:
-        if self._factor is None or self._factor[0] != damping:
-            self._factor = None  # frees it before the next one is made
-            regular = self.matrix.clone()
-            regular.diagonal().add_(damping * self.mean)
-            factor, failed = torch.linalg.cholesky_ex(regular)
-            pivots = factor.diagonal()
-            if failed or not pivots.min() > pivots.max() * EPS**0.5:  # 1 / condition is at most the ratio's square
+    def __len__(self) -> int:
+        return len(self._both)
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        out = self._diagonal[:, None] * v
+        for begin, end in _blocks(len(self)):
+            right = self._both[begin:end, begin:].clone()
+            right[:, : end - begin].triu_(1)
+            out[begin:end] += right @ v[begin:]
+            out[begin:] += right.T @ v[begin:end]
+        return out
+
+    def solve(self, right: Tensor, damping: float) -> Tensor:
+        """Raises: numpy.linalg.LinAlgError where it is singular."""
+        if self._damping != damping:
+            self._damping = None
+            if not self._factorise(damping):
                 raise self.singular(damping)
-            self._factor = damping, factor
-        return torch.cholesky_solve(right, self._factor[1])
+            self._damping = damping
+        half = torch.linalg.solve_triangular(self._both, right, upper=False)
+        return torch.linalg.solve_triangular(self._both.T, half, upper=True)
+
+    def _factorise(self, damping: float) -> bool:
+        for begin, end in _blocks(len(self)):
+            size = end - begin
+            below = self._both[begin:, begin:end]
+            columns = self._both[begin:end, begin:].T.contiguous()
+            square = columns[:size].tril_(-1)
+            square += square.T.clone()
+            square.diagonal().copy_(self._diagonal[begin:end] + damping * self.mean)
+            columns.addmm_(self._both[begin:, :begin], self._both[begin:end, :begin].T, alpha=-1)
+            factor, failed = torch.linalg.cholesky_ex(square)
+            if failed:
+                return False
+            below[:size].triu_(1).add_(factor)
+            below[size:] = torch.linalg.solve_triangular(factor.T, columns[size:], upper=True, left=False)
+        pivots = self._both.diagonal()
+        return bool(pivots.min() > pivots.max() * EPS**0.5)  # 1 / condition is at most the ratio's square
 
     def singular(self, damping: float) -> Exception:
-        values = torch.linalg.eigvalsh(self.matrix)
+        matrix = self._both.clone()
+        matrix.diagonal().copy_(self._diagonal)
+        values = torch.linalg.eigvalsh(matrix, UPLO="U")
         needed = (2 * len(values) * EPS * float(values[-1]) + 2 * max(0.0, -float(values[0]))) / self.mean
         kind = "indefinite" if -float(values[0]) > len(values) * EPS * float(values[-1]) else "singular"
         return np.linalg.LinAlgError(
@@ -68,30 +104,40 @@ class _Cholesky:
         )
 
 
+def _blocks(size: int) -> Iterator[tuple[int, int]]:
+    return ((begin, min(begin + _ROWS, size)) for begin in range(0, size, _ROWS))
+
+
+def add_gram(out: Tensor, rows: Tensor, columns: Tensor) -> None:
+    """Add ``rows @ columns``, which is symmetric, to the half of ``out`` above the diagonal and to some below it."""
+    for begin, end in _blocks(len(out)):
+        out[begin:end, begin:].addmm_(rows[begin:end], columns[:, begin:])
+
+
 class SampleSystem:
-    """K itself, (N, N) for every output or (N out, N out)."""
+    """K itself, (N, N) for every output or (N out, N out); float64."""
 
     def __init__(self, kernel: Tensor) -> None:
-        """Raises: ValueError for a kernel that is not finite, symmetric and of a positive diagonal."""
+        """``kernel`` is the caller's no more where it is float64; what is below its diagonal is not read.
+
+        Raises: ValueError for a kernel that is not finite or has no positive diagonal.
+        """
         kernel = kernel.double()
         if kernel.dim() == 4:
             samples, outputs = kernel.shape[1:3]
             kernel = kernel.transpose(1, 2).reshape(samples * outputs, samples * outputs)
         if not kernel.isfinite().all():
             raise ValueError("kernel must be finite, got NaN or infinity")
-        if (kernel - kernel.T).abs().max() > 1e-4 * kernel.abs().max():
-            raise ValueError("kernel must be symmetric: kernel(x) is not equal to its transpose")
         self.mean = float(kernel.diagonal().mean())
         if not self.mean > 0:
             raise ValueError(f"kernel must have a diagonal above 0 on average, got {self.mean:g}")
-        self._cholesky = _Cholesky(kernel, self.mean)
+        self._kernel = _Symmetric(kernel, self.mean)
 
     def solve(self, right: Tensor, damping: float) -> Tensor:
-        return self._cholesky(right.reshape(len(self._cholesky.matrix), -1), damping).reshape(right.shape)
+        return self._kernel.solve(right.reshape(len(self._kernel), -1), damping).reshape(right.shape)
 
     def product(self, v: Tensor) -> Tensor:
-        matrix = self._cholesky.matrix
-        return (matrix @ v.reshape(len(matrix), -1)).reshape(v.shape)
+        return (self._kernel @ v.reshape(len(self._kernel), -1)).reshape(v.shape)
 
 
 class FeatureSystem:
@@ -110,16 +156,18 @@ class FeatureSystem:
         gram: Tensor | None = None
         for part in self._blocks:
             rows = self._features(part)
-            gram = rows.T @ rows if gram is None else gram.addmm_(rows.T, rows)
+            if gram is None:
+                gram = rows.new_zeros(rows.shape[1], rows.shape[1])
+            add_gram(gram, rows.T, rows)
         assert gram is not None  # there is a block, of no samples if need be
         ranks.sum_(gram)
         self.mean = float(gram.trace()) / len(x)
-        self._cholesky = _Cholesky(gram, self.mean)
+        self._gram = _Symmetric(gram, self.mean)
 
     def solve(self, right: Tensor, damping: float) -> Tensor:
         if damping == 0:  # there are directions in which K is 0
-            raise self._cholesky.singular(damping)
-        weights = self._cholesky(self._projected(right), damping)
+            raise self._gram.singular(damping)
+        weights = self._gram.solve(self._projected(right), damping)
         return (right - self._expanded(weights)) / (damping * self.mean)
 
     def product(self, v: Tensor) -> Tensor:
@@ -128,7 +176,7 @@ class FeatureSystem:
     def _projected(self, v: Tensor) -> Tensor:
         """``P^T v``"""
         parts = v[self._ranks.share(self._samples)].split([len(block) for block in self._blocks])
-        out = v.new_zeros(len(self._cholesky.matrix), v.shape[1])
+        out = v.new_zeros(len(self._gram), v.shape[1])
         for block, part in zip(self._blocks, parts, strict=True):
             out.addmm_(self._features(block).T, part)
         self._ranks.sum_(out)

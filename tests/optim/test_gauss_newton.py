@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +20,7 @@ from narrowdeep.ntk.features import InitialFeatures
 from narrowdeep.ntk.network import find
 from narrowdeep.optim import FusedSGD, GramGaussNewton
 from narrowdeep.optim.kernels import FeatureKernel
-from narrowdeep.optim.systems import ProductSystem, SampleSystem
+from narrowdeep.optim.systems import ProductSystem, SampleSystem, _Symmetric, add_gram
 
 # torch.func.jvp of torch 2.15 imports a module that scripts functions.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning")
@@ -107,6 +108,30 @@ def test_the_ways_to_solve_agree(kind: str, samples: int) -> None:
         assert (result - results[0]).norm() <= tolerance * results[0].norm()
 
 
+def test_a_matrix_shares_its_memory_with_its_factor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In blocks of rows, solved with one damping after another; nothing below the diagonal is read."""
+    monkeypatch.setattr("narrowdeep.optim.systems._ROWS", 7)
+    root, right = torch.randn(24, 40, dtype=torch.float64), torch.randn(24, 3, dtype=torch.float64)
+    matrix = root @ root.T
+    half = torch.zeros(24, 24, dtype=torch.float64)
+    add_gram(half, root, root.T)
+    torch.testing.assert_close(half.triu(), matrix.triu(), rtol=1e-12, atol=1e-12)
+    half[tuple(torch.tril_indices(24, 24, -1))] = torch.nan
+    kept, mean = half.clone(), float(matrix.diagonal().mean())
+    system = _Symmetric(half, mean)
+    for damping in [1e-2, 0.0, 3.0]:
+        expected = torch.linalg.solve(matrix + damping * mean * torch.eye(24), right)
+        torch.testing.assert_close(system.solve(right, damping), expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(system @ right, matrix @ right, rtol=1e-12, atol=1e-12)
+        assert torch.equal(half.triu(1), kept.triu(1))
+    singular = root[:, :20] @ root[:, :20].T  # of rank 20
+    system = _Symmetric(singular, float(singular.diagonal().mean()))
+    with pytest.raises(np.linalg.LinAlgError, match="numerically singular .* the smallest that works is") as found:
+        system.solve(right, 0.0)
+    least = float(re.findall(r"works is about damping=(\S+) ", str(found.value))[0])
+    assert system.solve(right, least).isfinite().all()
+
+
 @pytest.mark.parametrize("kept", [True, False])
 def test_features_are_taken_where_they_are_fewer(kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x, y = task("mlp", 60)
@@ -114,7 +139,7 @@ def test_features_are_taken_where_they_are_fewer(kept: bool, monkeypatch: pytest
     assert matrix.shape[1] < 60
     monkeypatch.setattr("narrowdeep.optim.kernels.SampleSystem", None)
     monkeypatch.setattr("narrowdeep.optim.kernels._BLOCK_BYTES", 1000)  # a few samples a block
-    budget = 16 * matrix.shape[1] ** 2 + 8 * matrix.numel() * kept  # of the system, and of the features
+    budget = 8 * matrix.shape[1] ** 2 + 8 * matrix.numel() * kept  # of the system, and of the features
     calls: list[int] = []
     rows = InitialFeatures.matrix
 
@@ -140,14 +165,14 @@ def test_some_of_the_layers_start_conjugate_gradients_off(kind: str, monkeypatch
     x, right = torch.rand(600, *shape), torch.randn(600, 2, dtype=torch.float64)
     found = InitialFeatures.of(model, find(model))
     matrix = features(model, x) @ features(model, x).T
-    exact = SampleSystem(matrix)
+    exact = SampleSystem(matrix.clone())
     expected = exact.solve(right, 1e-4)
     counts = []
     for few in [500, 1]:
         monkeypatch.setattr("narrowdeep.optim.kernels._FEW", few)
         kernel = FeatureKernel(found)
         with pytest.warns(UserWarning, match="conjugate gradients"):
-            system: Any = kernel.system(x, 2, 16 * 599**2)
+            system: Any = kernel.system(x, 2, 8 * 599**2)
         assert system.mean == pytest.approx(exact.mean, rel=1e-12)
         if few == 1:
             system = ProductSystem(system._product, system.mean)
