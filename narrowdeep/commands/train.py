@@ -379,8 +379,8 @@ def _fit(
         TextColumn("{task.fields[loss]}{task.fields[rate]:.0f} samples/s"),
         TimeRemainingColumn(),
     )
-    # A step of Gauss-Newton is long: what its passes over the samples have done is shown.
-    unit = 1 if trainer.gauss_newton is None else 3 * trainer.task.x_train.shape[0]
+    # A step of Gauss-Newton is long: what its passes over the samples and its system have done is shown.
+    unit = 1 if trainer.gauss_newton is None else 4 * trainer.task.x_train.shape[0]
     total = trainer.config.epochs * trainer.steps_per_epoch * unit
     samples_per_step = trainer.task.x_train.shape[0] / trainer.steps_per_epoch
     first, start, shown = trainer.step_count, time.monotonic(), 0.0

@@ -191,7 +191,8 @@ class GramGaussNewton:
             y: of the shape, dtype and device of ``model(x)``; above -C_L for a narrow model, whose right units stop
                 there. None with a closure.
             at: other samples, whose outputs after the step the kernel predicts.
-            on_batch: called with (samples done, samples in all) after each forward and backward, of all ranks about.
+            on_batch: called with (samples done, samples in all), of all ranks about, after each forward and backward,
+                and as the kernel's system is made, which counts as a pass over all samples.
 
         Raises: TypeError or ValueError naming the argument, the rule and the value, before any kernel runs;
             numpy.linalg.LinAlgError, with the smallest damping that works, for a system that is singular; ValueError
@@ -208,7 +209,7 @@ class GramGaussNewton:
         samples, others, targets = self._checked(x, y, at, closure is not None)
         function: Loss = SquaredLoss(targets) if closure is None else closure
         initial = self._initial_step(samples, *(() if others is None else (others,)))
-        passes = 3 if initial is None else 2
+        passes = 4 if initial is None else 3
         done, total, share = 0.0, passes * len(x), self.ranks.share(len(x))
         own = passes * (share.stop - share.start)
 
@@ -231,7 +232,7 @@ class GramGaussNewton:
                 closure.like(given)
             loss, damping = function.value(fitted), self.damping
             seen = samples if self._kernel.reads_samples else x
-            system = self._system(x, seen, fitted.shape[1])
+            system = self._system(x, seen, fitted.shape[1], lambda part: advance(part * (share.stop - share.start)))
             solution = function.solve(self._carried(samples, fitted), system, damping)
             # the same bits on all ranks
             coefficients, reached = (self.ranks.rows(len(x), of.__getitem__) for of in solution)
@@ -344,13 +345,21 @@ class GramGaussNewton:
                 parts.append(found[1].double())
         return outputs + self.momentum * torch.cat(parts)
 
-    def _system(self, x: Tensor, samples: Tensor, outputs: int) -> System:
+    def _system(self, x: Tensor, samples: Tensor, outputs: int, advance: Callable[[float], None]) -> System:
         """Of a constant kernel, kept for the next step on the same tensor."""
         kept = self._solved
         if kept is not None and kept[0] is x and kept[1] == x._version:
+            advance(1.0)
             return kept[2]
-        self._solved = None  # frees it before the next one is made
-        system = self._kernel.system(samples, outputs, self._budget)
+        self._solved, left = None, 1.0  # frees it before the next one is made
+
+        def advance_by(part: float) -> None:
+            nonlocal left
+            left -= part
+            advance(part)
+
+        system = self._kernel.system(samples, outputs, self._budget, advance_by)
+        advance(left)
         if self._kernel.constant:
             self._solved = x, x._version, system
         return system

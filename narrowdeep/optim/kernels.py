@@ -32,7 +32,8 @@ class Kernel(Protocol):
     reads_samples: bool
     """Whether it takes samples as a narrow model does, after the modules before it."""
 
-    def system(self, x: Tensor, outputs: int, budget: int) -> System: ...
+    def system(self, x: Tensor, outputs: int, budget: int, advance: Callable[[float], None]) -> System:
+        """``advance`` may be called with parts of it that are done, of 1 in all."""
 
     def product(self, x1: Tensor, x2: Tensor, v: Tensor) -> Tensor:
         """``K(x1, x2) v``, (N1, out), float64."""
@@ -46,20 +47,22 @@ class FeatureKernel:
     def __init__(self, features: InitialFeatures, ranks: Ranks = ALONE) -> None:
         self.features, self._ranks = features, ranks
 
-    def system(self, x: Tensor, outputs: int, budget: int) -> System:
+    def system(self, x: Tensor, outputs: int, budget: int, advance: Callable[[float], None]) -> System:
         samples, count = x.shape[0], self.features.count(x.shape[1])
         if count < samples and _factorised(count) <= budget:
             keep = _factorised(count) + 8 * samples * count <= budget
-            return FeatureSystem(self.features.matrix, x, self._rows(count), keep, self._ranks)
+            return FeatureSystem(self.features.matrix, x, self._rows(count), keep, self._ranks, advance)
         if _factorised(samples) <= budget:
             kernel = torch.zeros(samples, samples, dtype=torch.float64, device=x.device)
             for block in self.features.blocks(x):
                 add_gram(kernel, block, block.T)
+                advance(block.shape[1] / count)
             return SampleSystem(kernel)
         _say_too_large(min(samples, count), budget)
         # Some of the layers make a system that is near enough to start from.
         few = self.features.thinned(-(-count // min(_FEW, 1 + math.isqrt(budget // 8))))
-        near = FeatureSystem(few.matrix, x, self._rows(few.count(x.shape[1])), ranks=self._ranks)
+        rows = self._rows(few.count(x.shape[1]))
+        near = FeatureSystem(few.matrix, x, rows, ranks=self._ranks, advance=advance)
         mean = sum(float(block.square().sum()) for block in self.features.blocks(x)) / samples
         return ProductSystem(lambda v: self.product(x, x, v), mean, near)
 
@@ -82,7 +85,7 @@ class EmpiricalKernel:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
-    def system(self, x: Tensor, outputs: int, budget: int) -> System:
+    def system(self, x: Tensor, outputs: int, budget: int, advance: Callable[[float], None]) -> System:
         if _factorised(len(x) * outputs) <= budget:
             return SampleSystem(empirical_ntk(self.model, x))
         _say_too_large(len(x) * outputs, budget)
@@ -99,7 +102,7 @@ class FunctionKernel:
     def __init__(self, function: Callable[[Tensor, Tensor], Any], *, limit: bool) -> None:
         self.function, self.constant, self.reads_samples = function, limit, limit
 
-    def system(self, x: Tensor, outputs: int, budget: int) -> System:
+    def system(self, x: Tensor, outputs: int, budget: int, advance: Callable[[float], None]) -> System:
         first = self._evaluate(x[:1], x[:1])
         size = len(x) * (outputs if first.dim() == 4 else 1)
         if _factorised(size) <= budget:

@@ -144,10 +144,17 @@ class FeatureSystem:
     """K = P P^T of fewer features than samples: ``(r - P (P^T P + lambda I)^-1 P^T r) / lambda``.
 
     P is kept, or made again at every use, the rows of one block of samples at a time; each rank has rows of its own.
+    ``advance`` is called with the parts of P^T P that are done, of 1 in all.
     """
 
     def __init__(
-        self, features: Callable[[Tensor], Tensor], x: Tensor, block: int, keep: bool = False, ranks: Ranks = ALONE
+        self,
+        features: Callable[[Tensor], Tensor],
+        x: Tensor,
+        block: int,
+        keep: bool = False,
+        ranks: Ranks = ALONE,
+        advance: Callable[[float], None] = lambda _: None,
     ) -> None:
         self._features, self._ranks, self._samples = features, ranks, len(x)
         self._blocks: tuple[Tensor, ...] = x[ranks.share(len(x))].split(block)
@@ -159,6 +166,7 @@ class FeatureSystem:
             if gram is None:
                 gram = rows.new_zeros(rows.shape[1], rows.shape[1])
             add_gram(gram, rows.T, rows)
+            advance(len(part) / max(1, sum(map(len, self._blocks))))
         assert gram is not None  # there is a block, of no samples if need be
         ranks.sum_(gram)
         self.mean = float(gram.trace()) / len(x)

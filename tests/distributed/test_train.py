@@ -96,7 +96,7 @@ def _gauss_newton(rank: int, kind: str, samples: int) -> Any:
     optimizer = GramGaussNewton(model, kernel=kernel, damping=1e-4, batch_size=5, **options)
     seen = []
     found = [optimizer.step(x, y, at=x[:2] / 2, on_batch=lambda *done: seen.append(done)) for _ in range(2)]
-    assert seen[-1] == (3 * samples, 3 * samples)
+    assert seen[-1] == (4 * samples, 4 * samples)
     lines = [(step.loss, step.predicted, step.measured, step.fitted, step.outputs) for step in found]
     return lines, model.state_dict()
 

@@ -328,7 +328,7 @@ def test_chunks_that_move_one_after_another_move_as_all_at_once(kind: str, form:
     for result, step in zip(results[1:], steps[1:], strict=True):
         assert (result - results[0]).norm() <= tolerance * results[0].norm()
         assert step.measured == pytest.approx(steps[0].measured, rel=100 * tolerance)
-    assert calls[2][-1] == (21, 21)
+    assert calls[2][-1] == (28, 28)
     assert [done for done, _ in calls[2]] == sorted(done for done, _ in calls[2])
 
 

@@ -182,7 +182,7 @@ def test_the_network_runs_once_and_only_to_measure() -> None:
                 on_batch=lambda *done, seen=progress: seen.append(done),
             )
         )
-        assert progress[-3:] == ([(24, 30), (28, 30), (30, 30)] if by_backward else [(14, 20), (18, 20), (20, 20)])
+        assert progress[-3:] == ([(34, 40), (38, 40), (40, 40)] if by_backward else [(24, 30), (28, 30), (30, 30)])
 
         def loss(net: nn.Module = entropy.model) -> Tensor:
             return nn.functional.cross_entropy(net(x), labels)
