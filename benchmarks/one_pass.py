@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from narrowdeep.data import Task, load_task
+from narrowdeep.experiments.mnist_table import subset
 from narrowdeep.step_size import predict_step_size
 from narrowdeep.training import TrainConfig, Trainer, build_model, inputs_for, steps_per_epoch, thesis_loss
 
@@ -95,6 +96,7 @@ def main() -> None:
     parser.add_argument("--arch", default="mlp")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--pool", type=int, default=1)
+    parser.add_argument("--images", type=int, help="how many of the training samples (default: all)")
     parser.add_argument("--depth", type=int, default=4000)
     parser.add_argument("--rho", type=float, default=16.0)
     parser.add_argument("--epochs", type=int, default=60)
@@ -108,6 +110,7 @@ def main() -> None:
         curves = json.loads(arguments.json.read_text())
     else:
         task = load_task(arguments.task, data=arguments.data, pool=arguments.pool)
+        task = subset(task, images=arguments.images, test_images=None, seed=0)
         for name, config in reversed(configurations(arguments, task).items()):
             first = curves["Gauss-Newton"][1][2] if curves else 0.0
             curves[name] = learn(config, task, first)
