@@ -28,10 +28,13 @@ from narrowdeep.ntk.empirical import checked_samples
 from narrowdeep.ntk.network import Narrow, Ours, check_module, find, reading
 
 _BLOCK_BYTES = 1 << 27
-"""What the middle units of a block of layers may take."""
+"""What the features of a block of layers may take."""
 
-_PATCH_BYTES = 1 << 23
-"""What the patches of a block of samples may take: they are read again for every block of layers."""
+_TILE_BYTES = 1 << 21
+"""What the middle units of a convolution, at all positions, of a tile of samples may take: they stay in the cache."""
+
+_TILE_LAYERS = 256
+"""In a tile, at most: what multiplies few layers, or few samples, is not read often enough."""
 
 
 class OutputGradients(NamedTuple):
@@ -143,14 +146,10 @@ class InitialFeatures:
 
     def matrix(self, x: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
         """(N, F), of samples (N, in) or (N, c, H, W)."""
-        out = x.new_empty(x.shape[0], self.count(x.shape[1]), dtype=dtype)
-        each = max(1, x[:1].numel() * self.kernel_size**2 * out.element_size())
-        size = max(1, _BLOCK_BYTES // each)
-        for rows, part in zip(out.split(size), x.split(size), strict=True):
-            begin = 0
-            for block in self.blocks(part, dtype):
-                rows[:, begin : begin + block.shape[1]] = block
-                begin += block.shape[1]
+        out, begin = x.new_empty(x.shape[0], self.count(x.shape[1]), dtype=dtype), 0
+        for block in self.blocks(x, dtype):
+            out[:, begin : begin + block.shape[1]] = block
+            begin += block.shape[1]
         return out
 
     def are_finite(self, x: Tensor) -> bool:
@@ -167,14 +166,11 @@ class InitialFeatures:
         ``advance`` is called with the samples done.
         """
         taps, inputs, v = self.kernel_size**2, x.shape[1], v.double()
-        columns = v.new_zeros(self.count(inputs), v.shape[1])
-        size = max(1, _PATCH_BYTES // max(1, 8 * taps * x[:1].numel()))
-        for part, rows in zip(x.split(size), v.split(size), strict=True):
-            begin = 0
-            for block in self.blocks(part):
-                columns[begin : begin + block.shape[1]].addmm_(block.T, rows)
-                begin += block.shape[1]
-            advance(len(part))
+        columns, begin = v.new_empty(self.count(inputs), v.shape[1]), 0
+        for block in self.blocks(x):
+            torch.mm(block.T, v, out=columns[begin : begin + block.shape[1]])
+            begin += block.shape[1]
+            advance(len(x) * block.shape[1] / len(columns))
         unit = self.scale * math.sqrt(self.depth)
         ends = [inputs * taps * self.first, inputs * taps * (self.weights > 0), 1]
         first, left, _, middle = columns.split([*ends, len(columns) - sum(ends)])
@@ -203,21 +199,28 @@ class InitialFeatures:
         right = self.weights * self.outputs * float(seen.sum(0).square().sum())
         constant = share * math.sqrt(right + self.biases / self.scale / self.scale)
         yield torch.full((len(x), 1), constant, dtype=dtype, device=x.device)
-        size = max(1, _BLOCK_BYTES // max(1, images[:, 0].numel() * images.element_size()))
+        positions, taps = seen.shape
+        size = max(1, _BLOCK_BYTES // max(1, len(x) * taps * images.element_size()))
+        if positions > 1:
+            size = min(size, _TILE_LAYERS)
+        tile = max(1, _TILE_BYTES // (positions * size * images.element_size()))
         units = (
             (first, self.middle_first, self.middle_first_bias, share),
             (others, self.middle, self.middle_bias, share * math.sqrt(self.every)),
         )
         for h, weight, bias, share in units:
-            if self.kernel_size == 1:
-                patches = h.flatten(2).transpose(1, 2)
-            else:
-                patches = functional.unfold(h, self.kernel_size, padding=self.kernel_size // 2).transpose(1, 2)
             for u, v in zip(weight.split(size), bias.split(size), strict=True):
                 # relu(share z) = share relu(z): no pass over (N, H W, layers) for it.
                 scaled = u.to(dtype) * share, v.to(dtype) * (share / self.scale)
-                middle = functional.linear(patches, *scaled).relu_()
-                yield (middle if seen.numel() == 1 else middle.transpose(1, 2) @ seen).flatten(1)
+                if positions == taps == 1:
+                    yield functional.linear(h.flatten(1), *scaled).relu_()
+                    continue
+                block = h.new_empty(len(h), len(u), taps)
+                for images, rows in zip(h.split(tile), block.split(tile), strict=True):
+                    patches = functional.unfold(images, self.kernel_size, padding=self.kernel_size // 2)
+                    middle = functional.linear(patches.transpose(1, 2), *scaled).relu_()
+                    torch.matmul(middle.transpose(1, 2), seen, out=rows)
+                yield block.flatten(1)
 
 
 def _windows(kernel_size: int, images: Tensor) -> Tensor:

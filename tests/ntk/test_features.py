@@ -88,8 +88,9 @@ def test_frozen_parameters_are_left_out(kind: str, chunks: int) -> None:
 def test_blocks_change_nothing(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = small(kind)
     whole = features(model, x)
-    monkeypatch.setattr(sys.modules["narrowdeep.ntk.features"], "_BLOCK_BYTES", 1)
-    torch.testing.assert_close(features(model, x), whole, rtol=1e-14, atol=1e-14)
+    for name in ("_BLOCK_BYTES", "_TILE_BYTES"):
+        monkeypatch.setattr(sys.modules["narrowdeep.ntk.features"], name, 1)
+        torch.testing.assert_close(features(model, x), whole, rtol=1e-14, atol=1e-14)
     assert features(model, x[:0]).shape == (0, whole.shape[1])
 
 
