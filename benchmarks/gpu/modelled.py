@@ -31,7 +31,8 @@ WORSE = 1.05
 
 @dataclass(frozen=True)
 class Modelled:
-    """Of one layer (an iteration of the hot loop, where that is not the loop over layers), and one warp.
+    """Of one layer and one warp: an iteration of the hot loop where that is not the loop over layers, the whole program
+    where there is none.
 
     ``cycles`` and ``cycles_l2``: by programs on a multiprocessor, with weights in the first-level cache, and with
     weights and states first touched in the second-level cache.
@@ -71,7 +72,8 @@ def model(cubin: bytes, warps: int, registers: int, shared: int, products: float
     sasstime = tool()
     if sasstime is None:
         return None
-    body = sasstime.hot_loop(cubin)
+    code, labels = sasstime.disassemble(cubin)
+    body = sasstime.hot_loop(cubin) if sasstime.loops(code, labels) else code
     found = sasstime.summary(body)
     layers = max(1, round(found["multiply-adds"] / products)) if products else 1
     times: list[dict[str, float]] = []

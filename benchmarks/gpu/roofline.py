@@ -18,7 +18,9 @@ import triton
 
 from benchmarks.gpu.modelled import resident
 from benchmarks.gpu.static_figures import TABLE
+from narrowdeep.ops import triton_chain, triton_shooting
 from narrowdeep.ops.mlp import triton as mlp
+from narrowdeep.ops.shooting import PASSES
 from narrowdeep.ops.triton_common import MULTIPROCESSORS, Block, choose_block
 
 DEPTH = 10_000
@@ -27,6 +29,10 @@ CLOCK = 1.83e9
 BANDWIDTH = 3.35e12
 FFMA_A_CYCLE = 128
 """Of a multiprocessor."""
+LAUNCH = 3e-6
+"""Seconds of a launch, which a CUDA graph would save most of."""
+TURNS = 4
+"""Of the segments of a trained network; later ones are launched and return at once."""
 HMMA_CYCLES = 8
 """That one of 16 x 8 x 8 holds a scheduler's tensor core, as the model has it."""
 
@@ -70,10 +76,14 @@ def cycles(row: dict[str, Any], block: Block, shared: int, programs: int, kind: 
     return turns * figures[least] * max(1, at_once / least)
 
 
+def _figures(kernel: str, width: int) -> dict[str, Any]:
+    name = f"mlp {kernel} float32 {'' if kernel == 'weight_gradient' else 'offset '}n={width} sm_90"
+    return json.loads(TABLE.read_text())[triton.__version__][name]
+
+
 def times(kernel: str, width: int, batch: int) -> tuple[Block, dict[str, float]]:
     """Seconds for DEPTH layers: by memory, multiply-adds, load/store wavefronts, and modelled in L1 and in L2."""
-    name = f"mlp {kernel} float32 {'' if kernel == 'weight_gradient' else 'offset '}n={width} sm_90"
-    figures = json.loads(TABLE.read_text())[triton.__version__][name]
+    figures = _figures(kernel, width)
     block, todo = chosen(kernel, width, batch), work(kernel, width)
     row = figures["modelled"][f"{block.samples}/{block.warps}"]
     layers = DEPTH / todo.segments  # of one program
@@ -100,6 +110,76 @@ def times(kernel: str, width: int, batch: int) -> tuple[Block, dict[str, float]]
     return block, bounds | {"L1": modelled[0], "L2": modelled[1]}
 
 
+def _shapes(width: int, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty(batch, 1, device="meta"), torch.empty(DEPTH, width, width, device="meta")
+
+
+def _seconds(kernel: str, width: int, programs: int, iterations: int) -> float:
+    """Of so many programs that each take so many iterations of the one block that ``kernel`` has."""
+    figures = _figures(kernel, width)
+    ((name, row),) = figures["modelled"].items()
+    samples, warps = map(int, name.split("/"))
+    block = Block(samples, warps)
+    share = math.ceil(programs / MULTIPROCESSORS)
+    return iterations * cycles(row, block, figures["shared"], share, "cycles_l2") / CLOCK
+
+
+def forward_seconds(width: int, batch: int, parallel: bool) -> tuple[int, float, int]:
+    """(segments, seconds of the kernels, launches) of a forward, weights packed before."""
+    x, weight = _shapes(width, batch)
+    blocks = mlp.blocks("forward", x, weight, True)
+    length = triton_shooting.segment_length("forward", mlp.FAMILY, x, weight, True, DEPTH) if parallel else 0
+    if not length:
+        return 1, times("forward", width, batch)[1]["L2"], 2
+    segments, programs = math.ceil(DEPTH / length), math.ceil(batch / blocks[-1].samples)
+    joined = math.ceil(batch / triton_shooting.joining("forward", blocks[-1], width, x.dtype, segments)["BLOCK"])
+    turn = _seconds("segments", width, programs * segments, length) + _seconds("join_states", width, joined, 1)
+    return segments, TURNS * turn, 2 + 2 * PASSES[x.dtype]
+
+
+def backward_seconds(width: int, batch: int, parallel: bool) -> tuple[int, float, int]:
+    """The same of a backward; segments are those of the largest group."""
+    x, weight = _shapes(width, batch)
+    blocks = mlp.blocks("backward", x, weight, True)
+    step = triton_chain.layers_a_group(torch.empty(width, batch, device="meta"), SEGMENT, torch.device("cpu"))
+    samples, most, launches = blocks[-1].samples, 1, 1
+    programs = math.ceil(batch / samples)
+    seconds = sum(times(kernel, width, batch)[1]["L2"] for kernel in ("recompute", "weight_gradient"))
+    for first in range(0, DEPTH, step):
+        layers = min(step, DEPTH - first)
+        length = triton_shooting.segment_length("backward", mlp.FAMILY, x, weight, True, layers) if parallel else 0
+        launches += 5 if length else 3
+        if not length:
+            seconds += times("backward", width, batch)[1]["L2"] * layers / DEPTH
+            continue
+        segments = math.ceil(layers / length)
+        most = max(most, segments)
+        group = triton_shooting.joining("backward", blocks[-1], width, x.dtype, segments)["GROUP"]
+        seconds += _seconds("jacobian", width, programs * width * (segments - 1), length)
+        seconds += _seconds("join_gradients", width, programs, math.ceil((segments - 1) / group))
+        seconds += _seconds("backward_segments", width, programs * segments, length)
+    return most, seconds, launches
+
+
+def print_depth_in_parallel() -> None:
+    """Forward, and forward with backward, with segments side by side where the rule has them and in order."""
+    print("| n | B | segments | forward | in order | segments back | with backward | in order |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for width in (4, 8):
+        for batch in (128, 1024, 8192):
+            cells = []
+            before = {True: (0.0, 0), False: (0.0, 0)}
+            for function in (forward_seconds, backward_seconds):
+                for parallel in (True, False):
+                    segments, seconds, launches = function(width, batch, parallel)
+                    seconds, launches = seconds + before[parallel][0], launches + before[parallel][1]
+                    before[parallel] = seconds, launches
+                    if parallel:
+                        cells.append(str(segments))
+                    cells.append(f"{1e3 * seconds:.3f} + {1e3 * LAUNCH * launches:.3f}")
+            print(f"| {width} | {batch:,} | {' | '.join(cells)} |")
+
+
 def main() -> None:
     print("| kernel | n | B | block | memory | multiply-adds | load/store | modelled, L1 | first from L2 | expected |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
@@ -110,6 +190,8 @@ def main() -> None:
                 cells = " | ".join(f"{1e3 * t:.2f}" for t in found.values())
                 expected = f"{1e3 * max(found.values()):.2f} ms"
                 print(f"| {kernel} | {width} | {batch:,} | {block.samples} / {block.warps} | {cells} | {expected} |")
+    print()
+    print_depth_in_parallel()
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITCallable
 
 from benchmarks.gpu import modelled
-from narrowdeep.ops import triton_chain, triton_common, triton_second
+from narrowdeep.ops import triton_chain, triton_common, triton_second, triton_shooting
 from narrowdeep.ops.cnn import triton as cnn
 from narrowdeep.ops.gram import triton as gram
 from narrowdeep.ops.mlp import triton as mlp
@@ -58,6 +58,15 @@ _CHAIN: dict[str, tuple[Any, dict[str, Any]]] = {
     "jvp": (triton_chain.chain_jvp, {"HAS_WEIGHT_T": True, "HAS_BIAS_T": True}),
     "tangents": (triton_second.chain_tangents, {"HAS_WEIGHT_T": True, "HAS_BIAS_T": True, "STORE": True}),
     "backward_jvp": (triton_second.chain_backward_jvp, {"HAS_WEIGHT_T": True, "STORE": True}),
+}
+_SHOOTING: dict[str, tuple[Any, str, dict[str, Any]]] = {
+    # (the function, the kernel whose blocks it has, constants of its own); plain form has the backward's alone
+    "segments": (triton_shooting.chain_segments, "forward", {"SAVE": 2}),
+    "sequential": (triton_shooting.chain_sequential, "forward", {"SAVE": 2}),
+    "join_states": (triton_shooting.join_states, "forward", {}),
+    "jacobian": (triton_shooting.backward_segments, "backward", {"JACOBIAN": True, "STORE": False}),
+    "backward_segments": (triton_shooting.backward_segments, "backward", {"JACOBIAN": False, "STORE": True}),
+    "join_gradients": (triton_shooting.join_gradients, "backward", {}),
 }
 
 
@@ -124,6 +133,11 @@ def entries() -> Iterator[Entry]:
                             yield Entry(name, kernel, dtype, True, width, target)
                             if target == 90 and name == "mlp":
                                 yield Entry(name, kernel, dtype, False, width, target)
+                    for kernel, (_, blocks_of, _) in _SHOOTING.items():
+                        if name == "mlp" and width <= triton_shooting.WIDEST:
+                            yield Entry(name, kernel, dtype, True, width, target)
+                            if target == 90 and blocks_of == "backward":
+                                yield Entry(name, kernel, dtype, False, width, target)
                     if width <= 16:
                         yield Entry(name, "weight_gradient", dtype, None, width, target)
                         gram_kernel = "gram_sums" if name == "mlp" else "filter_jacobians"
@@ -147,6 +161,21 @@ def _kernel(entry: Entry) -> tuple[Any, list[tuple[Block, dict[str, Any]]]]:
         for block, values in zip(blocks, constants, strict=True):
             values |= more | ({} if family is cnn.FAMILY and not block.shuffled else {"scratch_ptr": None})
         return function, list(zip(blocks, constants, strict=True))
+    if entry.kernel in _SHOOTING:
+        x, weight = _tensors(entry)
+        function, blocks_of, more = _SHOOTING[entry.kernel]
+        middle = 1 if entry.offset else -1
+        with mock.patch.object(triton_common, "capability", return_value=entry.target):
+            block = mlp.blocks(blocks_of, x, weight, bool(entry.offset))[-1]
+            options = triton_chain.constants(mlp.FAMILY, blocks_of, x, weight, middle, block) | more
+        join = triton_shooting.joining(blocks_of, block, n, entry.dtype, triton_shooting.MOST_SEGMENTS)
+        if blocks_of == "forward":
+            options["PARTS"] = block.samples // join["BLOCK"]
+        options["scratch_ptr"] = None
+        if entry.kernel.startswith("join"):
+            block = Block(join["BLOCK"], join.pop("num_warps"), join.pop("registers", None))
+            options = join | {"MIDDLE": middle, "WIDTH": n}
+        return function, [(block, options)]
     if entry.kernel == "gram_sums":
         options = {"WEIGHT": True, "BIAS": True, "DIAGONAL": False, "WIDTH": n, "LAYERS": 64, "PAIRS": gram.PAIRS}
         return gram.gram_sums, [(Block(gram.PAIRS, 4), options)]
@@ -199,7 +228,7 @@ def _tool(name: str, *arguments: str) -> str:
 
 
 def _loops(listing: str) -> list[collections.Counter[str]]:
-    """Opcodes of every innermost loop."""
+    """Opcodes of every innermost loop, or of the whole program where there is none."""
     code: list[tuple[str, str]] = []
     labels = {}
     for line in listing.splitlines():
@@ -213,6 +242,7 @@ def _loops(listing: str) -> list[collections.Counter[str]]:
         if target and labels.get(target[1], end) < end:
             spans.append((labels[target[1]], end))
     inner = [(a, b) for a, b in spans if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in spans)]
+    inner = inner or [(0, len(code) - 1)]
     return [collections.Counter(opcode.split(".")[0] for opcode, _ in code[a : b + 1]) for a, b in inner]
 
 
@@ -243,7 +273,8 @@ def _compile(entry: Entry, function: Any, options: dict[str, Any], block: Block)
 
 def _products(entry: Entry, options: dict[str, Any], block: Block) -> float:
     """Multiply-add instructions of a layer and warp of an MLP's chain, 0 for tiles and for all else."""
-    if entry.family != "mlp" or entry.kernel not in _CHAIN or options["ROWS"] == mlp.TILE:
+    chain = entry.kernel in _CHAIN or (entry.kernel in _SHOOTING and not entry.kernel.startswith("join"))
+    if entry.family != "mlp" or not chain or options["ROWS"] == mlp.TILE:
         return 0
     if block.fragments:
         return 3 * ((entry.width + 7) // 8) ** 2

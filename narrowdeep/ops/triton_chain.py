@@ -15,7 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
-from narrowdeep.ops import layered
+from narrowdeep.ops import layered, triton_shooting
 from narrowdeep.ops.params import Affine, BackwardArgs, ChainParams, ChainSettings, ChainTangents, ForwardArgs, JvpArgs
 from narrowdeep.ops.reference import RENORMALISE_PERIOD, saved_shape
 from narrowdeep.ops.triton_common import FRAGMENT, Block, choose_block, empty, launch, scratch_bytes
@@ -130,7 +130,7 @@ class Span:
         weight, bias = self.hidden
         return weight if self.records is None else self.records[-1 if kernel == "backward" else 0], bias
 
-    def tangents(self, given: ChainTangents) -> tuple[list[Tensor], dict[str, bool]]:
+    def tangents(self, given: ChainTangents) -> tuple[list[Tensor], dict[str, Any]]:
         """Those of the hidden weights and biases, something else where there are none, and what says so to a kernel."""
         tensors = [h if t is None else t.contiguous() for h, t in zip(self.hidden, given.hidden, strict=True)]
         return tensors, {"HAS_WEIGHT_T": given.hidden_weight is not None, "HAS_BIAS_T": given.hidden_bias is not None}
@@ -150,11 +150,11 @@ class Span:
         tensors: tuple[Tensor, ...],
         numbers: tuple[int, ...],
         segments: int = 1,
+        block: Block | None = None,
         **more: Any,
     ) -> None:
-        """Launch over the batch (and ``segments``) with the block that fits."""
-        x, weight, offset = self.x, self.hidden[0], self.middle >= 0
-        batch = x.shape[0]
+        """Launch over the batch (and ``segments``) with this block, or with the one of ``name``'s that fits."""
+        x, weight, offset, batch = self.x, self.hidden[0], self.middle >= 0, self.x.shape[0]
 
         def start(block: Block) -> None:
             grid = (triton.cdiv(batch, block.samples), segments)
@@ -169,8 +169,9 @@ class Span:
             warps: dict[str, Any] = {"num_warps": block.warps, "registers": block.registers}
             launch(kernel, grid, *given, scratch, batch, *numbers, **warps, **values)
 
-        key = (name, tuple(x.shape), tuple(weight.shape[1:]), x.dtype, offset, segments)
-        choose_block(key, self.family.blocks(name, x, weight, offset), batch * segments, x.device, start)
+        blocks = [block] if block else self.family.blocks(name, x, weight, offset)
+        key = (name, block, tuple(x.shape), tuple(weight.shape[1:]), x.dtype, offset, segments)
+        choose_block(key, blocks, batch * segments, x.device, start)
 
 
 def samples(input: Tensor, first: Affine | None) -> Tensor:
@@ -228,12 +229,11 @@ def forward(family: Family, *args: Any) -> tuple[Tensor, Tensor]:
     # A kernel saves the states at both ends, too: one more row is cheaper than a question in every layer.
     saved = empty(lo, *saved_shape(layers, tuple(lo.shape), offset, segment))
     final = empty(lo, these.words, *lo.shape)
-    tensors = (base, hi, lo, *these.weights("forward"), saved if segment else final, final)
-    numbers = (layers, segment if segment > 1 else layers, these.phase)
-    these.run(chain_forward, "forward", tensors, numbers, SAVE=min(segment, 2))
-    low = 1 if first is None and segment else 0
-    high = saved.shape[0] - (segment == 1 and last is None)
-    saved = saved[low:high]
+    if not triton_shooting.forward(these, (base, hi, lo), saved, final, segment, scale):
+        tensors = (base, hi, lo, *these.weights("forward"), saved if segment else final, final)
+        numbers = (layers, segment if segment > 1 else layers, these.phase)
+        these.run(chain_forward, "forward", tensors, numbers, SAVE=min(segment, 2))
+    saved = saved[int(first is None and segment > 0) : saved.shape[0] - (segment == 1 and last is None)]
     if last is None:
         return final, saved
     state = layered.HiLo(base if offset else None, final[-1], these.middle, final[1] if offset else None)
@@ -291,7 +291,7 @@ class Descent:
                 h = torch.cat((((base + row[0]) + row[1])[None] if offset else row, saved[:before_last, 0]))
             else:
                 h = saved[first - given :, 0]
-            masked = last < layers or end is None
+            masked = int(last < layers or end is None)
             if self.gradient is not None:
                 before = words(self.gradient)
             elif end is None:
@@ -301,10 +301,11 @@ class Descent:
                 self.r, top = layered.last_gradient(self.family.layer, grad, h[count], end.weight, offset)
                 before = words(top)
             g = empty(saved, count, *shape) if keep_g else h
-            self.gradient = empty(saved, these.words, *shape)
-            tensors = (*before, these.weights("backward")[0], h, self.gradient, g)
-            numbers = (layers, these.phase, first, last, int(masked))
-            these.run(chain_backward, "backward", tensors, numbers, STORE=keep_g)
+            self.gradient = triton_shooting.backward(these, before, h, g, (first, last), masked, keep_g)
+            if self.gradient is None:
+                self.gradient = empty(saved, these.words, *shape)
+                tensors = (*before, these.weights("backward")[0], h, self.gradient, g)
+                these.run(chain_backward, "backward", tensors, (layers, these.phase, first, last, masked), STORE=keep_g)
             yield first, last, h[:count], g
 
     def full(self) -> Tensor:
@@ -342,6 +343,7 @@ def workspace(family: Family, x: Tensor, weight: Tensor, offset: bool, segment: 
 
     def group(count: int, states: int) -> int:
         backward = count * state.numel() + scratch("backward", 1)
+        backward += triton_shooting.workspace(family, x, weight, offset, count)
         if segment == 1:
             return backward
         return states * state.numel() + max(backward, scratch("recompute", triton.cdiv(count, segment)))

@@ -85,6 +85,13 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def multiprocessors(device: torch.device) -> int:
+    """Of a CUDA device; those of an H100 for others."""
+    if device.type != "cuda":
+        return MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def scratch_bytes(device: torch.device) -> int:
     """What the states and gradients of a group of layers may take: two thirds of the second-level cache.
 
@@ -142,10 +149,8 @@ def choose_block(
             _best[key] = min(times, key=lambda pair: pair[0])[1]
         start(_best[key])
         return
-    count = MULTIPROCESSORS
-    if device.type == "cuda":
-        count = torch.cuda.get_device_properties(device).multi_processor_count
-    fitting = [block for block in options if samples * block.warps >= count * 4 * block.samples]
+    least = 4 * multiprocessors(device)  # warps
+    fitting = [block for block in options if samples * block.warps >= least * block.samples]
     start(fitting[0] if fitting else options[-1])
 
 

@@ -169,6 +169,7 @@ def triton_status() -> dict[str, Any]:
         from narrowdeep.ops.gram.triton import WIDEST
         from narrowdeep.ops.mlp.triton import widest
         from narrowdeep.ops.triton_common import capability
+        from narrowdeep.ops.triton_shooting import limits as parallel_limits
 
         target = capability(torch.device("cuda" if device else "cpu"))
         past = "past that one layer at a time"
@@ -177,6 +178,8 @@ def triton_status() -> dict[str, Any]:
             widths = ", ".join(f"width <= {width} in {dtype}" for dtype, width in most.items())
             kernels[f"mlp {kernel}"] = f"{widths}; {past} (cuBLAS)"
             kernels[f"cnn {kernel}"] = f"{cnn_limits(kernel)}; {past} (cuDNN)"
+        for kernel, limits in parallel_limits().items():
+            kernels[f"mlp {kernel}, depth in parallel"] = limits
         kernels["mlp gram"] = f"width <= {WIDEST}; {past}"
         kernels["cnn gram"] = f"{cnn_limits('backward')}; {past}"
     return {

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="needs Triton")
 
-from narrowdeep.ops import layered, triton_chain, triton_dispatch
+from narrowdeep.ops import layered, triton_chain, triton_dispatch, triton_shooting
 from narrowdeep.ops.cnn import triton as cnn
 from narrowdeep.ops.gram import triton as gram
 from narrowdeep.ops.mlp import triton as mlp
@@ -125,6 +125,7 @@ def counted() -> Iterator[Work]:
     replaced: dict[str, Any] = {"launch": work.launch}
     with (
         mock.patch.multiple(triton_chain, **replaced),
+        mock.patch.multiple(triton_shooting, **replaced),
         mock.patch.multiple(mlp, **replaced),
         mock.patch.multiple(cnn, **replaced),
         work,
