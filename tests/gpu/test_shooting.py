@@ -166,10 +166,10 @@ def results(case: Case, inputs: Any, ops: Any, cast: Any = tuple) -> dict[str, T
     return {"out": out, "saved": saved, **dict(zip(NAMES, grads, strict=True))}
 
 
-def compare(case: Case, inputs: Any, found: dict[str, Tensor]) -> None:
-    """Against float64, nothing is more than twice as far off as the reference."""
+def compare(case: Case, inputs: Any, found: dict[str, Tensor], other: dict[str, Tensor] | None = None) -> None:
+    """Against float64, nothing is more than twice as far off as the other results, those of the reference if None."""
     ops = MLP_TRUTH.forward, MLP_TRUTH.backward
-    truth, other = results(case, inputs, ops, doubled), results(case, inputs, ops)
+    truth, other = results(case, inputs, ops, doubled), other or results(case, inputs, ops)
     for name, expected in truth.items():
         assert found[name].shape == expected.shape, name
         if not expected.numel():
@@ -208,6 +208,46 @@ def test_kernels(case: Case, forward: int, backward: int, target: int) -> None:
     compare(case, inputs, found)
     if case.offset:
         assert simulator.failed.eq(0).all()
+
+
+def test_a_thousand_layers() -> None:
+    """Eleven segments forward, sixteen back: no more is lost than by the kernels that go layer after layer."""
+    case = Case(2, 1, 1002, 32, True, F32, 37)
+    inputs, simulator = trained(case), Shots(90)
+    with forced(simulator, 96, 64):
+        found = results(case, inputs, MLP[:2])
+    assert simulator.failed.eq(0).all()
+    with forced(simulator, 0, 0):
+        compare(case, inputs, found, results(case, inputs, MLP[:2]))
+
+
+@pytest.mark.parametrize("count", [2, 9, 31, 128])
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize(("width", "outputs"), [(3, 1), (5, 2), (8, 3)])
+def test_boundaries_are_joined_as_by_the_algorithm(width: int, outputs: int, dtype: torch.dtype, count: int) -> None:
+    """Every size of a program's tile; ends that no chain need have made, above their floor."""
+    batch, middle = 5, width - outputs - 1
+
+    def numbers(*shape: int, seed: int) -> Tensor:
+        return draw(*shape, width, batch, dtype=dtype, seed=seed)
+
+    base, hi, lo = numbers(seed=1).abs() * 3, numbers(seed=2) * 0.1, numbers(seed=3) * 0.01
+    ends, pushed = torch.stack((numbers(count, seed=4), numbers(count, seed=5) * 0.01), 1), numbers(count, seed=6)
+    base[middle] = hi[middle] = ends[:, 0, middle] = 0
+    ends[:, 0] = torch.maximum(ends[:, 0], -base)
+    ends[:, 1] = torch.maximum(ends[:, 1], -(base + ends[:, 0]))
+    pushed = pushed.clamp(min=0)
+    every = [(*end, lifted) for end, lifted in zip(ends, pushed, strict=True)]
+    expected, met = shooting._join(base, [(hi, lo)] * count, every, outputs)
+    x, weight = torch.empty(batch, 1, dtype=dtype), torch.empty(1, width, width, dtype=dtype)
+    block = mlp.blocks("forward", x, weight, True)[-1]
+    how = triton_shooting.joining("forward", block, width, dtype, count) | {"MIDDLE": middle, "WIDTH": width}
+    starts, failed = ends.new_empty(count - 1, 2, width, batch), ends.new_empty(-(-batch // how["BLOCK"]))
+    tensors = base, hi, lo, ends, pushed, starts, failed
+    Simulator(90).launch(triton_shooting.join_states, (len(failed),), *tensors, batch, count, 0, **how)
+    wanted = torch.stack([torch.stack(start) for start in expected[1:]])
+    torch.testing.assert_close(starts.sum(1), wanted.sum(1), rtol=0, atol=count * torch.finfo(dtype).eps)
+    assert failed.tolist() == [float(not part.all()) for part in met.split(how["BLOCK"])]
 
 
 @pytest.mark.parametrize(("case", "forward", "backward"), [CASES[0], CASES[2], CASES[3]], ids=str)
