@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from narrowdeep.ops import reference
 from narrowdeep.ops.cnn import layered as cnn_layered
 from narrowdeep.ops.cnn import reference as cnn_reference
 from narrowdeep.ops.gram import reference as gram_reference
 from narrowdeep.ops.mlp import layered as mlp_layered
 from narrowdeep.ops.mlp import reference as mlp_reference
+from narrowdeep.ops.params import Affine
 from narrowdeep.ops.reference import saved_shape
 from tests.ops.chains import truths
 
@@ -69,6 +71,25 @@ def draw_inputs(case: Case) -> tuple[Tensor, ...]:
         draw(case.out_features, n, *taps, dtype=dtype, seed=6) / spread,
         draw(case.out_features, dtype=dtype, seed=7),
     )
+
+
+def trained(case: Case, scale: float = 1000.0, seed: int = 0) -> tuple[Tensor, ...]:
+    """x of both signs and six parameters of the size that training gives them: random middle units, small rest."""
+    x, first, first_bias, weight, bias, last, last_bias = draw_inputs(case)
+    layers, n, kind = case.depth - 2, case.hidden, case.dtype
+    if not case.offset:  # plain form: near the identity, so that units live
+        weight = torch.eye(n, dtype=kind) + draw(layers, n, n, dtype=kind, seed=seed + 4) * (1 / layers**0.5)
+        return x, first, first_bias, weight, bias, last, last_bias
+    weight = draw(layers, n, n, dtype=kind, seed=seed + 4) * (3 / layers / scale)
+    bias = draw(layers, n, dtype=kind, seed=seed + 5) * (3 / layers)
+    weight[:, case.in_features] = draw(layers, n, dtype=kind, seed=seed + 14)
+    bias[:, case.in_features] = draw(layers, dtype=kind, seed=seed + 15) * scale
+    return x, first / scale, first_bias * 0.1, weight, bias, last / scale, last_bias
+
+
+def first_state(case: Case, inputs: tuple[Tensor, ...], scale: float = 1000.0) -> tuple[Tensor, Tensor, Tensor]:
+    """(base, hi, lo) before the first hidden layer."""
+    return reference.initial(mlp_reference.linear, inputs[0], Affine(*inputs[1:3]), case.out_features, scale, True)
 
 
 def assert_close(actual: Tensor, expected: Tensor, what: str) -> None:

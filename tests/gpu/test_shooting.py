@@ -1,4 +1,4 @@
-"""Depth in parallel: the algorithm against the chain, its kernels as executed PTX, and when it is used."""
+"""Depth in parallel on a GPU: its kernels as executed PTX, and when it is used."""
 
 from __future__ import annotations
 
@@ -15,118 +15,18 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="needs Triton")
 
-from narrowdeep.ops import reference, shooting, triton_chain, triton_common, triton_dispatch, triton_shooting
+from narrowdeep.ops import shooting, triton_chain, triton_common, triton_dispatch, triton_shooting
 from narrowdeep.ops.cnn import triton as cnn
 from narrowdeep.ops.mlp import triton as mlp
 from narrowdeep.ops.mlp.reference import linear
 from narrowdeep.ops.params import Affine, ChainParams, ChainSettings
-from tests.gpu.cases import MLP_TRUTH, NAMES, Case, doubled, draw, draw_inputs
+from tests.gpu.cases import MLP_TRUTH, NAMES, Case, doubled, draw, draw_inputs, first_state, trained
 from tests.gpu.interpreted import MLP
 from tests.gpu.simulator import Simulator, load
 from tests.gpu.test_dispatch import _WAITING, counted
 
 F32, F64 = torch.float32, torch.float64
 SCALE = 1000.0
-
-
-def trained(case: Case, scale: float = SCALE, seed: int = 0) -> tuple[Tensor, ...]:
-    """x of both signs and six parameters of the size that training gives them: random middle units, small rest."""
-    x, first, first_bias, weight, bias, last, last_bias = draw_inputs(case)
-    layers, n, kind = case.depth - 2, case.hidden, case.dtype
-    if not case.offset:  # plain form: near the identity, so that units live
-        weight = torch.eye(n, dtype=kind) + draw(layers, n, n, dtype=kind, seed=seed + 4) * (1 / layers**0.5)
-        return x, first, first_bias, weight, bias, last, last_bias
-    weight = draw(layers, n, n, dtype=kind, seed=seed + 4) * (3 / layers / scale)
-    bias = draw(layers, n, dtype=kind, seed=seed + 5) * (3 / layers)
-    weight[:, case.in_features] = draw(layers, n, dtype=kind, seed=seed + 14)
-    bias[:, case.in_features] = draw(layers, dtype=kind, seed=seed + 15) * scale
-    return x, first / scale, first_bias * 0.1, weight, bias, last / scale, last_bias
-
-
-def first_state(case: Case, inputs: tuple[Tensor, ...], scale: float = SCALE) -> tuple[Tensor, Tensor, Tensor]:
-    return reference.initial(linear, inputs[0], Affine(*inputs[1:3]), case.out_features, scale, True)
-
-
-def last_state(case: Case, inputs: tuple[Tensor, ...], start: int) -> tuple[Tensor, Tensor]:
-    """(hi, lo), layer after layer."""
-    base, hi, lo = first_state(case, inputs)
-    *_, (_, hi, lo) = reference.states(linear, base, hi, lo, inputs[3], inputs[4], case.out_features, True, start)
-    return hi, lo
-
-
-@pytest.mark.parametrize("start", [0, 17, 2**40 + 5])
-@pytest.mark.parametrize("dtype", [F32, F64])
-@pytest.mark.parametrize(("inputs", "outputs", "length"), [(1, 1, 32), (2, 1, 64), (4, 3, 96)])
-def test_segments_meet_where_the_chain_goes(
-    inputs: int, outputs: int, length: int, dtype: torch.dtype, start: int
-) -> None:
-    case = Case(inputs, outputs, 300, 9, True, dtype, 0)
-    given = trained(case)
-    shot = shooting.forward(linear, first_state(case, given), Affine(*given[3:5]), outputs, length, start)
-    assert shot.turns.min() >= 2
-    truth = torch.stack(last_state(case, doubled(given), start)).sum(0)
-    kept = torch.arange(case.hidden) != inputs
-    size = truth[kept].abs().max()
-    chain = last_state(case, given, start)
-    error, other = ((hi.double() + lo - truth)[kept].abs().max() / size for hi, lo in ((shot.hi, shot.lo), chain))
-    assert error <= 2 * other + shooting.BOUND[dtype]
-
-
-def test_segments_of_a_new_network_meet_in_two_turns() -> None:
-    """Nothing moves but the middle unit, which no layer keeps."""
-    case = Case(2, 1, 300, 9, True, F32, 0)
-    x, first, first_bias, weight, bias, *_ = trained(case)
-    kept = torch.arange(case.hidden) != case.in_features
-    weight[:, kept], bias[:, kept] = 0, 0
-    state = first_state(case, (x, first * 0, first_bias * 0))
-    shot = shooting.forward(linear, state, Affine(weight, bias), 1, 64)
-    assert (shot.turns == 2).all()
-    *_, (_, hi, lo) = reference.states(linear, *state, weight, bias, 1, True)
-    assert torch.equal(shot.hi, hi)
-    assert torch.equal(shot.lo, lo)
-
-
-@pytest.mark.parametrize("passes", [0, 1, 2])
-def test_segments_that_have_not_met_are_run_in_order(passes: int) -> None:
-    case = Case(2, 1, 100, 9, True, F32, 0)
-    given = trained(case)
-    shot = shooting.forward(linear, first_state(case, given), Affine(*given[3:5]), 1, 32, passes=passes)
-    assert (shot.turns == 0).all()
-    for found, expected in zip((shot.hi, shot.lo), last_state(case, given, 0), strict=True):
-        assert torch.equal(found, expected)
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("layer", [0, 40, 97])
-@pytest.mark.parametrize("unit", [0, 2, 3])
-def test_what_is_not_a_number_is_never_missed(unit: int, layer: int, value: float) -> None:
-    """In the last segment it needs no turn more; anywhere else no start is ever right."""
-    case = Case(2, 1, 100, 9, True, F32, 0)
-    given = trained(case)
-    given[4][layer, unit] = value
-    shot = shooting.forward(linear, first_state(case, given), Affine(*given[3:5]), 1, 32)
-    expected = torch.stack(last_state(case, given, 0)).sum(0)
-    assert not expected.isfinite().all()
-    torch.testing.assert_close(shot.hi + shot.lo, expected, equal_nan=True, rtol=1e-5, atol=1e-5 * SCALE)
-    assert ((shot.turns == 0) == (layer < 96)).all()
-
-
-def test_a_transposed_jacobian_is_that_of_the_layers() -> None:
-    weight, bias, x = (draw(*shape, dtype=F64, seed=i) for i, shape in enumerate([(5, 3, 3), (5, 3), (3, 7)]))
-
-    def layers(h: Tensor) -> Tensor:
-        for w, b in zip(weight, bias, strict=True):
-            h = torch.relu(w @ h + b)
-        return h
-
-    states = [torch.relu(x)]
-    for w, b in zip(weight[:-1], bias[:-1], strict=True):
-        states.append(torch.relu(w @ states[-1] + b[:, None]))
-    jacobian = torch.func.vmap(torch.func.jacrev(lambda z: layers(torch.relu(z))), in_dims=1, out_dims=2)(x)
-    # The last ReLU is outside: G is what has passed it.
-    last = torch.relu(weight[-1] @ states[-1] + bias[-1][:, None])
-    found = shooting.transposed_jacobian(weight, torch.stack(states)) * (last > 0)
-    torch.testing.assert_close(found, jacobian.transpose(0, 1))
 
 
 class Shots(Simulator):
@@ -283,19 +183,6 @@ def test_blocks_of_samples_are_left_as_soon_as_they_have_met() -> None:
     assert torch.equal(found["out"][32:35], expected["out"][32:35])
     assert torch.equal(found["saved"][..., 32:35], expected["saved"][..., 32:35])
     torch.testing.assert_close(found["out"][:32], expected["out"][:32], rtol=1e-6, atol=1e-6)
-
-
-def test_a_unit_that_a_relu_holds_follows_its_start() -> None:
-    """Inputs below 0: units of base 0, which the ReLU lifts again and again. Without that it takes many more turns."""
-    case = Case(2, 1, 262, 32, True, F32, 0)
-    x, *params = trained(case)
-    given = first_state(case, (-x.abs(), *params)), Affine(*params[2:4]), 1, 32
-    turns = shooting.forward(linear, *given, passes=9).turns
-    run = shooting._run
-    with mock.patch.object(shooting, "_run", lambda *args: (*run(*args)[:2], x.new_zeros(4, 32))):
-        others = shooting.forward(linear, *given, passes=9).turns
-    assert turns.min() >= 2
-    assert ((others == 0) | (others > turns.max())).all()
 
 
 @pytest.mark.parametrize("offset", [True, False], ids=["offset", "plain"])
