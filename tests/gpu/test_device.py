@@ -14,7 +14,20 @@ from narrowdeep.ops.cnn.op import ops as cnn_ops
 from narrowdeep.ops.gram.op import cnn_gram, mlp_gram
 from narrowdeep.ops.gram.reference import DIAGONAL, FULL, TRACE
 from narrowdeep.ops.mlp.op import ops as mlp_ops
-from tests.gpu.cases import Case, GramCase, Ops, SecondCase, check, check_gram, check_second
+from tests.gpu.cases import (
+    MLP_TRUTH,
+    NAMES,
+    Case,
+    GramCase,
+    Ops,
+    SecondCase,
+    assert_close,
+    check,
+    check_gram,
+    check_second,
+    doubled,
+    trained,
+)
 
 F32, F64 = torch.float32, torch.float64
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -63,6 +76,27 @@ def test_wide(outputs: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [F32, F64])
 def test_large_batch(dtype: torch.dtype) -> None:
     check(Case(2, 1, 40, 70_001, True, dtype, 7), ops_of(mlp_ops, "cuda"))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("scale", [1000.0, 1.0], ids=["meets", "in order"])
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize(("inputs", "outputs"), [(2, 1), (4, 3)])
+def test_few_samples_of_a_deep_chain(inputs: int, outputs: int, dtype: torch.dtype, scale: float, device: str) -> None:
+    """What is taken with depth in parallel on CUDA, but forward where C_L is 1."""
+    case = Case(inputs, outputs, 2500, 37, True, dtype, 50)
+    given, settings = trained(case, scale), (scale, True, outputs, 0)
+    forward, backward, _ = ops_of(mlp_ops, device)
+    out, saved = forward(*given, *settings, 50)
+    expected, _ = MLP_TRUTH.forward(*doubled(given), *settings, 0)
+    assert_close(out, expected.to(dtype), "out")
+    grad = torch.ones_like(out)
+    grads = backward(grad, *given, saved, *settings, 50, True, True)
+    needed = *settings, 50, True, True
+    wanted = MLP_TRUTH.backward(*doubled((grad, *given, saved)), *needed)
+    for name, a, b in zip(NAMES, grads, wanted, strict=True):
+        assert_close(a, b.to(dtype), f"gradient of {name}")
+    assert all(torch.equal(a, b) for a, b in zip(grads, backward(grad, *given, saved, *needed), strict=True))
 
 
 @pytest.mark.parametrize("device", DEVICES)
