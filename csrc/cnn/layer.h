@@ -1,9 +1,9 @@
 // One layer of the convolution chain: a correlation with an odd filter, zeros around the image. A tile is one vector of
-// samples, stored [channel][position][lane]. Where samples are fewer than lanes a lane has a strip of an image: before a
+// samples, stored [channel][position][lane]. Where samples do not fill the lanes a lane has a strip of an image: before a
 // correlation each gets the rows of its neighbours that the filter sees.
 #pragma once
 
-#include "cnn/correlate.h"
+#include "cnn/weight_gradient.h"
 #include "common/epilogue.h"
 #include "common/state.h"
 
@@ -18,18 +18,15 @@ class CnnLayer {
   static constexpr bool kRunsOfTiles = true;
   static constexpr bool kEndsTogether = false;  // filters are small: each thread has sums of its own
 
-  // The number of strips that takes least time, in multiply-adds: of the rows that one thread goes through, and 3 for each
-  // vector of a strip with its neighbours' rows, which is copied.
-  static int64_t strips(const ChainShape& s, int64_t threads) {
-    const int64_t products = s.width * s.size * s.size;  // of a number of a state
-    int64_t best = 1, least = INT64_MAX;
-    for (int64_t strips = 1; strips <= kLanes<T>; strips *= 2) {
-      const int64_t rows = ceil_div(s.plane.height, strips), tiles = ceil_div(s.batch * strips, kLanes<T>);
-      const int64_t copied = strips > 1 && s.size > 1 ? 3 * (rows + s.size - 1) : 0;
-      const int64_t time = ceil_div(tiles, threads) * (rows * products + copied);
-      if (time < least) best = strips, least = time;
-    }
-    return best;
+  // All images alike, or those that fill every thread's lanes whole and the others in strips: what takes least time.
+  template <class Body>
+  static void parts(const ChainShape& s, int64_t threads, const Body& body) {
+    const int64_t whole = s.batch - s.batch % (kLanes<T> * threads);
+    const Cut all = fastest(s, s.batch, threads), rest = fastest(s, s.batch - whole, threads);
+    if (whole == 0 || whole == s.batch || all.time <= time(s, whole, 1, threads) + rest.time)
+      return body(Part{0, s.batch, all.strips});
+    body(Part{0, whole, 1});
+    body(Part{whole, s.batch, rest.strips});
   }
 
   CnnLayer(const Tiles<T>& tiles, const ChainParams<const T>& params)
@@ -97,18 +94,26 @@ class CnnLayer {
     any_correlation(transposed_filter(weight, columns, shape_.size), rows, columns, full, epilogue);
   }
 
-  int64_t gradient_scratch(int64_t rows, int64_t columns) const { return rows * columns * taps_ * kLanes<T>; }
+  int64_t gradient_bytes() const { return margins_bytes(shape_.width) + cleared_bytes(shape_.width); }
+  int64_t gradient_scratch(int64_t rows, int64_t columns) const {
+    return max_of(rows * columns * taps_ * kLanes<T>, products_scratch<T>(rows, columns, shape_.size, tiles_.plane));
+  }
   // Of the weight (rows, columns)[tap] and the bias of a layer; added to what is there, or written over it.
   void gradient(int64_t rows, int64_t columns, int64_t valid, const T* full, const T* h, T* weight, T* bias, bool add,
                 T* scratch) const {
-    const Buffer margins(margins_bytes(columns)), cleared(tiles_.padded() ? rows * tiles_.row * int64_t(sizeof(T)) : 0);
+    const Buffer margins(margins_bytes(columns)), cleared(cleared_bytes(rows));
     if (tiles_.padded()) full = with_margin(rows, full, 0, cleared.as<T>()).start;
-    if (!needs_margins()) {
-      weight_sums(rows, columns, shape_.size, tiles_.plane, full, Image<T>{h}, scratch);
+    const auto weight_of = [&](const auto& in) {
+      if (lanes_over_channels<T>(rows, tiles_.positions, valid))
+        return weight_products(rows, columns, valid, shape_.size, tiles_.plane, full, in, weight, add, scratch);
+      weight_sums(rows, columns, shape_.size, tiles_.plane, full, in, scratch);
+      sum_samples(rows * columns * taps_, valid, scratch, weight, add);
+    };
+    if (needs_margins()) {
+      weight_of(strip(columns, h, margins));
     } else {
-      weight_sums(rows, columns, shape_.size, tiles_.plane, full, strip(columns, h, margins), scratch);
+      weight_of(Image<T>{h});
     }
-    sum_samples(rows * columns * taps_, valid, scratch, weight, add);
     bias_sums(rows, tiles_.positions, full, scratch);
     sum_samples(rows, valid, scratch, bias, add);
   }
@@ -164,6 +169,26 @@ class CnnLayer {
   void unpack(const T*, int64_t, int64_t, int64_t, int64_t, T*, T*) const {}
 
  private:
+  // Of so many images in strips, in multiply-adds: of the rows that one thread goes through, and 3 for each vector of a
+  // strip with its neighbours' rows, which is copied.
+  static int64_t time(const ChainShape& s, int64_t images, int64_t strips, int64_t threads) {
+    const int64_t products = s.width * s.size * s.size;  // of a number of a state
+    const int64_t rows = ceil_div(s.plane.height, strips), tiles = ceil_div(images * strips, kLanes<T>);
+    const int64_t copied = strips > 1 && s.size > 1 ? 3 * (rows + s.size - 1) : 0;
+    return ceil_div(tiles, threads) * (rows * products + copied);
+  }
+  struct Cut {
+    int64_t strips, time;
+  };
+  static Cut fastest(const ChainShape& s, int64_t images, int64_t threads) {
+    Cut best{1, time(s, images, 1, threads)};
+    for (int64_t strips = 2; strips <= kLanes<T>; strips *= 2) {
+      const int64_t found = time(s, images, strips, threads);
+      if (found < best.time) best = {strips, found};
+    }
+    return best;
+  }
+
   const Tiles<T>& tiles_;
   const ChainShape& shape_;
   const ChainParams<const T>& params_;
@@ -207,6 +232,9 @@ class CnnLayer {
     if (!needs_margins()) return 0;
     return channels * (tiles_.plane.height + 2 * (shape_.size / 2)) * tiles_.plane.width * kLanes<T> *
            int64_t(sizeof(T));
+  }
+  int64_t cleared_bytes(int64_t channels) const {
+    return tiles_.padded() ? channels * tiles_.row * int64_t(sizeof(T)) : 0;
   }
   Strip<T> strip(int64_t channels, const T* h, const Buffer& margins) const {
     return with_margin(channels, h, shape_.size / 2, margins.as<T>());

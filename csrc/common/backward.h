@@ -76,10 +76,11 @@ class ChainBackwardRun {
   using T = typename Layer::Element;
 
  public:
-  ChainBackwardRun(const ChainBackward<T>& arguments, const Parallel& pool)
+  // The gradients of parameters of a part that is not the first are added to what is there.
+  ChainBackwardRun(const ChainBackward<T>& arguments, const Parallel& pool, const Part& part)
       : args(arguments),
         parallel(pool),
-        tiles(arguments.shape, Layer::kMostVectors, pool.threads, Layer::strips(arguments.shape, pool.threads)),
+        tiles(arguments.shape, Layer::kMostVectors, pool.threads, part),
         s(tiles.shape),
         layer(tiles, arguments.params),
         size(tiles.size),
@@ -104,7 +105,8 @@ class ChainBackwardRun {
 
   // What `run` takes beside its results, for plans: what is kept of the tiles all the way, and within a segment.
   BackwardCosts costs() const {
-    return {kept_bytes(), workers * room_elements() * int64_t(sizeof(T)) + sums_bytes(), longest, held};
+    const int64_t worker = room_elements() * int64_t(sizeof(T)) + layer.gradient_bytes();
+    return {kept_bytes(), workers * worker + sums_bytes(), longest, held};
   }
 
  private:
@@ -218,11 +220,12 @@ class ChainBackwardRun {
         total = total_of(worker);
         sums = blocked ? g.at(memory + (workers - direct() + worker) * stride) : total;
       }
+      const bool onto = tiles.begin > 0 && worker < direct();  // what earlier parts have written
       const Share share(tiles.count, workers, worker, Layer::kRunsOfTiles);
       for (int64_t i = 0; i < share.count; ++i) {
         const int64_t tile = share[i];
         const Kept k = kept_of(kept_per_tile ? tile : worker);
-        const bool add = i % block != 0;
+        const bool add = i % block != 0 || (onto && !blocked);
         if (packed && args.need_params && !add) fill(g.total, T(0), sums.hidden_weight);
         if (last == steps) load(tile, k);
         set_bases(tile, k, room);
@@ -230,7 +233,7 @@ class ChainBackwardRun {
           take_step(tile, n * step, min_of((n + 1) * step, s.layers), k, room, sums, first_layer, add);
         if (first == 0) leave(tile, k, room, sums, add);
         if (blocked && args.need_params && ((i + 1) % block == 0 || i + 1 == share.count))
-          sum_gradients(g, sums, total, i >= block, 0, 1);
+          sum_gradients(g, sums, total, i >= block || onto, 0, 1);
       }
     });
     if (!args.need_params) return;
@@ -414,12 +417,18 @@ template <class Layer, class T = typename Layer::Element>
 BackwardCosts chain_backward_costs(const ChainShape& shape, int64_t threads, bool need_params) {
   const ChainBackward<T> args{shape, {}, nullptr, nullptr, nullptr, nullptr, need_params, {}};
   const Parallel parallel{threads, nullptr};
-  return ChainBackwardRun<Layer>(args, parallel).costs();
+  BackwardCosts most{};  // parts come one after another
+  Layer::parts(shape, threads, [&](const Part& part) {
+    const BackwardCosts of = ChainBackwardRun<Layer>(args, parallel, part).costs();
+    if (of.kept + of.segment >= most.kept + most.segment) most = of;
+  });
+  return most;
 }
 
 template <class Layer, class T = typename Layer::Element>
 void chain_backward(const ChainBackward<T>& args, const Parallel& parallel) {
-  ChainBackwardRun<Layer>(args, parallel).run();
+  Layer::parts(args.shape, parallel.threads,
+               [&](const Part& part) { ChainBackwardRun<Layer>(args, parallel, part).run(); });
 }
 
 }  // namespace ND_ISA

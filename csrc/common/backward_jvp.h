@@ -17,10 +17,10 @@ class ChainBackwardJvpRun {
   using T = typename Layer::Element;
 
  public:
-  ChainBackwardJvpRun(const ChainBackwardJvp<T>& arguments, const Parallel& pool)
+  ChainBackwardJvpRun(const ChainBackwardJvp<T>& arguments, const Parallel& pool, const Part& part)
       : args(arguments),
         parallel(pool),
-        tiles(arguments.shape, Layer::kMostVectors, pool.threads, Layer::strips(arguments.shape, pool.threads)),
+        tiles(arguments.shape, Layer::kMostVectors, pool.threads, part),
         s(tiles.shape),
         layer(tiles, arguments.params),
         packed(layer.in_registers()),
@@ -161,13 +161,15 @@ class ChainBackwardJvpRun {
       const ChainParams<T> sums = args.need_params ? sums_of(worker) : ChainParams<T>{};
       if (packed && args.need_params) fill(g.sizes[2], T(0), sums.hidden_weight);
       const Share share(tiles.count, workers, worker, Layer::kRunsOfTiles);
+      const bool onto = tiles.begin > 0 && worker < direct;  // what earlier parts have written
       for (int64_t i = 0; i < share.count; ++i) {
+        const bool add = i > 0 || onto;
         const Kept k = kept_of(share[i]);
         set_root(tiles, k.r, gradient(k, r));
         set_root(tiles, k.r_t, gradient_tangent(k, r));
         for (int64_t n = last; n-- > first;)
-          back(share[i], n * step, min_of((n + 1) * step, s.layers), k, r, sums, begin, i > 0);
-        if (first == 0) leave(share[i], k, r, sums, i > 0);
+          back(share[i], n * step, min_of((n + 1) * step, s.layers), k, r, sums, begin, add);
+        if (first == 0) leave(share[i], k, r, sums, add);
       }
     });
     if (!args.need_params) return;
@@ -283,7 +285,8 @@ class ChainBackwardJvpRun {
 
 template <class Layer, class T = typename Layer::Element>
 void chain_backward_jvp(const ChainBackwardJvp<T>& args, const Parallel& parallel) {
-  ChainBackwardJvpRun<Layer>(args, parallel).run();
+  Layer::parts(args.shape, parallel.threads,
+               [&](const Part& part) { ChainBackwardJvpRun<Layer>(args, parallel, part).run(); });
 }
 
 }  // namespace ND_ISA

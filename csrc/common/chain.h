@@ -5,13 +5,14 @@
 // What one layer does is the business of a class Layer (mlp/layer.h, cnn/layer.h), made of Tiles and parameters:
 //
 //   T, kMostVectors, kRunsOfTiles   number type; vectors of a tile at most; whether a thread's tiles are a run, or strided
-//   strips(shape, threads)          in how many lanes a sample is cut (common/state.h)
+//   parts(shape, threads, body)     calls body(part) for the parts of a batch (common/state.h)
 //   in_registers()                  whether `forward_in_registers`, `backward_in_registers` and the same with tangents run
 //                                   many layers at once
 //   first, step, last               x to state 0; state l to l + 1; the last state to the outputs at every position
 //   last_back, step_back, first_back, gradient        their transposes, and the gradient of a weight and its bias
 //   first_tangent, step_tangent, last_tangent         their tangents
 //   transposed, gradient_scratch                      a product with a weight's transpose; room that `gradient` takes
+//   gradient_bytes()                                  most memory that one of these asks for by itself
 #pragma once
 
 #include "common/epilogue.h"
@@ -122,7 +123,7 @@ inline void store_outputs(const Tiles<T>& tiles, int64_t tile, T* z, T* to) {
             sum += z[i * tiles.row + p % tiles.positions * samples + s + p / tiles.positions];
           total += sum;
         }
-        to[(tile * samples + s) / tiles.strips * tiles.shape.out + i] = total / T(tiles.image);
+        to[(tiles.first(tile) + s / tiles.strips) * tiles.shape.out + i] = total / T(tiles.image);
       }
     return;
   }
@@ -150,9 +151,9 @@ inline int64_t saved_row(const Tiles<T>& tiles, int64_t j) {
   return tiles.shape.first ? row : row - 1;
 }
 
-template <class Layer, class T = typename Layer::Element>
-void chain_forward(const ChainForward<T>& args, const Parallel& parallel) {
-  const Tiles<T> tiles(args.shape, Layer::kMostVectors, parallel.threads, Layer::strips(args.shape, parallel.threads));
+template <class Layer, class T>
+inline void forward_part(const ChainForward<T>& args, const Parallel& parallel, const Part& part) {
+  const Tiles<T> tiles(args.shape, Layer::kMostVectors, parallel.threads, part);
   const Layer layer(tiles, args.params);
   const ChainShape& s = tiles.shape;
   const int64_t workers = min_of(parallel.threads, tiles.count), size = tiles.size;
@@ -195,6 +196,11 @@ void chain_forward(const ChainForward<T>& args, const Parallel& parallel) {
       }
     }
   });
+}
+
+template <class Layer, class T = typename Layer::Element>
+void chain_forward(const ChainForward<T>& args, const Parallel& parallel) {
+  Layer::parts(args.shape, parallel.threads, [&](const Part& part) { forward_part<Layer>(args, parallel, part); });
 }
 
 // Tangent of state 0 of a tile, `full` its value, `h` that of the state. A null tangent is zero, also in `x_tangent`.
@@ -254,9 +260,9 @@ inline void run_with_tangent(const Tiles<T>& tiles, const Layer& layer, int64_t 
   }
 }
 
-template <class Layer, class T = typename Layer::Element>
-void chain_jvp(const ChainJvp<T>& args, const Parallel& parallel) {
-  const Tiles<T> tiles(args.shape, Layer::kMostVectors, parallel.threads, Layer::strips(args.shape, parallel.threads));
+template <class Layer, class T>
+inline void jvp_part(const ChainJvp<T>& args, const Parallel& parallel, const Part& part) {
+  const Tiles<T> tiles(args.shape, Layer::kMostVectors, parallel.threads, part);
   const Layer layer(tiles, args.params);
   const ChainShape& s = tiles.shape;
   const int64_t workers = min_of(parallel.threads, tiles.count), size = tiles.size;
@@ -289,6 +295,11 @@ void chain_jvp(const ChainJvp<T>& args, const Parallel& parallel) {
       }
     }
   });
+}
+
+template <class Layer, class T = typename Layer::Element>
+void chain_jvp(const ChainJvp<T>& args, const Parallel& parallel) {
+  Layer::parts(args.shape, parallel.threads, [&](const Part& part) { jvp_part<Layer>(args, parallel, part); });
 }
 
 }  // namespace ND_ISA

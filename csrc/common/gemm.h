@@ -42,11 +42,10 @@ ND_INLINE void multiply_block(const T* a, int64_t row_stride, int64_t k_stride, 
     for (int v = 0; v < V; ++v) acc[r][v] = sum[r][v];
 }
 
-// Calls rows.template operator()<R>(row) for blocks of R rows that cover [row, end): full blocks of kBlockRows<V>, then
-// smaller ones.
-template <int V, class Rows>
+// Calls rows.template operator()<R>(row) for blocks of R rows that cover [row, end): full blocks of kRows, then smaller
+// ones.
+template <int V, int kRows = kBlockRows<V>, class Rows>
 ND_INLINE void for_row_blocks(int64_t row, int64_t end, const Rows& rows) {
-  constexpr int kRows = kBlockRows<V>;
   for (; row + kRows <= end; row += kRows) rows.template operator()<kRows>(row);
   if constexpr (kRows > 8)
     for (; row + 8 <= end; row += 8) rows.template operator()<8>(row);
@@ -84,6 +83,61 @@ __attribute__((noinline)) void multiply(int vectors, int64_t rows, const T* a, i
     for_row_blocks<2>(0, rows, MultiplyRows<T, 2, Epilogue>{a, row_stride, k_stride, b, ldb, depth, epilogue});
   } else {
     for_row_blocks<1>(0, rows, MultiplyRows<T, 1, Epilogue>{a, row_stride, k_stride, b, ldb, depth, epilogue});
+  }
+}
+
+// ---- large matrices -------------------------------------------------------------------------------------------------
+// Past this many bytes a matrix comes from the outer caches or from memory, which is fastest in its own order.
+constexpr int64_t kLargeMatrix = int64_t(1) << 20;
+template <class T>
+ND_INLINE bool large(int64_t rows, int64_t columns) {
+  return rows * columns * int64_t(sizeof(T)) > kLargeMatrix;
+}
+
+// What MultiplyRows does for one step of the sums, which stand in `sums` between steps, [row][sample].
+template <class T, int V, class Epilogue>
+struct MultiplyRowsStep {
+  const T* a;
+  int64_t row_stride, k_stride;
+  const T* b;
+  int64_t ldb, depth;
+  T* sums;
+  bool first, last;
+  const Epilogue& epilogue;
+  template <int R>
+  ND_INLINE void operator()(int64_t row) const {
+    Vec<T> acc[R][V] = {};
+    const auto at = [&](int r, int v) { return sums + (row + r) * ldb + v * kLanes<T>; };
+    for (int r = 0; r < R && !first; ++r)
+      for (int v = 0; v < V; ++v) acc[r][v] = load(at(r, v));
+    multiply_block<T, R, V>(a + row * row_stride, row_stride, k_stride, b, ldb, depth, acc);
+    if (last) return epilogue.template operator()<R, V>(row, 0, acc);
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v) store(at(r, v), acc[r][v]);
+  }
+};
+
+// `multiply` by the transpose of a large matrix, some of its rows at a time: the same sums in the same order.
+template <class T, class Epilogue>
+__attribute__((noinline)) void multiply_transposed_large(int vectors, int64_t rows, const T* a, int64_t columns,
+                                                         const T* b, int64_t ldb, T* sums, const Epilogue& epilogue) {
+  constexpr int64_t kStep = 16;
+  for (int64_t k = 0; k < rows; k += kStep) {
+    const auto step = [&](auto v) {
+      constexpr int V = decltype(v)::value;
+      const MultiplyRowsStep<T, V, Epilogue> body{a + k * columns,         1,    columns, b + k * ldb,       ldb,
+                                                  min_of(kStep, rows - k), sums, k == 0,  k + kStep >= rows, epilogue};
+      for_row_blocks<V>(0, columns, body);
+    };
+    if (vectors == 4) {
+      step(Constant<4>());
+    } else if (vectors == 3) {
+      step(Constant<3>());
+    } else if (vectors == 2) {
+      step(Constant<2>());
+    } else {
+      step(Constant<1>());
+    }
   }
 }
 

@@ -12,9 +12,9 @@
 //                 state j of it is the network's state start + j
 //   tile          some vectors of samples that go through many layers together
 //
-// Arrays of a tile are [unit][sample], a unit being a channel at a position: [channel][position] for images. Where there
-// are fewer images than lanes an image is cut in strips of whole rows, a lane each: "sample" is a strip then. The rows
-// past the image's last are computed like the others, and count nowhere.
+// Arrays of a tile are [unit][sample], a unit being a channel at a position: [channel][position] for images. Where images
+// do not fill the lanes an image is cut in strips of whole rows, a lane each: "sample" is a strip then. The rows past the
+// image's last are computed like the others, and count nowhere.
 #pragma once
 
 #include "common/args.h"
@@ -25,12 +25,17 @@ namespace ND_ISA {
 
 constexpr int64_t kRenormalisePeriod = 32;  // RENORMALISE_PERIOD in reference.py
 
-// What every tile of one call shares: how the batch is cut, sizes in elements, masks.
+// Samples [begin, end) of a batch that are cut alike: each in so many strips, 1 where a sample has a lane to itself.
+struct Part {
+  int64_t begin, end, strips;
+};
+
+// What every tile of a part shares: how it is cut, sizes in elements, masks.
 template <class T>
 struct Tiles {
   ChainShape shape;
-  int64_t strips;                   // of an image; 1 where a sample has a lane to itself
-  Plane plane;                      // of a lane
+  int64_t begin, strips, lanes;  // the part's first sample; strips of each, which divide a vector's lanes; all of them
+  Plane plane;                   // of a lane
   int64_t vectors, samples, count;  // of a tile, vectors * lanes; tiles
   int64_t positions, units;         // of a channel, of a state, in one lane
   int64_t image;                    // positions of a whole channel
@@ -38,14 +43,16 @@ struct Tiles {
   Buffer masks;
   T *skip, *every, *skip_units;  // (width) twice, (units)
 
-  // Tiles of 1 to 4 vectors, at most `most`; images in so many strips, which divide the lanes.
-  Tiles(const ChainShape& s, int64_t most, int64_t threads, int64_t strips = 1)
+  // Tiles of 1 to 4 vectors, at most `most`.
+  Tiles(const ChainShape& s, int64_t most, int64_t threads, const Part& part)
       : shape(s),
-        strips(strips),
+        begin(part.begin),
+        strips(part.strips),
+        lanes(strips * (part.end - begin)),
         plane{ceil_div(s.plane.height, strips), s.plane.width},
-        vectors(vectors_of(ceil_div(ceil_div(s.batch * strips, kLanes<T>), threads), most)),
+        vectors(vectors_of(ceil_div(ceil_div(lanes, kLanes<T>), threads), most)),
         samples(vectors * kLanes<T>),
-        count(ceil_div(s.batch * strips, samples)),
+        count(ceil_div(lanes, samples)),
         positions(plane.height * plane.width),
         units(s.width * positions),
         image(s.plane.height * s.plane.width),
@@ -72,7 +79,9 @@ struct Tiles {
     }
     return best;
   }
-  int64_t valid(int64_t tile) const { return min_of(samples, shape.batch * strips - tile * samples); }
+  int64_t valid(int64_t tile) const { return min_of(samples, lanes - tile * samples); }
+  // The first sample of a tile.
+  int64_t first(int64_t tile) const { return begin + tile * samples / strips; }
   // Whether strips reach past the image, and the rows of one that do not.
   bool padded() const { return plane.height * strips > shape.plane.height; }
   int64_t rows_inside(int64_t sample) const {
@@ -163,10 +172,10 @@ template <class T, class Body>
 inline void for_strips(const Tiles<T>& tiles, int64_t tile, int64_t channels, const Body& body) {
   const int64_t width = tiles.plane.width;
   for (int64_t s = 0; s < tiles.valid(tile); ++s) {
-    const int64_t sample = tile * tiles.samples + s, top = sample % tiles.strips * tiles.plane.height;
+    const int64_t top = s % tiles.strips * tiles.plane.height, b = tiles.first(tile) + s / tiles.strips;
     for (int64_t c = 0; c < channels; ++c)
-      for (int64_t p = 0; p < tiles.rows_inside(sample) * width; ++p)
-        body((c * tiles.positions + p) * tiles.samples + s, c * tiles.image + top * width + p, sample / tiles.strips);
+      for (int64_t p = 0; p < tiles.rows_inside(s) * width; ++p)
+        body((c * tiles.positions + p) * tiles.samples + s, c * tiles.image + top * width + p, b);
   }
 }
 // 0 in the rows past the image.
@@ -183,13 +192,13 @@ inline void clear_outside(const Tiles<T>& tiles, int64_t channels, T* to) {
 template <class T>
 inline void load_samples(const Tiles<T>& tiles, int64_t tile, int64_t features, bool zeros, const T* from, T* to) {
   const int64_t valid = tiles.valid(tile), samples = tiles.samples;
-  transpose(valid, features, from + tile * samples * features, features, to, samples);
+  transpose(valid, features, from + tiles.first(tile) * features, features, to, samples);
   for (int64_t k = 0; k < features; ++k)
     for (int64_t s = valid; s < samples; ++s) to[k * samples + s] = zeros ? T(0) : to[k * samples + valid - 1];
 }
 template <class T>
 inline void store_samples(const Tiles<T>& tiles, int64_t tile, int64_t features, const T* from, T* to) {
-  transpose(features, tiles.valid(tile), from, tiles.samples, to + tile * tiles.samples * features, features);
+  transpose(features, tiles.valid(tile), from, tiles.samples, to + tiles.first(tile) * features, features);
 }
 
 // In a word of a state the images of a strip stand side by side, N of them a tile; in a tile they are strips apart: lane
@@ -203,7 +212,7 @@ template <class T, int N, class Body>
 ND_INLINE void for_runs(const Tiles<T>& tiles, int64_t tile, int64_t c, const Body& body) {
   for (int64_t k = 0; k < kLanes<T> / N; ++k)
     for (int64_t p = 0; p < tiles.rows_inside(k) * tiles.plane.width; ++p)
-      body((c * tiles.image + k * tiles.positions + p) * tiles.shape.batch + tile * N, p * kLanes<T> + k * N);
+      body((c * tiles.image + k * tiles.positions + p) * tiles.shape.batch + tiles.first(tile), p * kLanes<T> + k * N);
 }
 template <class T, int N>
 inline void load_runs(const Tiles<T>& tiles, int64_t tile, const T* from, T* to) {
@@ -260,7 +269,7 @@ inline void load_outputs(const Tiles<T>& tiles, int64_t tile, int64_t row, int64
   const int64_t valid = tiles.valid(tile), samples = tiles.samples;
   for (int64_t i = 0; i < tiles.shape.out; ++i)
     for (int64_t s = 0; s < samples; ++s)
-      to[i * samples + s] = s < valid ? from[i * row + (tile * samples + s) / tiles.strips * column] : T(0);
+      to[i * samples + s] = s < valid ? from[i * row + (tiles.first(tile) + s / tiles.strips) * column] : T(0);
 }
 
 // One word of a state, (units, batch).
@@ -274,7 +283,7 @@ inline void load_word(const Tiles<T>& tiles, int64_t tile, bool zeros, const T* 
   }
   const int64_t valid = tiles.valid(tile), samples = tiles.samples;
   for (int64_t i = 0; i < tiles.units; ++i) {
-    const T* const row = from + i * tiles.shape.batch + tile * samples;
+    const T* const row = from + i * tiles.shape.batch + tiles.first(tile);
     if (valid == samples) {
       for (int64_t s = 0; s < samples; s += kLanes<T>) ND_ISA::store(to + i * samples + s, ND_ISA::load(row + s));
       continue;
@@ -292,7 +301,7 @@ inline void store_word(const Tiles<T>& tiles, int64_t tile, const T* from, T* to
   }
   const int64_t valid = tiles.valid(tile), samples = tiles.samples;
   for (int64_t i = 0; i < tiles.units; ++i) {
-    T* const row = to + i * tiles.shape.batch + tile * samples;
+    T* const row = to + i * tiles.shape.batch + tiles.first(tile);
     if (valid == samples) {
       for (int64_t s = 0; s < samples; s += kLanes<T>) ND_ISA::store(row + s, ND_ISA::load(from + i * samples + s));
       continue;

@@ -37,7 +37,10 @@ class MlpLayer {
   static constexpr bool kRunsOfTiles = false;
   static constexpr bool kEndsTogether = true;  // a first or last layer is wide more often than the batch is large
 
-  static int64_t strips(const ChainShape&, int64_t) { return 1; }
+  template <class Body>
+  static void parts(const ChainShape& s, int64_t, const Body& body) {
+    body(Part{0, s.batch, 1});
+  }
 
   MlpLayer(const Tiles<T>& tiles, const ChainParams<const T>& params)
       : tiles_(tiles),
@@ -83,7 +86,7 @@ class MlpLayer {
   // ---- backward: `full` is the gradient of a layer's output, `h` the value of its input, `g` becomes the gradient there
   void last_back(const T* r, const T* h, const State<T>& g, T* full) const {
     transposed(params_.last_weight, shape_.out, shape_.width, r,
-               GradientEpilogue<T>{h, tiles_.skip, g.floor, g.lo, full, tiles_.samples, {}});
+               GradientEpilogue<T>{h, tiles_.skip, g.floor, g.lo, full, tiles_.samples, {}}, full);
   }
   void step_back(int64_t l, const T* full, const T* h, const State<T>& g, T* full_next) const {
     const T* const weight = params_.hidden_weight + l * hidden_weights();
@@ -94,23 +97,30 @@ class MlpLayer {
                                    g.lo,
                                    full_next,
                                    tiles_.samples,
-                                   {l > 0 ? weight - hidden_weights() : weight, shape_.width}});
+                                   {l > 0 ? weight - hidden_weights() : weight, shape_.width}},
+               full_next);
   }
   void first_back(const T* full, T* grad_x) const {
     transposed(params_.first_weight, shape_.width, shape_.in, full,
-               InputEpilogue<T>{full, shape_.offset ? shape_.in : 0, T(shape_.scale), grad_x, tiles_.samples});
+               InputEpilogue<T>{full, shape_.offset ? shape_.in : 0, T(shape_.scale), grad_x, tiles_.samples}, grad_x);
   }
 
-  // W^T full, of a weight (rows, columns).
+  // W^T full, of a weight (rows, columns). `sums`, if given, is room for the sums: what the epilogue writes.
   template <class Epilogue>
-  void transposed(const T* weight, int64_t rows, int64_t columns, const T* full, const Epilogue& epilogue) const {
-    if (few_ == 0 || columns < kLanes<T>)
+  void transposed(const T* weight, int64_t rows, int64_t columns, const T* full, const Epilogue& epilogue,
+                  T* sums = nullptr) const {
+    const bool by_samples = few_ == 0 || columns < kLanes<T>;
+    if (by_samples && sums && large<T>(rows, columns))
+      return multiply_transposed_large<T>(int(tiles_.vectors), rows, weight, columns, full, tiles_.samples, sums,
+                                          epilogue);
+    if (by_samples)
       return multiply<T>(int(tiles_.vectors), columns, weight, 1, columns, full, tiles_.samples, rows, epilogue);
     with_few([&](auto samples) {
       multiply_transposed_few<T, decltype(samples)::value>(rows, weight, columns, full, few_memory_.as<T>(), epilogue);
     });
   }
 
+  static int64_t gradient_bytes() { return 0; }
   int64_t gradient_scratch(int64_t, int64_t columns) const { return tiles_.samples * padded_columns<T>(columns); }
   // Of the weight (rows, columns) and the bias of a layer; added to what is there, or written over it.
   void gradient(int64_t rows, int64_t columns, int64_t valid, const T* full, const T* h, T* weight, T* bias, bool add,

@@ -75,17 +75,22 @@ inline void weight_gradient(const GradientOf<T>& of, int64_t begin, int64_t end,
   const int64_t padded = padded_columns<T>(of.columns);
   for (int64_t t = 0; t < tiles; ++t)
     transpose_with_ones(of.columns, samples, of.h + t * of.h_stride, scratch + t * samples * padded);
-  for (int64_t j = 0; j < padded;) {
-    const int64_t left = (padded - j) / kLanes<T>;
-    if (left >= 4) {
-      for_row_blocks<4>(begin, end, GradientRows<T, 4>{of, scratch, samples, tiles, last_valid, j});
-      j += 4 * kLanes<T>;
-    } else if (left >= 2) {
-      for_row_blocks<2>(begin, end, GradientRows<T, 2>{of, scratch, samples, tiles, last_valid, j});
-      j += 2 * kLanes<T>;
-    } else {
-      for_row_blocks<1>(begin, end, GradientRows<T, 1>{of, scratch, samples, tiles, last_valid, j});
-      j += kLanes<T>;
+  // A large one goes to memory in its own order, a few rows at a time.
+  const int64_t together = large<T>(of.rows, of.columns) ? 12 : end - begin;
+  for (int64_t row = begin; row < end; row += together) {
+    const int64_t stop = min_of(row + together, end);
+    for (int64_t j = 0; j < padded;) {
+      const int64_t left = (padded - j) / kLanes<T>;
+      if (left >= 4) {
+        for_row_blocks<4>(row, stop, GradientRows<T, 4>{of, scratch, samples, tiles, last_valid, j});
+        j += 4 * kLanes<T>;
+      } else if (left >= 2) {
+        for_row_blocks<2>(row, stop, GradientRows<T, 2>{of, scratch, samples, tiles, last_valid, j});
+        j += 2 * kLanes<T>;
+      } else {
+        for_row_blocks<1>(row, stop, GradientRows<T, 1>{of, scratch, samples, tiles, last_valid, j});
+        j += kLanes<T>;
+      }
     }
   }
 }

@@ -23,7 +23,8 @@ class CnnGramSum {
   CnnGramSum(const ChainGram<T>& arguments, const Parallel& pool)
       : args(arguments),
         parallel(pool),
-        tiles(with_segment(arguments.shape), CnnLayer<T>::kMostVectors, pool.threads),
+        tiles(with_segment(arguments.shape), CnnLayer<T>::kMostVectors, pool.threads,
+              Part{0, arguments.shape.batch, 1}),
         s(tiles.shape),
         layer(tiles, arguments.params),
         size(tiles.size),

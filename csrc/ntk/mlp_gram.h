@@ -22,7 +22,8 @@ class MlpGramSum {
   MlpGramSum(const ChainGram<T>& arguments, const Parallel& pool)
       : args(arguments),
         parallel(pool),
-        tiles(with_segment(arguments.shape), MlpLayer<T>::kMostVectors, pool.threads),
+        tiles(with_segment(arguments.shape), MlpLayer<T>::kMostVectors, pool.threads,
+              Part{0, arguments.shape.batch, 1}),
         s(tiles.shape),
         layer(tiles, arguments.params),
         size(tiles.size),

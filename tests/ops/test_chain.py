@@ -54,6 +54,9 @@ MLP_CASES = [
     Case(29, 2, 20, 1),
     Case(37, 10, 20, 4),
     Case(70, 9, 5, 2),
+    # Weights of more than a MiB.
+    Case(149, 370, 3, 5),
+    Case(149, 370, 3, 70),
 ]
 CONV_CASES = [
     Case(1, 1, 40, 20, 3, (7, 7)),  # the thesis's network
@@ -73,6 +76,13 @@ CONV_CASES = [
     Case(1, 2, 34, 1, 7, (7, 2)),  # a filter sees several strips
     Case(1, 1, 5, 4, 9, (3, 4)),  # and past all of them
     Case(2, 1, 34, 12, 3, (16, 2)),  # tiles of whole images
+    # Images that fill the lanes, and others in strips; weight gradients with lanes over output channels.
+    Case(1, 1, 34, 37, 3, (7, 5)),
+    Case(2, 13, 4, 21, 3, (5, 4)),
+    Case(4, 28, 3, 37, 3, (4, 17)),
+    Case(3, 28, 3, 35, 5, (1, 1)),
+    Case(5, 18, 3, 17, 1, (3, 4)),
+    Case(2, 13, 3, 9, 7, (16, 3)),
 ]
 CASES = MLP_CASES + CONV_CASES
 PLAIN_CASES = [  # the offset form has width in + 1 + out, the plain form any width
@@ -243,6 +253,8 @@ def test_what_is_not_needed_is_empty_and_changes_nothing(case: Case, need_input:
         Case(12, 10, 20, 200),
         Case(64, 10, 9, 200),
         Case(1, 2, 20, 150, 3, (5, 5)),
+        Case(2, 13, 8, 75, 3, (6, 5)),
+        Case(149, 370, 3, 70),
     ],
     ids=str,
 )
@@ -259,7 +271,13 @@ def test_gradients_are_the_same_in_every_run(case: Case, count: int) -> None:
 
 
 BAD = pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-SPOILED = [Case(1, 1, 6, 5), Case(4, 4, 6, 5), Case(64, 10, 6, 5), Case(1, 1, 6, 5, 3, (4, 4))]
+SPOILED = [
+    Case(1, 1, 6, 5),
+    Case(4, 4, 6, 5),
+    Case(64, 10, 6, 5),
+    Case(1, 1, 6, 5, 3, (4, 4)),
+    Case(2, 13, 6, 19, 3, (4, 4)),
+]
 
 
 @BAD
