@@ -115,6 +115,13 @@ def test_what_is_planned_for_several_nodes_is_enough(form: Any, chunks: int, che
         assert measured.measured <= 1.05 * measured.plan.total, measured
 
 
+def test_what_is_planned_for_strips_of_wide_images_is_enough() -> None:
+    """A strip is a row of 8192 positions here, with six rows of its neighbours beside it, which a 7x7 filter sees."""
+    model = DeepNarrowCNN(1, 1, 4, kernel_size=7, checkpoint="none")
+    measured = profile(model, torch.rand(1, 1, 16, 8192), eager=False)
+    assert measured.measured <= 1.02 * measured.plan.total, measured
+
+
 def test_a_budget_holds_with_chunks() -> None:
     x = torch.rand(16384, 2)
     model = DeepNarrowMLP(2, 1, 300, chunks=4)
