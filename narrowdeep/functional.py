@@ -74,12 +74,13 @@ def check_tensors(x: Tensor, params: dict[str, Tensor]) -> None:
 
 
 def _check_alike(x: Tensor, params: dict[str, Tensor]) -> None:
+    dtype, device = x.dtype, x.device
     for name, param in params.items():
         check_tensor(name, param)
-        if param.dtype != x.dtype:
-            raise TypeError(f"x and {name} must have the same dtype, got {x.dtype} and {param.dtype}")
-        if param.device != x.device:
-            raise ValueError(f"x and {name} must be on the same device, got {x.device} and {param.device}")
+        if param.dtype != dtype:
+            raise TypeError(f"x and {name} must have the same dtype, got {dtype} and {param.dtype}")
+        if param.device != device:
+            raise ValueError(f"x and {name} must be on the same device, got {device} and {param.device}")
 
 
 def cast_up(x: Any, weight: Any) -> Any:
@@ -93,7 +94,7 @@ def cast_up(x: Any, weight: Any) -> Any:
 
 def _pairs(hidden_weight: Any, hidden_bias: Any) -> list[Affine]:
     """Pairs of a weight and a bias, one a chunk; one pair where both are tensors."""
-    sequences = [isinstance(value, (list, tuple)) for value in (hidden_weight, hidden_bias)]
+    sequences = isinstance(hidden_weight, (list, tuple)), isinstance(hidden_bias, (list, tuple))
     if not any(sequences):
         return [Affine(hidden_weight, hidden_bias)]
     if not all(sequences) or len(hidden_weight) != len(hidden_bias) or not hidden_weight:
@@ -111,30 +112,32 @@ def _length(value: Any) -> str:
     return f"{len(value)} chunks" if isinstance(value, (list, tuple)) else type(value).__name__
 
 
-def _check_ends(params: dict[str, Any], names: tuple[str, str], form: str, tap: tuple[int, ...]) -> tuple[int, int]:
-    """Shapes of the first and the last layer agree; returns their inputs and outputs, called ``names`` in messages.
+def _check_ends(
+    first: Affine, last: Affine, names: tuple[str, str], form: str, tap: tuple[int, ...]
+) -> tuple[int, int, int]:
+    """Shapes of the first and the last layer agree; returns inputs, called ``names[0]`` in messages, units and outputs.
 
     ``tap`` is what follows (rows, columns) in a weight: () or (f, f).
     """
-    first, last = params["first_weight"], params["last_weight"]
-    size = "".join(f", {t}" for t in tap)
-    if first.dim() != 2 + len(tap):
-        raise ValueError(f"first_weight must have shape (n, {names[0]}{size}), got {tuple(first.shape)}")
-    if last.dim() != 2 + len(tap):
-        raise ValueError(f"last_weight must have shape ({names[1]}, n{size}), got {tuple(last.shape)}")
-    width, inputs, outputs = first.shape[0], first.shape[1], last.shape[0]
-    for name, weight in (("first_weight", first), ("last_weight", last)):
-        if weight.numel() == 0:
-            raise ValueError(f"{name} must not be empty, got shape {tuple(weight.shape)}")
-    _check_shape("first_bias", params["first_bias"], (width,))
-    _check_shape("last_weight", last, (outputs, width, *tap))
-    _check_shape("last_bias", params["last_bias"], (outputs,))
+    found, found_last = first.weight.shape, last.weight.shape
+    if len(found) != 2 + len(tap) or len(found_last) != 2 + len(tap):
+        size = "".join(f", {t}" for t in tap)
+        if len(found) != 2 + len(tap):
+            raise ValueError(f"first_weight must have shape (n, {names[0]}{size}), got {tuple(found)}")
+        raise ValueError(f"last_weight must have shape ({names[1]}, n{size}), got {tuple(found_last)}")
+    width, inputs, outputs = found[0], found[1], found_last[0]
+    for name, shape in (("first_weight", found), ("last_weight", found_last)):
+        if 0 in shape:
+            raise ValueError(f"{name} must not be empty, got shape {tuple(shape)}")
+    _check_shape("first_bias", first.bias, (width,))
+    _check_shape("last_weight", last.weight, (outputs, width, *tap))
+    _check_shape("last_bias", last.bias, (outputs,))
     if form == "offset" and width != inputs + 1 + outputs:
         raise ValueError(
             f"first_weight must have {names[0]} + 1 + {names[1]} = {inputs + 1 + outputs} rows in offset form, "
             f"got {width}"
         )
-    return inputs, outputs
+    return inputs, width, outputs
 
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
@@ -145,7 +148,9 @@ def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
 def _chain(
     family: Family,
     x: Tensor,
-    params: dict[str, Any],
+    first: Affine,
+    pairs: list[Affine],
+    last: Affine,
     *,
     scale: float,
     form: Form,
@@ -153,38 +158,35 @@ def _chain(
     snapshots: int | None,
 ) -> Tensor:
     """Check the arguments of ``mlp_chain`` or ``conv_chain`` and run the chain."""
-    pairs = _pairs(params["hidden_weight"], params["hidden_bias"])
     check_settings(scale=scale, form=form, segment=segment)
     check_snapshots(snapshots, segment)
-    ends = {name: value for name, value in params.items() if not name.startswith("hidden")}
-    x = cast_up(x, ends["first_weight"])
-    check_tensors(x, ends)
+    x = cast_up(x, first.weight)
+    named = {"first_weight": first.weight, "first_bias": first.bias, "last_weight": last.weight, "last_bias": last.bias}
+    check_tensors(x, named)
     for weight, bias in pairs:
         _check_alike(x, {"hidden_weight": weight, "hidden_bias": bias})
-    first, last = (Affine(ends[f"{end}_weight"], ends[f"{end}_bias"]) for end in ("first", "last"))
-    size = first.weight.shape[-1] if first.weight.dim() else 0
-    if family.tap_dims and first.weight.dim() == 4 and (size % 2 == 0 or first.weight.shape[-2] != size):
-        raise ValueError(
-            f"first_weight must have square filters of odd size, got shape {tuple(first.weight.shape)}"
-        )
-    tap = (size,) * family.tap_dims
-    inputs, outputs = _check_ends(ends, family.ends, form, tap)
-    width = first.weight.shape[0]
+    tap: tuple[int, ...] = ()
+    if family.tap_dims:
+        filters = first.weight.shape
+        size = filters[-1] if filters else 0
+        if len(filters) == 4 and (size % 2 == 0 or filters[-2] != size):
+            raise ValueError(f"first_weight must have square filters of odd size, got shape {tuple(filters)}")
+        tap = (size,) * family.tap_dims
+    inputs, width, outputs = _check_ends(first, last, family.ends, form, tap)
     for weight, bias in pairs:
         layers = weight.shape[0] if weight.dim() else 0
         _check_shape("hidden_weight", weight, (layers, width, width, *tap))
         _check_shape("hidden_bias", bias, (layers, width))
-    dims = family.sample_dims
-    if x.dim() < dims or x.shape[-dims] != inputs:
+    dims, shape = family.sample_dims, x.shape
+    if len(shape) < dims or shape[-dims] != inputs:
         raise ValueError(_wrong_sample(family, x, inputs))
-    sample = x.shape[x.dim() - dims :]
-    if 0 in sample[1:]:
-        raise ValueError(f"x must have images of at least 1x1 pixels, got {x.shape[-2]}x{x.shape[-1]}")
+    if dims > 1 and 0 in shape[1 - dims :]:
+        raise ValueError(f"x must have images of at least 1x1 pixels, got {shape[-2]}x{shape[-1]}")
     settings = (float(scale), form == "offset", int(segment), snapshots)
-    if x.dim() == dims + 1:  # x itself: of a view of it AOT autograd takes second derivatives for 0
+    if len(shape) == dims + 1:  # x itself: of a view of it AOT autograd takes second derivatives for 0
         return span.chain(family.name, x, first, pairs, last, *settings)
-    flat = x.reshape(math.prod(x.shape[:-dims]), *sample)
-    return span.chain(family.name, flat, first, pairs, last, *settings).reshape(*x.shape[:-dims], outputs)
+    flat = x.reshape(math.prod(shape[:-dims]), *shape[len(shape) - dims :])
+    return span.chain(family.name, flat, first, pairs, last, *settings).reshape(*shape[:-dims], outputs)
 
 
 def _wrong_sample(family: Family, x: Tensor, inputs: int) -> str:
@@ -228,16 +230,9 @@ def mlp_chain(
     Raises: TypeError for dtypes, ValueError for shapes, devices, scale, form and segment; NotImplementedError when
         differentiated three times.
     """
-    params = {
-        "first_weight": first_weight,
-        "first_bias": first_bias,
-        "hidden_weight": hidden_weight,
-        "hidden_bias": hidden_bias,
-        "last_weight": last_weight,
-        "last_bias": last_bias,
-    }
+    first, last = Affine(first_weight, first_bias), Affine(last_weight, last_bias)
     settings: dict[str, Any] = {"scale": scale, "form": form, "segment": segment, "snapshots": snapshots}
-    return _chain(FAMILIES["mlp"], x, params, **settings)
+    return _chain(FAMILIES["mlp"], x, first, _pairs(hidden_weight, hidden_bias), last, **settings)
 
 
 def conv_chain(
@@ -270,13 +265,6 @@ def conv_chain(
 
     Raises: as ``mlp_chain``.
     """
-    params = {
-        "first_weight": first_weight,
-        "first_bias": first_bias,
-        "hidden_weight": hidden_weight,
-        "hidden_bias": hidden_bias,
-        "last_weight": last_weight,
-        "last_bias": last_bias,
-    }
+    first, last = Affine(first_weight, first_bias), Affine(last_weight, last_bias)
     settings: dict[str, Any] = {"scale": scale, "form": form, "segment": segment, "snapshots": snapshots}
-    return _chain(FAMILIES["cnn"], x, params, **settings)
+    return _chain(FAMILIES["cnn"], x, first, _pairs(hidden_weight, hidden_bias), last, **settings)

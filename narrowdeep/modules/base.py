@@ -35,6 +35,12 @@ def _drop_gradient(param: Tensor) -> None:
     param.grad = None
 
 
+def _attributes(module: nn.Module, names: Iterable[str]) -> list[Any]:
+    """Attributes of ``module``, of which parameters are taken where torch keeps them: its own way takes 0.5 us each."""
+    own = module._parameters
+    return [own[name] if name in own else getattr(module, name) for name in names]
+
+
 class DeepNarrowBase(Checkpointing):
     """Stacked parameters of L affine layers; a subclass says what one affine layer is."""
 
@@ -151,13 +157,16 @@ class DeepNarrowBase(Checkpointing):
             TypeError where a cast has left another dtype than float32 or float64.
         """
         state.refuse_changes(self, PARAMETER_NAMES, self.form, images=bool(self._tap))
-        parts = [getattr(self, name) for name in PARAMETER_NAMES]
+        parts = _attributes(self, PARAMETER_NAMES)
         if parts[0].dtype not in DTYPES:
             raise TypeError(
                 f"the model must be of torch.float32 or torch.float64, got {parts[0].dtype}: cast it back by float(); "
                 f"{HALF}"
             )
-        return tuple(list(part) if isinstance(part, nn.ParameterList) else part for part in parts)
+        return tuple(
+            _attributes(part, map(str, range(len(part)))) if isinstance(part, nn.ParameterList) else part
+            for part in parts
+        )
 
     def stacked(self) -> tuple[Tensor, ...]:
         """The six parameters in the order of the ops; copies of those that are stored in several chunks.
