@@ -17,10 +17,12 @@ ND_INLINE int64_t padded_channels(int64_t channels) {
   return ceil_div(channels, kLanes<T>) * kLanes<T>;
 }
 
-// Whether this is faster than lanes over samples, whose sum over lanes takes as long as 4 positions, measured.
+// Whether this is faster than lanes over samples, whose sum over lanes takes as long as 4 positions, measured; where the
+// channels are one vector, too few sums are on their way at once, and it takes a tenth longer.
 template <class T>
 ND_INLINE bool lanes_over_channels(int64_t rows, int64_t positions, int64_t valid) {
-  return positions * valid * padded_channels<T>(rows) < (positions + 4) * rows * kLanes<T>;
+  const int64_t padded = padded_channels<T>(rows), tenths = padded > kLanes<T> ? 10 : 11;
+  return tenths * positions * valid * padded < 10 * (positions + 4) * rows * kLanes<T>;
 }
 
 // Elements of its scratch.

@@ -210,9 +210,10 @@ ND_INLINE V interleaved(V x, Indices<I...>) {
 // Calls body(position, element of the word, element of the row) for the runs of channel c of a tile.
 template <class T, int N, class Body>
 ND_INLINE void for_runs(const Tiles<T>& tiles, int64_t tile, int64_t c, const Body& body) {
+  const int64_t first = tiles.first(tile);
   for (int64_t k = 0; k < kLanes<T> / N; ++k)
     for (int64_t p = 0; p < tiles.rows_inside(k) * tiles.plane.width; ++p)
-      body((c * tiles.image + k * tiles.positions + p) * tiles.shape.batch + tiles.first(tile), p * kLanes<T> + k * N);
+      body((c * tiles.image + k * tiles.positions + p) * tiles.shape.batch + first, p * kLanes<T> + k * N);
 }
 template <class T, int N>
 inline void load_runs(const Tiles<T>& tiles, int64_t tile, const T* from, T* to) {
