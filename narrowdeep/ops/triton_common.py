@@ -124,10 +124,19 @@ def launch(
         kernel[grid](*args, num_warps=num_warps, **constants)
 
 
+def fitting_block(options: list[Block], samples: int, device: torch.device) -> Block:
+    """The first of ``options`` that gives every multiprocessor work, or the last."""
+    count = MULTIPROCESSORS
+    if device.type == "cuda":
+        count = torch.cuda.get_device_properties(device).multi_processor_count
+    fitting = [block for block in options if samples * block.warps >= count * 4 * block.samples]
+    return fitting[0] if fitting else options[-1]
+
+
 def choose_block(
     key: tuple, options: list[Block], samples: int, device: torch.device, start: Callable[[Block], None]
 ) -> None:
-    """``start(block)`` with the first of ``options`` that gives every multiprocessor work, or with the last.
+    """``start(block)`` with the ``fitting_block``.
 
     Under ``autotune`` with the fastest one; ``start`` is then called several times, so it must not change its inputs.
     """
@@ -142,11 +151,7 @@ def choose_block(
             _best[key] = min(times, key=lambda pair: pair[0])[1]
         start(_best[key])
         return
-    count = MULTIPROCESSORS
-    if device.type == "cuda":
-        count = torch.cuda.get_device_properties(device).multi_processor_count
-    fitting = [block for block in options if samples * block.warps >= count * 4 * block.samples]
-    start(fitting[0] if fitting else options[-1])
+    start(fitting_block(options, samples, device))
 
 
 @triton.jit

@@ -44,13 +44,14 @@ from narrowdeep.ops.triton_packed import (
     record_bias,
     spare_layers,
 )
+from narrowdeep.ops.triton_sums import sums_size, warp_sums, write_sums
 
 LOOSE = ["batch", "layers", "segment", "phase", "first", "last", "given", "masked", "count"]
 """Integers that must not make another kernel."""
 
 
 @triton.jit
-def _advance(
+def advance(
     total,
     hi,
     lo,
@@ -174,7 +175,7 @@ def chain_forward(
                 saved_ptr += matrix
             write_state(saved_ptr, lo, column, batch, WIDTH, ROWS)
             saved_ptr += matrix
-        total, hi, lo = _advance(
+        total, hi, lo = advance(
             total, hi, lo, base_ptr, weight_ptr, bias_ptr, saved_ptr, start, stop, end, column, batch, room,
             MIDDLE, WIDTH, ROWS, TAP, HEIGHT, LENGTH, BLOCK, SAVE == 1, AHEAD, PREFETCH,
         )  # fmt: skip
@@ -245,13 +246,99 @@ def chain_recompute(
     else:
         total = lo
         hi = lo
-    total, hi, lo = _advance(
+    total, hi, lo = advance(
         total, hi, lo, base_ptr, weight_ptr, bias_ptr, h_ptr, start, stop, end, column, batch, room,
         MIDDLE, WIDTH, ROWS, TAP, HEIGHT, LENGTH, BLOCK, True, AHEAD, PREFETCH,
     )  # fmt: skip
     if stop == end:
         h = add_states(total, lo, COUNT) if OFFSET else lo
         write_state(h_ptr + end * matrix, h, column, batch, WIDTH, ROWS)
+
+
+@triton.jit
+def go_back(
+    total,
+    hi,
+    lo,
+    base_ptr,
+    weight_ptr,
+    h_ptr,
+    g_ptr,
+    first,
+    last,
+    phase,
+    end,
+    column,
+    batch,
+    room,
+    STORE: tl.constexpr,
+    SUM: tl.constexpr,
+    MIDDLE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    TAP: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    LENGTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    AHEAD: tl.constexpr,
+    PREFETCH: tl.constexpr,
+):
+    """Take G = (total, hi, lo) from state last to state first, with total = base + hi, past the ReLU of state last.
+
+    STORE: write G of state s to g_ptr[s], SUM: the gradients of layer s, which ends in state s, instead.
+    """
+    OFFSET: tl.constexpr = MIDDLE >= 0
+    COUNT: tl.constexpr = len(lo)
+    LAYER: tl.constexpr = layer_size(WIDTH, ROWS, TAP, len(room) == 0)
+    PACKED: tl.constexpr = is_packed(ROWS, TAP)
+    LANES: tl.constexpr = lo[0].shape[0]
+    matrix = WIDTH * batch
+    below = tl.maximum(last - RENORMALISE_PERIOD, phase) * LAYER
+    prefetch(weight_ptr, below, end * LAYER, RENORMALISE_PERIOD * LAYER, PREFETCH)
+    if PACKED:
+        ahead = read_ahead(weight_ptr + (last - 1) * LAYER, -LAYER, WIDTH, ROWS, False, AHEAD, LANES)
+    row_ptr = h_ptr + (last - 1) * matrix
+    if AHEAD > 0:
+        next_h = read_state(row_ptr, column, batch, WIDTH, ROWS)
+    if SUM:
+        sums = tl.zeros_like(lo[0])
+    for down in range(0, last // RENORMALISE_PERIOD - (first + 1) // RENORMALISE_PERIOD + 1):
+        chunk = last // RENORMALISE_PERIOD - down
+        low = tl.maximum(chunk * RENORMALISE_PERIOD, first + 1)
+        high = tl.minimum(chunk * RENORMALISE_PERIOD + RENORMALISE_PERIOD - 1, last)
+        below = tl.maximum(low - 1 - RENORMALISE_PERIOD, phase) * LAYER
+        prefetch(weight_ptr, below, end * LAYER, RENORMALISE_PERIOD * LAYER, PREFETCH)
+        for i in tl.range(0, high - low + 1, loop_unroll_factor=2 * AHEAD if AHEAD else 1):
+            s = high - i
+            full = add_states(total, lo, COUNT) if OFFSET else lo
+            if STORE:
+                write_state(g_ptr + s * matrix, full, column, batch, WIDTH, ROWS)
+            if AHEAD > 0:
+                h = next_h
+                row_ptr -= tl.where(s - 2 < first, 0, matrix)
+                next_h = read_state(row_ptr, column, batch, WIDTH, ROWS)
+            else:
+                h = read_state(row_ptr, column, batch, WIDTH, ROWS)
+                row_ptr -= matrix
+            if SUM:  # those of the layer before: no load can come before a store that waits for sums
+                write_sums(g_ptr + (s + 1) * sums_size(WIDTH), sums, s < last, WIDTH)
+                sums = warp_sums(full, h, WIDTH)
+            weight = weight_ptr + (s - 1 - AHEAD) * LAYER
+            zeros = zeros_like_state(lo, COUNT)
+            if PACKED:
+                record, ahead = next_record(ahead, weight, WIDTH, ROWS, False, AHEAD, LANES)
+                grad = packed_product(record, full, zeros, WIDTH, ROWS, True)
+            else:
+                grad = affine(weight, full, zeros, room, s % 2, WIDTH, ROWS, True, TAP, HEIGHT, LENGTH, BLOCK)
+            if OFFSET:
+                grad = add_skip(grad, lo, MIDDLE, COUNT, ROWS, len(column[0]))
+            lo = mask_gradient(h, grad, total, OFFSET, COUNT)
+        if OFFSET:
+            if low % RENORMALISE_PERIOD == 0:
+                total, hi, lo = renormalise(base_ptr, total, hi, lo, column, batch, MIDDLE, WIDTH, ROWS)
+    if SUM:
+        write_sums(g_ptr + (first + 1) * sums_size(WIDTH), sums, first < last, WIDTH)
+    return total, hi, lo
 
 
 @triton.jit(do_not_specialize=LOOSE)
@@ -289,7 +376,6 @@ def chain_backward(
     state first.
     """
     OFFSET: tl.constexpr = MIDDLE >= 0
-    PACKED: tl.constexpr = is_packed(ROWS, TAP)
     batch = batch.to(tl.int64)
     phase = phase.to(tl.int64)
     end = layers.to(tl.int64) + phase
@@ -305,8 +391,6 @@ def chain_backward(
     h_ptr -= first * matrix
     g_ptr -= (first + 1) * matrix
     weight_ptr += (spare_layers(ROWS, TAP) - phase) * LAYER
-    below = tl.maximum(last - RENORMALISE_PERIOD, phase) * LAYER
-    prefetch(weight_ptr, below, end * LAYER, RENORMALISE_PERIOD * LAYER, PREFETCH)
     lo = read_state(lo_ptr, column, batch, WIDTH, ROWS)
     if OFFSET:
         total, hi = enter(base_ptr, hi_ptr, column, batch, MIDDLE, WIDTH, ROWS)
@@ -316,38 +400,8 @@ def chain_backward(
     if masked == 0:
         h = read_state(h_ptr + last * matrix, column, batch, WIDTH, ROWS)
         lo = mask_gradient(h, lo, total, OFFSET, COUNT)
-    LANES: tl.constexpr = lo[0].shape[0]
-    if PACKED:
-        ahead = read_ahead(weight_ptr + (last - 1) * LAYER, -LAYER, WIDTH, ROWS, False, AHEAD, LANES)
-    if AHEAD > 0:
-        next_h = read_state(h_ptr + (last - 1) * matrix, column, batch, WIDTH, ROWS)
-    for down in range(0, last // RENORMALISE_PERIOD - (first + 1) // RENORMALISE_PERIOD + 1):
-        chunk = last // RENORMALISE_PERIOD - down
-        low = tl.maximum(chunk * RENORMALISE_PERIOD, first + 1)
-        high = tl.minimum(chunk * RENORMALISE_PERIOD + RENORMALISE_PERIOD - 1, last)
-        below = tl.maximum(low - 1 - RENORMALISE_PERIOD, phase) * LAYER
-        prefetch(weight_ptr, below, end * LAYER, RENORMALISE_PERIOD * LAYER, PREFETCH)
-        for i in tl.range(0, high - low + 1, loop_unroll_factor=2 * AHEAD if AHEAD else 1):
-            s = high - i
-            full = add_states(total, lo, COUNT) if OFFSET else lo
-            if STORE:
-                write_state(g_ptr + s * matrix, full, column, batch, WIDTH, ROWS)
-            if AHEAD > 0:
-                h = next_h
-                next_h = read_state(h_ptr + tl.maximum(s - 2, first) * matrix, column, batch, WIDTH, ROWS)
-            else:
-                h = read_state(h_ptr + (s - 1) * matrix, column, batch, WIDTH, ROWS)
-            weight = weight_ptr + (s - 1 - AHEAD) * LAYER
-            zeros = zeros_like_state(lo, COUNT)
-            if PACKED:
-                record, ahead = next_record(ahead, weight, WIDTH, ROWS, False, AHEAD, LANES)
-                grad = packed_product(record, full, zeros, WIDTH, ROWS, True)
-            else:
-                grad = affine(weight, full, zeros, room, s % 2, WIDTH, ROWS, True, TAP, HEIGHT, LENGTH, BLOCK)
-            if OFFSET:
-                grad = add_skip(grad, lo, MIDDLE, COUNT, ROWS, len(column[0]))
-            lo = mask_gradient(h, grad, total, OFFSET, COUNT)
-        if OFFSET:
-            if low % RENORMALISE_PERIOD == 0:
-                total, hi, lo = renormalise(base_ptr, total, hi, lo, column, batch, MIDDLE, WIDTH, ROWS)
+    total, hi, lo = go_back(
+        total, hi, lo, base_ptr, weight_ptr, h_ptr, g_ptr, first, last, phase, end, column, batch, room,
+        STORE, False, MIDDLE, WIDTH, ROWS, TAP, HEIGHT, LENGTH, BLOCK, AHEAD, PREFETCH,
+    )  # fmt: skip
     leave(result_ptr, base_ptr, hi_ptr, hi, lo, column, batch, MIDDLE, WIDTH, ROWS)

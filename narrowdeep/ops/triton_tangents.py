@@ -67,7 +67,7 @@ def _advance_tangents(
     STORE: tl.constexpr,
     PREFETCH: tl.constexpr,
 ):
-    """``triton_kernels._advance`` of a state and its tangent. STORE: their values go to h_ptr[s] and t_ptr[s]."""
+    """``triton_kernels.advance`` of a state and its tangent. STORE: their values go to h_ptr[s] and t_ptr[s]."""
     OFFSET: tl.constexpr = MIDDLE >= 0
     COUNT: tl.constexpr = len(lo)
     LAYER: tl.constexpr = layer_size(WIDTH, 0, TAP, len(room) == 0)
