@@ -35,7 +35,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITCallable
 
 from benchmarks.gpu import modelled
-from narrowdeep.ops import triton_chain, triton_common, triton_second
+from narrowdeep.ops import triton_chain, triton_common, triton_second, triton_whole
 from narrowdeep.ops.cnn import triton as cnn
 from narrowdeep.ops.gram import triton as gram
 from narrowdeep.ops.mlp import triton as mlp
@@ -55,6 +55,7 @@ _CHAIN: dict[str, tuple[Any, dict[str, Any]]] = {
     "forward": (triton_chain.chain_forward, {"SAVE": 2}),
     "recompute": (triton_chain.chain_recompute, {}),
     "backward": (triton_chain.chain_backward, {"STORE": True}),
+    "whole": (triton_whole.chain_whole, {"RECOMPUTE": True, "SUM": True}),
     "jvp": (triton_chain.chain_jvp, {"HAS_WEIGHT_T": True, "HAS_BIAS_T": True}),
     "tangents": (triton_second.chain_tangents, {"HAS_WEIGHT_T": True, "HAS_BIAS_T": True, "STORE": True}),
     "backward_jvp": (triton_second.chain_backward_jvp, {"HAS_WEIGHT_T": True, "STORE": True}),
@@ -81,7 +82,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Figures:
-    """``spills`` are stack and local bytes a thread; ``fma`` the share of multiply-adds in the loop.
+    """``spills`` are stack and local bytes a thread, of sm_90 in any block; ``fma`` the loop's share of multiply-adds.
 
     ``modelled``: by block, samples/warps; empty for other targets and for plain form.
     """
@@ -104,7 +105,7 @@ def _tensors(entry: Entry) -> tuple[torch.Tensor, torch.Tensor]:
     if entry.family == "cnn":
         x, weight = torch.empty(128, 1, 7, 7, device="meta"), torch.empty(8, n, n, 3, 3, device="meta")
     else:
-        x, weight = torch.empty(128, 1, device="meta"), torch.empty(8, n, n, device="meta")
+        x, weight = torch.empty(1 << 20, 1, device="meta"), torch.empty(8, n, n, device="meta")
     return x.to(entry.dtype), weight.to(entry.dtype)
 
 
@@ -242,28 +243,33 @@ def _compile(entry: Entry, function: Any, options: dict[str, Any], block: Block)
 
 
 def _products(entry: Entry, options: dict[str, Any], block: Block) -> float:
-    """Multiply-add instructions of a layer and warp of an MLP's chain, 0 for tiles and for all else."""
+    """Multiply-add instructions of a layer and warp in the hot loop of an MLP's chain, 0 for tiles and for all else."""
     if entry.family != "mlp" or entry.kernel not in _CHAIN or options["ROWS"] == mlp.TILE:
         return 0
     if block.fragments:
         return 3 * ((entry.width + 7) // 8) ** 2
-    return (3 if entry.kernel == "jvp" else 1) * entry.width**2 * block.samples / (32 * block.warps)
+    a_lane = block.samples / (32 * block.warps)
+    if entry.kernel == "whole":  # the first product of a sum is a multiplication
+        return entry.width**2 * (2 * a_lane - 1)
+    return (3 if entry.kernel == "jvp" else 1) * entry.width**2 * a_lane
 
 
 def measure(entry: Entry) -> Figures:
     """Compile for the target and read the binary."""
     function, blocks = _kernel(entry)
-    rows = {}
+    rows, most = {}, 0
     for i, (block, options) in enumerate(blocks if _is_modelled(entry) else blocks[:1]):
         compiled, listing, registers, spills = _compile(entry, function, options, block)
         if i == 0:
-            first = (listing, registers, spills, compiled.metadata.shared)
+            first = (listing, registers, compiled.metadata.shared)
+        most = max(most, spills)
         if _is_modelled(entry):
             limits = (block.warps, registers, compiled.metadata.shared)
-            found = modelled.model(compiled.asm["cubin"], *limits, _products(entry, options, block))
+            again = entry.width**2 * block.samples / 32 if entry.kernel == "whole" else 0
+            found = modelled.model(compiled.asm["cubin"], *limits, _products(entry, options, block), again)
             if found is not None:
                 rows[f"{block.samples}/{block.warps}"] = asdict(found)
-    listing, registers, spills, shared = first
+    listing, registers, shared = first
 
     def products(mix: collections.Counter[str]) -> int:
         return sum(mix[name] for name in ("FFMA", "FFMA2", "DFMA", "HMMA", "DMMA"))
@@ -274,7 +280,7 @@ def measure(entry: Entry) -> Figures:
         samples=blocks[0][0].samples,
         warps=blocks[0][0].warps,
         registers=registers,
-        spills=spills,
+        spills=most,
         shared=shared,
         loop=mix.total(),
         fma=round(products(mix) / mix.total(), 3),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 import triton
 from torch import Tensor
 
@@ -131,5 +130,3 @@ def backward(family: Family, *args: Any) -> tuple[Tensor, ...]:
         return descent.gradient if need_input else input.new_empty(0), *grads
     ends = params.first.weight, grads[:2] if need_params else [], settings.scale, settings.offset
     return layered.first_gradients(family.layer, descent.full(), input.movedim(0, -1), *ends, need_input), *grads
-
-

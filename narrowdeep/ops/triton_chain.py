@@ -6,7 +6,6 @@ Where kernels do not reach, ``layered.py`` takes their place.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +19,7 @@ from narrowdeep.ops.params import Affine, ChainParams, ChainSettings, ChainTange
 from narrowdeep.ops.reference import RENORMALISE_PERIOD, saved_shape
 from narrowdeep.ops.triton_common import FRAGMENT, Block, choose_block, empty, launch, scratch_bytes
 from narrowdeep.ops.triton_kernels import chain_backward, chain_forward, chain_recompute
-from narrowdeep.ops.triton_packed import SPARE, filters_shape, is_packed, layer_size, pack, packed_filters
+from narrowdeep.ops.triton_packed import SPARE, is_packed, layer_size, pack, packed_filters
 from narrowdeep.ops.triton_tangents import chain_jvp
 
 PACKED = ("forward", "recompute", "backward", "whole")
@@ -313,7 +312,9 @@ class Descent:
             else:
                 h = saved[first - given :, 0]
             masked = last < layers or end is None
-            before = words(self.gradient) if self.gradient is not None else self.above(grad, h[0 if end is None else count])
+            before = (
+                words(self.gradient) if self.gradient is not None else self.above(grad, h[0 if end is None else count])
+            )
             g = empty(saved, count, *shape) if keep_g else h
             self.gradient = empty(saved, these.words, *shape)
             tensors = (*before, these.weights("backward")[0], h, self.gradient, g)

@@ -20,6 +20,7 @@ import triton.language as tl
 
 from narrowdeep.ops.triton_affine import affine, lanes
 from narrowdeep.ops.triton_common import (
+    FRAGMENT,
     RENORMALISE_PERIOD,
     add_skip,
     add_states,
@@ -30,19 +31,20 @@ from narrowdeep.ops.triton_common import (
     mask_gradient,
     prefetch,
     read_bias,
+    read_near,
     read_state,
     renormalise,
     write_state,
     zeros_like_state,
 )
 from narrowdeep.ops.triton_packed import (
+    SPARE,
     is_packed,
     layer_size,
     next_record,
     packed_product,
     read_ahead,
     record_bias,
-    spare_layers,
 )
 from narrowdeep.ops.triton_sums import sums_size, warp_sums, write_sums
 
@@ -155,16 +157,11 @@ def chain_forward(
     LAYER: tl.constexpr = layer_size(WIDTH, ROWS, TAP, len(room) == 0)
     batch *= HEIGHT * LENGTH
     matrix = WIDTH * batch
-    weight_ptr += (spare_layers(ROWS, TAP) - phase) * LAYER
+    weight_ptr += ((SPARE if is_packed(ROWS, TAP) else 0) - phase) * LAYER
     bias_ptr -= phase * WIDTH
     prefetch(weight_ptr, phase * LAYER, end * LAYER, RENORMALISE_PERIOD * LAYER, PREFETCH)
-    prefetch(bias_ptr, phase * WIDTH, end * WIDTH, RENORMALISE_PERIOD * WIDTH, PREFETCH)
-    lo = read_state(lo_ptr, column, batch, WIDTH, ROWS)
-    if OFFSET:
-        total, hi = enter(base_ptr, hi_ptr, column, batch, MIDDLE, WIDTH, ROWS)
-    else:
-        total = lo
-        hi = lo
+    prefetch(bias_ptr, phase * WIDTH, end * WIDTH, RENORMALISE_PERIOD * WIDTH, PREFETCH and not is_packed(ROWS, TAP))
+    total, hi, lo = enter(base_ptr, hi_ptr, lo_ptr, column, batch, MIDDLE, WIDTH, ROWS)
     if SAVE == 1:
         saved_ptr -= phase * matrix
     for start in range(phase, end, segment):
@@ -234,18 +231,13 @@ def chain_recompute(
     start = phase + number * segment
     stop = tl.minimum(start + segment, end)
     h_ptr -= (phase + first * segment) * matrix
-    weight_ptr += (spare_layers(ROWS, TAP) - phase) * LAYER
+    weight_ptr += ((SPARE if is_packed(ROWS, TAP) else 0) - phase) * LAYER
     bias_ptr -= phase * WIDTH
     prefetch(weight_ptr, start * LAYER, end * LAYER, RENORMALISE_PERIOD * LAYER, PREFETCH)
     row_ptr = saved_ptr + (number - given) * (WORDS * matrix)
     if number < given:
         row_ptr = given_ptr
-    lo = read_state(row_ptr + (WORDS - 1) * matrix, column, batch, WIDTH, ROWS)
-    if OFFSET:
-        total, hi = enter(base_ptr, row_ptr, column, batch, MIDDLE, WIDTH, ROWS)
-    else:
-        total = lo
-        hi = lo
+    total, hi, lo = enter(base_ptr, row_ptr, row_ptr + (WORDS - 1) * matrix, column, batch, MIDDLE, WIDTH, ROWS)
     total, hi, lo = advance(
         total, hi, lo, base_ptr, weight_ptr, bias_ptr, h_ptr, start, stop, end, column, batch, room,
         MIDDLE, WIDTH, ROWS, TAP, HEIGHT, LENGTH, BLOCK, True, AHEAD, PREFETCH,
@@ -297,32 +289,37 @@ def go_back(
     prefetch(weight_ptr, below, end * LAYER, RENORMALISE_PERIOD * LAYER, PREFETCH)
     if PACKED:
         ahead = read_ahead(weight_ptr + (last - 1) * LAYER, -LAYER, WIDTH, ROWS, False, AHEAD, LANES)
+    read: tl.constexpr = read_near if ROWS == FRAGMENT or SUM else read_state  # G is 0 where a state is outside
     row_ptr = h_ptr + (last - 1) * matrix
     if AHEAD > 0:
-        next_h = read_state(row_ptr, column, batch, WIDTH, ROWS)
+        next_h = read(row_ptr, column, batch, WIDTH, ROWS)
     if SUM:
         sums = tl.zeros_like(lo[0])
+        sums_ptr = g_ptr + (last + 1) * sums_size(WIDTH)
     for down in range(0, last // RENORMALISE_PERIOD - (first + 1) // RENORMALISE_PERIOD + 1):
         chunk = last // RENORMALISE_PERIOD - down
         low = tl.maximum(chunk * RENORMALISE_PERIOD, first + 1)
         high = tl.minimum(chunk * RENORMALISE_PERIOD + RENORMALISE_PERIOD - 1, last)
         below = tl.maximum(low - 1 - RENORMALISE_PERIOD, phase) * LAYER
         prefetch(weight_ptr, below, end * LAYER, RENORMALISE_PERIOD * LAYER, PREFETCH)
-        for i in tl.range(0, high - low + 1, loop_unroll_factor=2 * AHEAD if AHEAD else 1):
+        started = high < last
+        more = (high - first - 1).to(tl.int32)  # layers after this one
+        for i in tl.range(0, (high - low + 1).to(tl.int32), loop_unroll_factor=2 * AHEAD if AHEAD else 1):
             s = high - i
             full = add_states(total, lo, COUNT) if OFFSET else lo
             if STORE:
                 write_state(g_ptr + s * matrix, full, column, batch, WIDTH, ROWS)
             if AHEAD > 0:
                 h = next_h
-                row_ptr -= tl.where(s - 2 < first, 0, matrix)
-                next_h = read_state(row_ptr, column, batch, WIDTH, ROWS)
+                row_ptr -= tl.where(i < more, matrix, 0)
+                next_h = read(row_ptr, column, batch, WIDTH, ROWS)
             else:
-                h = read_state(row_ptr, column, batch, WIDTH, ROWS)
+                h = read(row_ptr, column, batch, WIDTH, ROWS)
                 row_ptr -= matrix
             if SUM:  # those of the layer before: no load can come before a store that waits for sums
-                write_sums(g_ptr + (s + 1) * sums_size(WIDTH), sums, s < last, WIDTH)
+                write_sums(sums_ptr, sums, started | (i > 0), WIDTH)
                 sums = warp_sums(full, h, WIDTH)
+                sums_ptr -= sums_size(WIDTH)
             weight = weight_ptr + (s - 1 - AHEAD) * LAYER
             zeros = zeros_like_state(lo, COUNT)
             if PACKED:
@@ -337,7 +334,7 @@ def go_back(
             if low % RENORMALISE_PERIOD == 0:
                 total, hi, lo = renormalise(base_ptr, total, hi, lo, column, batch, MIDDLE, WIDTH, ROWS)
     if SUM:
-        write_sums(g_ptr + (first + 1) * sums_size(WIDTH), sums, first < last, WIDTH)
+        write_sums(sums_ptr, sums, first < last, WIDTH)
     return total, hi, lo
 
 
@@ -390,13 +387,8 @@ def chain_backward(
     matrix = WIDTH * batch
     h_ptr -= first * matrix
     g_ptr -= (first + 1) * matrix
-    weight_ptr += (spare_layers(ROWS, TAP) - phase) * LAYER
-    lo = read_state(lo_ptr, column, batch, WIDTH, ROWS)
-    if OFFSET:
-        total, hi = enter(base_ptr, hi_ptr, column, batch, MIDDLE, WIDTH, ROWS)
-    else:
-        total = lo
-        hi = lo
+    weight_ptr += ((SPARE if is_packed(ROWS, TAP) else 0) - phase) * LAYER
+    total, hi, lo = enter(base_ptr, hi_ptr, lo_ptr, column, batch, MIDDLE, WIDTH, ROWS)
     if masked == 0:
         h = read_state(h_ptr + last * matrix, column, batch, WIDTH, ROWS)
         lo = mask_gradient(h, lo, total, OFFSET, COUNT)

@@ -1,9 +1,9 @@
 """Weight gradients inside the chain: the sum of G h^T over the samples of a warp, and then over the warps.
 
-A lane multiplies what it has of G and h, (n + 1) n products. Five times lanes then meet in pairs: each keeps half of its
-sums, adds the other lane's to them and gives its other half away (recursive halving), so that 2 n (n + 1) numbers go
-from lane to lane where a sum of each by itself would take 5 n (n + 1). The order of a sum depends on the batch size
-alone.
+A lane multiplies what it has of G and h, n (n + 1) products. Five times lanes then meet in pairs: each keeps half of
+its sums, adds the other lane's to them and gives its other half away (recursive halving), so that about n (n + 1)
+numbers go from lane to lane where a sum of each by itself would take 5 n (n + 1). The order of a sum depends on the
+batch size alone.
 """
 
 # ruff: noqa: RUF005 (the kernel language has no starred tuples)
@@ -37,7 +37,7 @@ def _meet(sums, lane, DISTANCE: tl.constexpr):
 
 @triton.jit
 def warp_sums(g, h, WIDTH: tl.constexpr):
-    """Sums over a warp of G h^T, (n, n), and of G, (n), a lane one of them; states as ROWS = 1 has them, n at most 4."""
+    """Sums over a warp of G h^T, (n, n), and of G, (n), one a lane; states as ROWS = 1 has them, n at most 4."""
     SPAN: tl.constexpr = len(g) // WIDTH
     sums = ()
     for i in tl.static_range(WIDTH):

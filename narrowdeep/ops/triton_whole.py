@@ -1,11 +1,12 @@
 """The backward of many segments in one launch, for batches that keep a device busy without segments side by side.
 
 A program, one warp, goes with its samples through the segments from the top: it computes a segment's states again,
-follows G down through them and sums the weights' gradients over its samples. States stay in the second-level cache, G in
-registers. ``triton_kernels.py`` has the backward in three kernels, which is faster where few samples are in flight.
+follows G down through them and sums the weights' gradients over its samples. G stays in registers, states in the
+second-level cache as long as they fit. ``triton_kernels.py`` has the backward in three kernels, which is faster where
+few samples are in flight.
 """
 
-# ruff: noqa: SIM102, RUF005 (a constexpr `if` must stand alone; the kernel language has no starred tuples)
+# ruff: noqa: RUF005 (a constexpr `if` must stand alone; the kernel language has no starred tuples)
 from __future__ import annotations
 
 import triton
@@ -13,7 +14,7 @@ import triton.language as tl
 
 from narrowdeep.ops.triton_common import enter, leave, mask_gradient, read_state
 from narrowdeep.ops.triton_kernels import LOOSE, advance, go_back
-from narrowdeep.ops.triton_packed import layer_size, spare_layers
+from narrowdeep.ops.triton_packed import SPARE, is_packed, layer_size
 from narrowdeep.ops.triton_sums import sums_size
 
 
@@ -81,14 +82,9 @@ def chain_whole(
     COUNT: tl.constexpr = WIDTH * (BLOCK // 32)
     LAYER: tl.constexpr = layer_size(WIDTH, ROWS, TAP)
     matrix = WIDTH * batch
-    weight_ptr += (spare_layers(ROWS, TAP) - phase) * LAYER
+    weight_ptr += ((SPARE if is_packed(ROWS, TAP) else 0) - phase) * LAYER
     partial_ptr += (tl.program_id(0).to(tl.int64) * (last - first) - first - 1) * sums_size(WIDTH)
-    lo = read_state(lo_ptr, column, batch, WIDTH, ROWS)
-    if OFFSET:
-        total, hi = enter(base_ptr, hi_ptr, column, batch, MIDDLE, WIDTH, ROWS)
-    else:
-        total = lo
-        hi = lo
+    total, hi, lo = enter(base_ptr, hi_ptr, lo_ptr, column, batch, MIDDLE, WIDTH, ROWS)
     top = (last - phase - 1) // segment
     if masked == 0:
         h = read_state(h_ptr + (last - tl.maximum(phase + top * segment, first)) * matrix, column, batch, WIDTH, ROWS)
@@ -103,15 +99,11 @@ def chain_whole(
                 row_ptr = saved_ptr + (number - given) * (WORDS * matrix)
                 if number < given:
                     row_ptr = given_ptr
-                state_lo = read_state(row_ptr + (WORDS - 1) * matrix, column, batch, WIDTH, ROWS)
-                if OFFSET:
-                    state_total, state_hi = enter(first_base_ptr, row_ptr, column, batch, MIDDLE, WIDTH, ROWS)
-                else:
-                    state_total = state_lo
-                    state_hi = state_lo
+                row_lo_ptr = row_ptr + (WORDS - 1) * matrix
+                state, hi_0, lo_0 = enter(first_base_ptr, row_ptr, row_lo_ptr, column, batch, MIDDLE, WIDTH, ROWS)
                 advance(
-                    state_total, state_hi, state_lo, first_base_ptr, weight_ptr, bias_ptr, row_h_ptr, start, stop, end,
-                    column, batch, (), MIDDLE, WIDTH, ROWS, TAP, HEIGHT, LENGTH, BLOCK, True, AHEAD, PREFETCH,
+                    state, hi_0, lo_0, first_base_ptr, weight_ptr, bias_ptr, row_h_ptr, start, stop, end, column,
+                    batch, (), MIDDLE, WIDTH, ROWS, TAP, HEIGHT, LENGTH, BLOCK, True, AHEAD, PREFETCH,
                 )  # fmt: skip
             tl.debug_barrier()  # a lane may read what another one wrote, and write what another one has to read
         total, hi, lo = go_back(
@@ -121,4 +113,3 @@ def chain_whole(
         if RECOMPUTE:
             tl.debug_barrier()
     leave(result_ptr, base_ptr, hi_ptr, hi, lo, column, batch, MIDDLE, WIDTH, ROWS)
-

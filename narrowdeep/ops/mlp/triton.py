@@ -171,7 +171,8 @@ def blocks(kernel: str, x: Tensor, weight: Tensor, offset: bool) -> list[Block]:
             return [Block(16, 8, limit)]  # 32 samples spill up to 24 bytes on sm_80
         return [Block(32, 4 if width <= 32 and not tangents else 8, limit)]
     if kernel == "whole":
-        return [Block(32 * a_lane, 1, 255, 1) for a_lane in (4, 2, 1)]
+        ahead = 1 if x.dtype == torch.float32 else 0  # more would spill
+        return [Block(64, 1, 255, ahead), Block(32, 1, 255, ahead)]
     if fragments(kernel, x, width, offset):
         many, few = (2, 2) if width <= 8 else (1, 2) if kernel == "forward" else (0, 0)  # more would spill
         limit = 168 if kernel == "recompute" and width <= 8 else None  # ptxas takes 128 on sm_86 and sm_89, and spills
