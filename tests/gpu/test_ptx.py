@@ -256,6 +256,35 @@ def test_a_backward_in_one_launch(case: Case, a_lane: int, target: int) -> None:
         assert error <= bound, f"{name}: {error:.1e}, the reference {other:.1e}"
 
 
+def test_bits_of_a_backward_in_one_launch() -> None:
+    """They depend neither on checkpoints nor on how many layers a launch takes."""
+    case = Case(1, 1, 12, 37, True, F32, 0)
+    inputs, settings = draw_inputs(case), (SCALE, True, 1, 0)
+    grad = draw(case.batch, 1, dtype=F32, seed=8)
+    found = []
+    for segment, room, launches in ((1, 1 << 20, 1), (4, 1 << 20, 1), (3, 1, 4)):
+        simulator = Simulator(90)
+        with whole(simulator, 1, room):
+            saved = MLP[0](*inputs, *settings, segment)[1]
+            found.append(MLP[1](grad, *inputs, saved, *settings, segment, True, True))
+        assert simulator.launches.count("chain_whole") == simulator.launches.count("add_sums") == launches
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("case", "cuts"),
+    [(Case(1, 1, 37, 5, True, F32, 5), (20, 33)), (Case(1, 1, 9, 3, False, F64, 1), (3, 6))],
+    ids=str,
+)
+def test_spans_in_one_launch(case: Case, cuts: tuple[int, ...]) -> None:
+    """Those that begin with a state, too, which is not saved again."""
+    simulator = Simulator(90)
+    with whole(simulator, 1):
+        check_spans(case, MLP, cuts)
+    assert "chain_backward" not in simulator.launches
+
+
 SMALL_IMAGES = [
     Case(1, 1, 4, 5, True, F32, 2, image=(5, 4)),  # rows in lanes, four samples a warp, the last warp ragged
     Case(1, 1, 3, 9, True, F32, 1, image=(4, 4)),  # no lane to spare
