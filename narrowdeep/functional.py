@@ -164,9 +164,7 @@ def _chain(
     first, last = (Affine(ends[f"{end}_weight"], ends[f"{end}_bias"]) for end in ("first", "last"))
     size = first.weight.shape[-1] if first.weight.dim() else 0
     if family.tap_dims and first.weight.dim() == 4 and (size % 2 == 0 or first.weight.shape[-2] != size):
-        raise ValueError(
-            f"first_weight must have square filters of odd size, got shape {tuple(first.weight.shape)}"
-        )
+        raise ValueError(f"first_weight must have square filters of odd size, got shape {tuple(first.weight.shape)}")
     tap = (size,) * family.tap_dims
     inputs, outputs = _check_ends(ends, family.ends, form, tap)
     width = first.weight.shape[0]

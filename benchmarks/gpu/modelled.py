@@ -66,14 +66,14 @@ def resident(warps: int, registers: int, shared: int) -> int:
     return max(1, min(limits))
 
 
-def _second_loop(sasstime: Any, cubin: bytes) -> Any:
-    """Of a kernel whose hot loop alone sums over lanes, the innermost one with the most multiply-adds that does not."""
+def _two_loops(sasstime: Any, cubin: bytes) -> tuple[Any, Any]:
+    """The innermost loops with the most multiply-adds of those that sum over lanes and of those that do not."""
     code, labels = sasstime.disassemble(cubin)
     every = sasstime.loops(code, labels)
     inner = [(a, b) for a, b in every if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in every)]
-    bodies = [code[a : b + 1] for a, b in inner]
-    others = [body for body in bodies if all(i.base != "SHFL" for i in body)]
-    return max(others, key=lambda body: sasstime.summary(body)["multiply-adds"])
+    bodies = sorted((code[a : b + 1] for a, b in inner), key=lambda body: -sasstime.summary(body)["multiply-adds"])
+    summing = [any(i.base == "SHFL" for i in body) for body in bodies]
+    return bodies[summing.index(True)], bodies[summing.index(False)]
 
 
 def model(
@@ -81,14 +81,16 @@ def model(
 ) -> Modelled | None:  # fmt: skip
     """``products``: multiply-add instructions of one layer and warp, 0 where an iteration is what counts.
 
-    ``again``: the same of a second loop over the same layers, which computes states again; 0 where there is none.
+    ``again``: the same of a second loop over the same layers, which computes their states again, while the hot loop
+    sums over lanes; 0 where there is none.
     """
     sasstime = tool()
     if sasstime is None:
         return None
-    loops = [(sasstime.hot_loop(cubin), products)]
     if again:
-        loops.append((_second_loop(sasstime, cubin), again))
+        loops = list(zip(_two_loops(sasstime, cubin), (products, again), strict=True))
+    else:
+        loops = [(sasstime.hot_loop(cubin), products)]
     found = [sasstime.summary(body) for body, _ in loops]
     layers = [
         max(1, round(f["multiply-adds"] / count)) if count else 1 for f, (_, count) in zip(found, loops, strict=True)

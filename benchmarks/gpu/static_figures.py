@@ -35,11 +35,12 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITCallable
 
 from benchmarks.gpu import modelled
-from narrowdeep.ops import triton_chain, triton_common, triton_second, triton_whole
+from narrowdeep.ops import triton_backward, triton_chain, triton_common, triton_second, triton_whole
 from narrowdeep.ops.cnn import triton as cnn
 from narrowdeep.ops.gram import triton as gram
 from narrowdeep.ops.mlp import triton as mlp
 from narrowdeep.ops.triton_common import Block
+from narrowdeep.ops.triton_sums import add_sums
 
 TABLE = Path(__file__).parents[2] / "docs" / "gpu_static.json"
 TARGETS = (75, 80, 90, 100)
@@ -125,6 +126,8 @@ def entries() -> Iterator[Entry]:
                             yield Entry(name, kernel, dtype, True, width, target)
                             if target == 90 and name == "mlp":
                                 yield Entry(name, kernel, dtype, False, width, target)
+                    if family.supported("whole", *_tensors(Entry(name, "whole", dtype, True, width, target))):
+                        yield Entry(name, "add_sums", dtype, None, width, target)
                     if width <= 16:
                         yield Entry(name, "weight_gradient", dtype, None, width, target)
                         gram_kernel = "gram_sums" if name == "mlp" else "filter_jacobians"
@@ -151,6 +154,8 @@ def _kernel(entry: Entry) -> tuple[Any, list[tuple[Block, dict[str, Any]]]]:
     if entry.kernel == "gram_sums":
         options = {"WEIGHT": True, "BIAS": True, "DIAGONAL": False, "WIDTH": n, "LAYERS": 64, "PAIRS": gram.PAIRS}
         return gram.gram_sums, [(Block(gram.PAIRS, 4), options)]
+    if entry.kernel == "add_sums":
+        return add_sums, [(Block(triton_backward.ADDED, 4), {"WIDTH": n, "BLOCK": triton_backward.ADDED})]
     if entry.kernel == "pair_sums":
         options = {"DIAGONAL": False, "PAIRS": gram.TILE_PAIRS, "ENTRIES": gram.TILE_ENTRIES}
         return gram.pair_sums, [(Block(gram.TILE_PAIRS, 4), options)]

@@ -17,7 +17,7 @@ from narrowdeep.ops.triton_packed import filters_shape
 from narrowdeep.ops.triton_sums import add_sums, sums_size
 from narrowdeep.ops.triton_whole import chain_whole
 
-_ADDED = 128
+ADDED = 128
 """Numbers that a program of ``add_sums`` adds."""
 
 
@@ -98,9 +98,9 @@ def _in_one_launch(descent: Descent, grad: Tensor, grads: list[Tensor]) -> None:
         numbers = (layers, segment if again else layers, these.phase, first, last, masked, given, known)
         these.run(chain_whole, "whole", tensors, numbers, block=block, RECOMPUTE=again, SUM=bool(grads))
         if grads:
-            grid = (triton.cdiv(sums[0].numel(), _ADDED),)
+            grid = (triton.cdiv(sums[0].numel(), ADDED),)
             parts = (g[first:last] for g in grads)
-            constants = {"WIDTH": weight.shape[1], "BLOCK": _ADDED}
+            constants = {"WIDTH": weight.shape[1], "BLOCK": ADDED}
             launch(add_sums, grid, sums, *parts, last - first, programs, num_warps=4, **constants)
 
 

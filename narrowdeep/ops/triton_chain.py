@@ -129,7 +129,7 @@ class Span:
         weight, bias = self.hidden
         return weight if self.records is None else self.records[-1 if kernel == "backward" else 0], bias
 
-    def tangents(self, given: ChainTangents) -> tuple[list[Tensor], dict[str, bool]]:
+    def tangents(self, given: ChainTangents) -> tuple[list[Tensor], dict[str, Any]]:
         """Those of the hidden weights and biases, something else where there are none, and what says so to a kernel."""
         tensors = [h if t is None else t.contiguous() for h, t in zip(self.hidden, given.hidden, strict=True)]
         return tensors, {"HAS_WEIGHT_T": given.hidden_weight is not None, "HAS_BIAS_T": given.hidden_bias is not None}

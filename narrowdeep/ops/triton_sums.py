@@ -36,8 +36,8 @@ def _meet(sums, lane, DISTANCE: tl.constexpr):
 
 
 @triton.jit
-def warp_sums(g, h, WIDTH: tl.constexpr):
-    """Sums over a warp of G h^T, (n, n), and of G, (n), one a lane; states as ROWS = 1 has them, n at most 4."""
+def _lane_sums(g, h, WIDTH: tl.constexpr):
+    """Sums over a lane's samples of G h^T and of G."""
     SPAN: tl.constexpr = len(g) // WIDTH
     sums = ()
     for i in tl.static_range(WIDTH):
@@ -51,6 +51,13 @@ def warp_sums(g, h, WIDTH: tl.constexpr):
         for s in tl.static_range(1, SPAN):
             total = total + g[i * SPAN + s]
         sums = sums + (total,)
+    return sums
+
+
+@triton.jit
+def warp_sums(g, h, WIDTH: tl.constexpr):
+    """Sums over a warp of G h^T, (n, n), and of G, (n), one a lane; states as ROWS = 1 has them, n at most 4."""
+    sums = _lane_sums(g, h, WIDTH)
     lane = tl.arange(0, 32)
     for step in tl.static_range(5):
         sums = _meet(sums, lane, 16 >> step)
@@ -90,9 +97,9 @@ def add_sums(partial_ptr, weight_ptr, bias_ptr, layers, programs, WIDTH: tl.cons
     COUNT: tl.constexpr = sums_size(WIDTH)
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     numbers = layers.to(tl.int64) * COUNT
-    total = tl.zeros((BLOCK,), partial_ptr.dtype.element_ty)
+    total = tl.zeros((BLOCK,), tl.float64)  # programs may be many
     for _ in tl.range(0, programs, loop_unroll_factor=8):
-        total += tl.load(partial_ptr + place, mask=place < numbers, other=0.0)
+        total += tl.load(partial_ptr + place, mask=place < numbers, other=0.0).to(tl.float64)
         partial_ptr += numbers
     layer = place // COUNT
     number = place % COUNT

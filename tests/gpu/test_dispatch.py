@@ -199,7 +199,7 @@ def test_launches_of_the_networks_that_kernels_are_for(batch: int) -> None:
 
 def test_a_batch_alone_decides_how_a_backward_runs() -> None:
     """Of a chain; so that spans, checkpoints and depths give the same bits."""
-    x, wide = torch.empty(4096, 1, device="meta"), torch.empty(5, 5, 5, device="meta")
+    x, wide = torch.empty(8192, 1, device="meta"), torch.empty(5, 5, 5, device="meta")
     for layers in (1, 2, 1000):
         assert mlp.supported("whole", x, wide[:1, :4, :4].expand(layers, 4, 4))
     assert not mlp.supported("whole", x[1:], wide[:, :4, :4])
@@ -322,7 +322,7 @@ def test_workspace_of_a_backward_in_one_launch(segment: int) -> None:
 
     saved = layered.forward(mlp.LINEAR, *inputs, 10.0, True, 1, 0, segment)[1]
     given.add(saved.untyped_storage().data_ptr())
-    replaced = {"launch": launch, "scratch_bytes": lambda device: 500}
+    replaced: dict[str, Any] = {"launch": launch, "scratch_bytes": lambda device: 500}
     with (
         mock.patch.object(triton_chain, "launch", launch),
         mock.patch.multiple(triton_backward, **replaced),

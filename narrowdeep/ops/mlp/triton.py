@@ -124,7 +124,7 @@ _SPLIT = 16_384
 _WHOLE = 4
 """Widest layer of which a backward may be one launch: 20 sums of a layer are added up by 32 lanes."""
 
-_WHOLE_BATCH = 4096
+_WHOLE_BATCH = 8192
 """Fewest samples for that: with fewer, segments side by side are worth more than launches and memory saved."""
 
 
