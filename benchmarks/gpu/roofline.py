@@ -25,6 +25,7 @@ DEPTH = 10_000
 SEGMENT = 100
 CLOCK = 1.83e9
 BANDWIDTH = 3.35e12
+CACHE = 50e6
 FFMA_A_CYCLE = 128
 """Of a multiprocessor."""
 HMMA_CYCLES = 8
@@ -42,15 +43,25 @@ class Work:
 def work(kernel: str, width: int) -> Work:
     """Forward: boundaries are negligible. Recompute writes h; backward reads h and writes G; sums read both.
 
-    The backward in one launch writes and reads h, and the sums of every program.
+    The backward in one launch has traffic of its own, see ``memory_of_whole``.
     """
     return {
         "forward": Work(0),
         "recompute": Work(width, DEPTH // SEGMENT),
         "backward": Work(2 * width),
         "weight_gradient": Work(2 * width, DEPTH),
-        "whole": Work(2 * width),
+        "whole": Work(0),
     }[kernel]
+
+
+def memory_of_whole(width: int, batch: int, programs: int) -> float:
+    """Seconds: h of a segment goes out and comes back, the sums of programs too.
+
+    The second-level cache keeps what was written last, and has to write that out too before it is written again.
+    """
+    segment = 4 * width * batch * SEGMENT
+    sums = 2 * 4 * (width * width + width) * programs
+    return (DEPTH / SEGMENT * max(0, 2 * segment - CACHE) + DEPTH * sums) / BANDWIDTH
 
 
 def chosen(kernel: str, width: int, batch: int) -> Block:
@@ -90,8 +101,9 @@ def times(kernel: str, width: int, batch: int) -> tuple[Block, dict[str, float]]
         programs = todo.segments * math.ceil(batch / block.samples)
     share = math.ceil(programs / MULTIPROCESSORS)
     weights = 0 if kernel == "weight_gradient" else width * width + width
-    sums = 2 * (width * width + width) * programs if kernel == "whole" else 0
-    memory = DEPTH * 4 * (weights + todo.traffic * batch + sums) / BANDWIDTH
+    memory = DEPTH * 4 * (weights + todo.traffic * batch) / BANDWIDTH
+    if kernel == "whole":
+        memory += memory_of_whole(width, batch, programs)
     if block.fragments:
         tiles = math.ceil(width / 8) ** 2 * math.ceil(batch / 16)
         arithmetic = DEPTH * 3 * tiles * HMMA_CYCLES / (4 * MULTIPROCESSORS)

@@ -294,6 +294,16 @@ def measure(entry: Entry) -> Figures:
     )
 
 
+def spilling_blocks(entry: Entry) -> list[str]:
+    """Blocks, samples/warps, of which a binary spills; of the first one ``measure`` tells."""
+    function, blocks = _kernel(entry)
+    found = []
+    for block, options in blocks[1:]:
+        if _compile(entry, function, options, block)[3]:
+            found.append(f"{block.samples}/{block.warps}")
+    return found
+
+
 def measure_all(wanted: Iterable[Entry]) -> Iterator[tuple[Entry, Figures]]:
     """In two processes, each figure as soon as it and those before it are there."""
     wanted = list(wanted)

@@ -82,7 +82,7 @@ def _in_one_launch(descent: Descent, grad: Tensor, grads: list[Tensor]) -> None:
         top = h[-1].clone()  # other segments take its place
     bounds = list(range(0, layers, step if grads else layers))
     if given and not again:  # the state that came in was not saved again: a layer by itself
-        bounds = [0, *(b or 1 for b in bounds if b or layers > 1)]
+        bounds = sorted({1 % layers, *bounds})
     for first, last in reversed(list(zip(bounds, [*bounds[1:], layers], strict=True))):
         masked = int(last < layers or end is None)
         if again:

@@ -280,7 +280,7 @@ def test_bits_of_a_backward_in_one_launch() -> None:
 def test_spans_in_one_launch(case: Case, cuts: tuple[int, ...]) -> None:
     """Those that begin with a state, too, which is not saved again."""
     simulator = Simulator(90)
-    with whole(simulator, 1):
+    with whole(simulator, 1, 1 if case.segment == 1 else 1 << 20):
         check_spans(case, MLP, cuts)
     assert "chain_backward" not in simulator.launches
 
