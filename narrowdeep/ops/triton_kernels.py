@@ -38,13 +38,13 @@ from narrowdeep.ops.triton_common import (
     zeros_like_state,
 )
 from narrowdeep.ops.triton_packed import (
-    SPARE,
     is_packed,
     layer_size,
     next_record,
     packed_product,
     read_ahead,
     record_bias,
+    spare_layers,
 )
 from narrowdeep.ops.triton_sums import sums_size, warp_sums, write_sums
 
@@ -157,7 +157,7 @@ def chain_forward(
     LAYER: tl.constexpr = layer_size(WIDTH, ROWS, TAP, len(room) == 0)
     batch *= HEIGHT * LENGTH
     matrix = WIDTH * batch
-    weight_ptr += ((SPARE if is_packed(ROWS, TAP) else 0) - phase) * LAYER
+    weight_ptr += (spare_layers(ROWS, TAP) - phase) * LAYER
     bias_ptr -= phase * WIDTH
     prefetch(weight_ptr, phase * LAYER, end * LAYER, RENORMALISE_PERIOD * LAYER, PREFETCH)
     prefetch(bias_ptr, phase * WIDTH, end * WIDTH, RENORMALISE_PERIOD * WIDTH, PREFETCH and not is_packed(ROWS, TAP))
@@ -231,7 +231,7 @@ def chain_recompute(
     start = phase + number * segment
     stop = tl.minimum(start + segment, end)
     h_ptr -= (phase + first * segment) * matrix
-    weight_ptr += ((SPARE if is_packed(ROWS, TAP) else 0) - phase) * LAYER
+    weight_ptr += (spare_layers(ROWS, TAP) - phase) * LAYER
     bias_ptr -= phase * WIDTH
     prefetch(weight_ptr, start * LAYER, end * LAYER, RENORMALISE_PERIOD * LAYER, PREFETCH)
     row_ptr = saved_ptr + (number - given) * (WORDS * matrix)
@@ -387,7 +387,7 @@ def chain_backward(
     matrix = WIDTH * batch
     h_ptr -= first * matrix
     g_ptr -= (first + 1) * matrix
-    weight_ptr += ((SPARE if is_packed(ROWS, TAP) else 0) - phase) * LAYER
+    weight_ptr += (spare_layers(ROWS, TAP) - phase) * LAYER
     total, hi, lo = enter(base_ptr, hi_ptr, lo_ptr, column, batch, MIDDLE, WIDTH, ROWS)
     if masked == 0:
         h = read_state(h_ptr + last * matrix, column, batch, WIDTH, ROWS)

@@ -34,6 +34,12 @@ def is_packed(rows, tap):
 
 
 @triton.constexpr_function
+def spare_layers(rows, tap):
+    """Records before the first layer."""
+    return SPARE.value if is_packed(rows, tap) else 0
+
+
+@triton.constexpr_function
 def layer_size(width, rows, tap, shuffled=False):
     """Numbers from a hidden layer to the next; ``shuffled``: as ``packed_filters`` has a convolution's."""
     if tap:

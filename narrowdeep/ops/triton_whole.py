@@ -14,7 +14,7 @@ import triton.language as tl
 
 from narrowdeep.ops.triton_common import enter, leave, mask_gradient, read_state
 from narrowdeep.ops.triton_kernels import LOOSE, advance, go_back
-from narrowdeep.ops.triton_packed import SPARE, is_packed, layer_size
+from narrowdeep.ops.triton_packed import layer_size, spare_layers
 from narrowdeep.ops.triton_sums import sums_size
 
 
@@ -82,7 +82,7 @@ def chain_whole(
     COUNT: tl.constexpr = WIDTH * (BLOCK // 32)
     LAYER: tl.constexpr = layer_size(WIDTH, ROWS, TAP)
     matrix = WIDTH * batch
-    weight_ptr += ((SPARE if is_packed(ROWS, TAP) else 0) - phase) * LAYER
+    weight_ptr += (spare_layers(ROWS, TAP) - phase) * LAYER
     partial_ptr += (tl.program_id(0).to(tl.int64) * (last - first) - first - 1) * sums_size(WIDTH)
     total, hi, lo = enter(base_ptr, hi_ptr, lo_ptr, column, batch, MIDDLE, WIDTH, ROWS)
     top = (last - phase - 1) // segment

@@ -182,7 +182,7 @@ def blocks(kernel: str, x: Tensor, weight: Tensor, offset: bool) -> list[Block]:
     most = table[kernel, x.dtype, offset][0 if width <= 4 else 1 if width <= 8 else 2]
     sizes = [most >> i for i in range(4) if most >> i]
     double = x.dtype == torch.float64 and (kernel.startswith("backward") or (width > 4 and target >= 80))
-    spilling = double or (target >= 100 and width <= 4)
+    spilling = double or (target >= 100 and width <= 4) or (target < 80 and width > 4)
     limit = 255 if spilling else None
     ahead = _AHEAD[x.dtype] if width <= 4 else 0
     return [Block(128 * size, 4, limit, ahead) for size in sizes] + [Block(32, 1, 255, ahead)]
