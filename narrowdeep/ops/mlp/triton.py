@@ -181,8 +181,11 @@ def blocks(kernel: str, x: Tensor, weight: Tensor, offset: bool) -> list[Block]:
     table = _SAMPLES | (_SAMPLES_BLACKWELL if target >= 100 else _SAMPLES_TURING if target < 80 else {})
     most = table[kernel, x.dtype, offset][0 if width <= 4 else 1 if width <= 8 else 2]
     sizes = [most >> i for i in range(4) if most >> i]
-    double = x.dtype == torch.float64 and (kernel.startswith("backward") or (width > 4 and target >= 80))
-    spilling = double or (target >= 100 and width <= 4) or (target < 80 and width > 4)
+    double = x.dtype == torch.float64
+    spilling = double and (kernel.startswith("backward") or (width > 4 and target >= 80))
+    spilling |= target >= 100 and width <= 4
+    if target < 80 and kernel in ("forward", "recompute"):
+        spilling |= (width > 4) != (double and kernel == "recompute")  # there it is the other way round
     limit = 255 if spilling else None
     ahead = _AHEAD[x.dtype] if width <= 4 else 0
     return [Block(128 * size, 4, limit, ahead) for size in sizes] + [Block(32, 1, 255, ahead)]
