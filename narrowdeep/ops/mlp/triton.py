@@ -169,13 +169,17 @@ def blocks(kernel: str, x: Tensor, weight: Tensor, offset: bool) -> list[Block]:
         limit = 255 if kernel == "recompute" or tangents else None
         if width > {"recompute": 64, "tangents": 16}.get(kernel, width):
             return [Block(16, 8, limit)]  # 32 samples spill up to 24 bytes on sm_80
-        return [Block(32, 4 if width <= 32 and not tangents else 8, limit)]
+        turing = (
+            triton_common.capability(x.device) < 80 and x.dtype == torch.float64
+        )  # four warps spill there
+        return [Block(32, 4 if width <= 32 and not tangents and not turing else 8, limit)]
     if kernel == "whole":
         ahead = 1 if x.dtype == torch.float32 else 0  # more would spill
         return [Block(64, 1, 255, ahead), Block(32, 1, 255, ahead)]
     if fragments(kernel, x, width, offset):
         many, few = (2, 2) if width <= 8 else (1, 2) if kernel == "forward" else (0, 0)  # more would spill
-        limit = 168 if kernel == "recompute" and width <= 8 else None  # ptxas takes 128 on sm_86 and sm_89, and spills
+        # Left alone, ptxas takes 128 on sm_86 and sm_89, and spills; and so many that three programs fit for four.
+        limit = {("recompute", False): 168, ("backward", True): 128}.get((kernel, width > 8))
         return [Block(64, 4, limit, many, True), Block(16, 1, 255, few, True)]
     target = triton_common.capability(x.device)
     table = _SAMPLES | (_SAMPLES_BLACKWELL if target >= 100 else _SAMPLES_TURING if target < 80 else {})
