@@ -169,9 +169,7 @@ def blocks(kernel: str, x: Tensor, weight: Tensor, offset: bool) -> list[Block]:
         limit = 255 if kernel == "recompute" or tangents else None
         if width > {"recompute": 64, "tangents": 16}.get(kernel, width):
             return [Block(16, 8, limit)]  # 32 samples spill up to 24 bytes on sm_80
-        turing = (
-            triton_common.capability(x.device) < 80 and x.dtype == torch.float64
-        )  # four warps spill there
+        turing = triton_common.capability(x.device) < 80 and x.dtype == torch.float64  # four warps spill there
         return [Block(32, 4 if width <= 32 and not tangents and not turing else 8, limit)]
     if kernel == "whole":
         ahead = 1 if x.dtype == torch.float32 else 0  # more would spill
