@@ -176,8 +176,9 @@ def blocks(kernel: str, x: Tensor, weight: Tensor, offset: bool) -> list[Block]:
         return [Block(64, 1, 255, ahead), Block(32, 1, 255, ahead)]
     if fragments(kernel, x, width, offset):
         many, few = (2, 2) if width <= 8 else (1, 2) if kernel == "forward" else (0, 0)  # more would spill
-        # Left alone, ptxas takes 128 on sm_86 and sm_89, and spills; and so many that three programs fit for four.
-        limit = {("recompute", False): 168, ("backward", True): 128}.get((kernel, width > 8))
+        # Left alone, ptxas takes 128 on sm_86 and sm_89, and spills; on sm_90 so many that three programs fit for four.
+        four = 128 if triton_common.capability(x.device) == 90 else 168
+        limit = {("recompute", False): 168, ("backward", True): four}.get((kernel, width > 8))
         return [Block(64, 4, limit, many, True), Block(16, 1, 255, few, True)]
     target = triton_common.capability(x.device)
     table = _SAMPLES | (_SAMPLES_BLACKWELL if target >= 100 else _SAMPLES_TURING if target < 80 else {})
