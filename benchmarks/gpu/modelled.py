@@ -67,15 +67,36 @@ def resident(warps: int, registers: int, shared: int) -> int:
     return max(1, min(limits))
 
 
-def model(cubin: bytes, warps: int, registers: int, shared: int, products: float) -> Modelled | None:
-    """``products``: multiply-add instructions of one layer and warp, 0 where an iteration is what counts."""
+def _two_loops(sasstime: Any, cubin: bytes) -> tuple[Any, Any]:
+    """The innermost loops with the most multiply-adds of those that sum over lanes and of those that do not."""
+    code, labels = sasstime.disassemble(cubin)
+    every = sasstime.loops(code, labels)
+    inner = [(a, b) for a, b in every if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in every)]
+    bodies = sorted((code[a : b + 1] for a, b in inner), key=lambda body: -sasstime.summary(body)["multiply-adds"])
+    summing = [any(i.base == "SHFL" for i in body) for body in bodies]
+    return bodies[summing.index(True)], bodies[summing.index(False)]
+
+
+def model(
+    cubin: bytes, warps: int, registers: int, shared: int, products: float, again: float = 0
+) -> Modelled | None:  # fmt: skip
+    """``products``: multiply-add instructions of one layer and warp, 0 where an iteration is what counts.
+
+    ``again``: the same of a second loop over the same layers, which computes their states again, while the hot loop
+    sums over lanes; 0 where there is none.
+    """
     sasstime = tool()
     if sasstime is None:
         return None
-    code, labels = sasstime.disassemble(cubin)
-    body = sasstime.hot_loop(cubin) if sasstime.loops(code, labels) else code
-    found = sasstime.summary(body)
-    layers = max(1, round(found["multiply-adds"] / products)) if products else 1
+    if again:
+        loops = list(zip(_two_loops(sasstime, cubin), (products, again), strict=True))
+    else:
+        code, labels = sasstime.disassemble(cubin)
+        loops = [(sasstime.hot_loop(cubin) if sasstime.loops(code, labels) else code, products)]
+    found = [sasstime.summary(body) for body, _ in loops]
+    layers = [
+        max(1, round(f["multiply-adds"] / count)) if count else 1 for f, (_, count) in zip(found, loops, strict=True)
+    ]
     times: list[dict[str, float]] = []
     for l2 in (None, L2_LATENCY):
         times.append({})
@@ -83,9 +104,13 @@ def model(cubin: bytes, warps: int, registers: int, shared: int, products: float
             if programs <= resident(warps, registers, shared):
                 schedulers = min(4, warps * programs)
                 load = {"warps": -(-warps * programs // schedulers), "schedulers": schedulers}
-                cycles = sasstime.cycles(body, l2=l2, predicated=l2, **load) / layers
+                cycles = sum(
+                    sasstime.cycles(body, l2=l2, predicated=l2, **load) / count
+                    for (body, _), count in zip(loops, layers, strict=True)
+                )
                 times[-1][str(programs)] = round(cycles, 1)
-    counts = (round(found[name] / layers, 1) for name in ("scoreboard waits", "stall cycles", "load/store wavefronts"))
+    names = ("scoreboard waits", "stall cycles", "load/store wavefronts")
+    counts = (round(sum(f[name] / n for f, n in zip(found, layers, strict=True)), 1) for name in names)
     return Modelled(registers, *counts, *times)
 
 

@@ -27,6 +27,7 @@ DEPTH = 10_000
 SEGMENT = 100
 CLOCK = 1.83e9
 BANDWIDTH = 3.35e12
+CACHE = 50e6
 FFMA_A_CYCLE = 128
 """Of a multiprocessor."""
 LAUNCH = 3e-6
@@ -46,13 +47,27 @@ class Work:
 
 
 def work(kernel: str, width: int) -> Work:
-    """Forward: boundaries are negligible. Recompute writes h; backward reads h and writes G; sums read both."""
+    """Forward: boundaries are negligible. Recompute writes h; backward reads h and writes G; sums read both.
+
+    The backward in one launch has traffic of its own, see ``memory_of_whole``.
+    """
     return {
         "forward": Work(0),
         "recompute": Work(width, DEPTH // SEGMENT),
         "backward": Work(2 * width),
         "weight_gradient": Work(2 * width, DEPTH),
+        "whole": Work(0),
     }[kernel]
+
+
+def memory_of_whole(width: int, batch: int, programs: int) -> float:
+    """Seconds: h of a segment goes out and comes back, the sums of programs too.
+
+    The second-level cache keeps what was written last, and has to write that out too before it is written again.
+    """
+    segment = 4 * width * batch * SEGMENT
+    sums = 2 * 4 * (width * width + width) * programs
+    return (DEPTH / SEGMENT * max(0, 2 * segment - CACHE) + DEPTH * sums) / BANDWIDTH
 
 
 def chosen(kernel: str, width: int, batch: int) -> Block:
@@ -97,11 +112,14 @@ def times(kernel: str, width: int, batch: int) -> tuple[Block, dict[str, float]]
     share = math.ceil(programs / MULTIPROCESSORS)
     weights = 0 if kernel == "weight_gradient" else width * width + width
     memory = DEPTH * 4 * (weights + todo.traffic * batch) / BANDWIDTH
+    if kernel == "whole":
+        memory += memory_of_whole(width, batch, programs)
     if block.fragments:
         tiles = math.ceil(width / 8) ** 2 * math.ceil(batch / 16)
         arithmetic = DEPTH * 3 * tiles * HMMA_CYCLES / (4 * MULTIPROCESSORS)
     else:
-        arithmetic = DEPTH * width * (width + (kernel == "weight_gradient")) * batch / (FFMA_A_CYCLE * MULTIPROCESSORS)
+        products = {"weight_gradient": width + 1, "whole": 3 * width + 1}.get(kernel, width)
+        arithmetic = DEPTH * width * products * batch / (FFMA_A_CYCLE * MULTIPROCESSORS)
     moved = layers * steps * share * block.warps * row["wavefronts"]
     modelled = [
         layers * steps * cycles(row, block, figures["shared"], share, kind) / CLOCK for kind in ("cycles", "cycles_l2")
@@ -183,9 +201,9 @@ def print_depth_in_parallel() -> None:
 def main() -> None:
     print("| kernel | n | B | block | memory | multiply-adds | load/store | modelled, L1 | first from L2 | expected |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    for kernel in ("forward", "recompute", "backward", "weight_gradient"):
-        for width in (4, 8, 16):
-            for batch in (128, 65_536):
+    for kernel in ("forward", "recompute", "backward", "weight_gradient", "whole"):
+        for width in (4, 8, 16) if kernel != "whole" else (4,):
+            for batch in (128, 65_536) if kernel != "whole" else (8192, 65_536):
                 block, found = times(kernel, width, batch)
                 cells = " | ".join(f"{1e3 * t:.2f}" for t in found.values())
                 expected = f"{1e3 * max(found.values()):.2f} ms"

@@ -35,11 +35,12 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITCallable
 
 from benchmarks.gpu import modelled
-from narrowdeep.ops import triton_chain, triton_common, triton_second, triton_shooting
+from narrowdeep.ops import triton_backward, triton_chain, triton_common, triton_second, triton_shooting, triton_whole
 from narrowdeep.ops.cnn import triton as cnn
 from narrowdeep.ops.gram import triton as gram
 from narrowdeep.ops.mlp import triton as mlp
 from narrowdeep.ops.triton_common import Block
+from narrowdeep.ops.triton_sums import add_sums
 
 TABLE = Path(__file__).parents[2] / "docs" / "gpu_static.json"
 TARGETS = (75, 80, 90, 100)
@@ -55,6 +56,7 @@ _CHAIN: dict[str, tuple[Any, dict[str, Any]]] = {
     "forward": (triton_chain.chain_forward, {"SAVE": 2}),
     "recompute": (triton_chain.chain_recompute, {}),
     "backward": (triton_chain.chain_backward, {"STORE": True}),
+    "whole": (triton_whole.chain_whole, {"RECOMPUTE": True, "SUM": True}),
     "jvp": (triton_chain.chain_jvp, {"HAS_WEIGHT_T": True, "HAS_BIAS_T": True}),
     "tangents": (triton_second.chain_tangents, {"HAS_WEIGHT_T": True, "HAS_BIAS_T": True, "STORE": True}),
     "backward_jvp": (triton_second.chain_backward_jvp, {"HAS_WEIGHT_T": True, "STORE": True}),
@@ -90,7 +92,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Figures:
-    """``spills`` are stack and local bytes a thread; ``fma`` the share of multiply-adds in the loop.
+    """``spills`` are stack and local bytes a thread, of sm_90 in any block; ``fma`` the loop's share of multiply-adds.
 
     ``modelled``: by block, samples/warps; empty for other targets and for plain form.
     """
@@ -113,7 +115,7 @@ def _tensors(entry: Entry) -> tuple[torch.Tensor, torch.Tensor]:
     if entry.family == "cnn":
         x, weight = torch.empty(128, 1, 7, 7, device="meta"), torch.empty(8, n, n, 3, 3, device="meta")
     else:
-        x, weight = torch.empty(128, 1, device="meta"), torch.empty(8, n, n, device="meta")
+        x, weight = torch.empty(1 << 20, 1, device="meta"), torch.empty(8, n, n, device="meta")
     return x.to(entry.dtype), weight.to(entry.dtype)
 
 
@@ -134,10 +136,12 @@ def entries() -> Iterator[Entry]:
                             if target == 90 and name == "mlp":
                                 yield Entry(name, kernel, dtype, False, width, target)
                     for kernel, (_, blocks_of, _) in _SHOOTING.items():
-                        if name == "mlp" and width <= triton_shooting.WIDEST:
+                        if name == "mlp" and width <= triton_shooting.widest(blocks_of, dtype, target):
                             yield Entry(name, kernel, dtype, True, width, target)
                             if target == 90 and blocks_of == "backward":
                                 yield Entry(name, kernel, dtype, False, width, target)
+                    if family.supported("whole", *_tensors(Entry(name, "whole", dtype, True, width, target))):
+                        yield Entry(name, "add_sums", dtype, None, width, target)
                     if width <= 16:
                         yield Entry(name, "weight_gradient", dtype, None, width, target)
                         gram_kernel = "gram_sums" if name == "mlp" else "filter_jacobians"
@@ -179,6 +183,8 @@ def _kernel(entry: Entry) -> tuple[Any, list[tuple[Block, dict[str, Any]]]]:
     if entry.kernel == "gram_sums":
         options = {"WEIGHT": True, "BIAS": True, "DIAGONAL": False, "WIDTH": n, "LAYERS": 64, "PAIRS": gram.PAIRS}
         return gram.gram_sums, [(Block(gram.PAIRS, 4), options)]
+    if entry.kernel == "add_sums":
+        return add_sums, [(Block(triton_backward.ADDED, 4), {"WIDTH": n, "BLOCK": triton_backward.ADDED})]
     if entry.kernel == "pair_sums":
         options = {"DIAGONAL": False, "PAIRS": gram.TILE_PAIRS, "ENTRIES": gram.TILE_ENTRIES}
         return gram.pair_sums, [(Block(gram.TILE_PAIRS, 4), options)]
@@ -272,29 +278,34 @@ def _compile(entry: Entry, function: Any, options: dict[str, Any], block: Block)
 
 
 def _products(entry: Entry, options: dict[str, Any], block: Block) -> float:
-    """Multiply-add instructions of a layer and warp of an MLP's chain, 0 for tiles and for all else."""
+    """Multiply-add instructions of a layer and warp in the hot loop of an MLP's chain, 0 for tiles and for all else."""
     chain = entry.kernel in _CHAIN or (entry.kernel in _SHOOTING and not entry.kernel.startswith("join"))
     if entry.family != "mlp" or not chain or options["ROWS"] == mlp.TILE:
         return 0
     if block.fragments:
         return 3 * ((entry.width + 7) // 8) ** 2
-    return (3 if entry.kernel == "jvp" else 1) * entry.width**2 * block.samples / (32 * block.warps)
+    a_lane = block.samples / (32 * block.warps)
+    if entry.kernel == "whole":  # the first product of a sum is a multiplication
+        return entry.width**2 * (2 * a_lane - 1)
+    return (3 if entry.kernel == "jvp" else 1) * entry.width**2 * a_lane
 
 
 def measure(entry: Entry) -> Figures:
     """Compile for the target and read the binary."""
     function, blocks = _kernel(entry)
-    rows = {}
+    rows, most = {}, 0
     for i, (block, options) in enumerate(blocks if _is_modelled(entry) else blocks[:1]):
         compiled, listing, registers, spills = _compile(entry, function, options, block)
         if i == 0:
-            first = (listing, registers, spills, compiled.metadata.shared)
+            first = (listing, registers, compiled.metadata.shared)
+        most = max(most, spills)
         if _is_modelled(entry):
             limits = (block.warps, registers, compiled.metadata.shared)
-            found = modelled.model(compiled.asm["cubin"], *limits, _products(entry, options, block))
+            again = entry.width**2 * block.samples / 32 if entry.kernel == "whole" else 0
+            found = modelled.model(compiled.asm["cubin"], *limits, _products(entry, options, block), again)
             if found is not None:
                 rows[f"{block.samples}/{block.warps}"] = asdict(found)
-    listing, registers, spills, shared = first
+    listing, registers, shared = first
 
     def products(mix: collections.Counter[str]) -> int:
         return sum(mix[name] for name in ("FFMA", "FFMA2", "DFMA", "HMMA", "DMMA"))
@@ -305,13 +316,23 @@ def measure(entry: Entry) -> Figures:
         samples=blocks[0][0].samples,
         warps=blocks[0][0].warps,
         registers=registers,
-        spills=spills,
+        spills=most,
         shared=shared,
         loop=mix.total(),
         fma=round(products(mix) / mix.total(), 3),
         mix=dict(sorted(mix.items(), key=lambda pair: (-pair[1], pair[0]))[:8]),
         modelled=rows,
     )
+
+
+def spilling_blocks(entry: Entry) -> list[str]:
+    """Blocks, samples/warps, of which a binary spills; of the first one ``measure`` tells."""
+    function, blocks = _kernel(entry)
+    found = []
+    for block, options in blocks[1:]:
+        if _compile(entry, function, options, block)[3]:
+            found.append(f"{block.samples}/{block.warps}")
+    return found
 
 
 def measure_all(wanted: Iterable[Entry]) -> Iterator[tuple[Entry, Figures]]:

@@ -289,9 +289,7 @@ def _start(
         return Trainer(TrainConfig(**settings), task, device=device, ranks=ranks)
     predicted = _predict(TrainConfig(**{**settings, "lr": 1.0}), task, device, asked.get("momentum"))
     predicted = ranks.first(predicted)  # which may differ in the last bits from machine to machine
-    settings.update(
-        lr=predicted.lr, momentum=predicted.momentum, predicted_loss=predicted.loss, lr_predicted=True
-    )
+    settings.update(lr=predicted.lr, momentum=predicted.momentum, predicted_loss=predicted.loss, lr_predicted=True)
     config = TrainConfig(**settings)
     if not quiet:
         typer.echo(

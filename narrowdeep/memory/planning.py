@@ -24,6 +24,7 @@ OPTIMIZER_TENSORS: dict[Optimizer, int] = {"sgd": 0, "momentum": 1, "adam": 2, "
 """Tensors of the parameters' size that an optimizer keeps. The fused ones are ``narrowdeep.optim.FusedSGD``: the
 gradients of one chunk of layers exist at a time."""
 
+
 class BudgetError(ValueError):
     """No checkpointing fits the budget. ``smallest`` is the least number of bytes that one does.
 

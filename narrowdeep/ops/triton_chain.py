@@ -6,7 +6,6 @@ Where kernels do not reach, ``layered.py`` takes their place.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,14 +15,14 @@ import triton
 from torch import Tensor
 
 from narrowdeep.ops import layered, triton_shooting
-from narrowdeep.ops.params import Affine, BackwardArgs, ChainParams, ChainSettings, ChainTangents, ForwardArgs, JvpArgs
+from narrowdeep.ops.params import Affine, ChainParams, ChainSettings, ChainTangents, ForwardArgs, JvpArgs
 from narrowdeep.ops.reference import RENORMALISE_PERIOD, saved_shape
 from narrowdeep.ops.triton_common import FRAGMENT, Block, choose_block, empty, launch, scratch_bytes
 from narrowdeep.ops.triton_kernels import chain_backward, chain_forward, chain_recompute
-from narrowdeep.ops.triton_packed import SPARE, filters_shape, is_packed, layer_size, pack, packed_filters
+from narrowdeep.ops.triton_packed import SPARE, is_packed, layer_size, pack, packed_filters
 from narrowdeep.ops.triton_tangents import chain_jvp
 
-PACKED = ("forward", "recompute", "backward")
+PACKED = ("forward", "recompute", "backward", "whole")
 """Kernels that read an MLP's hidden layers as records (``triton_packed.py``), tiles excepted."""
 
 MOST_SEGMENTS = 65_535
@@ -32,8 +31,8 @@ MOST_SEGMENTS = 65_535
 
 @dataclass(frozen=True)
 class Family:
-    """What the MLP and the convolution chain differ in on a GPU. ``kernel`` is forward, recompute, backward, jvp,
-    tangents or backward_jvp.
+    """What the MLP and the convolution chain differ in on a GPU. ``kernel`` is forward, recompute, backward, whole (a
+    backward in one launch), jvp, tangents or backward_jvp.
 
     ``x`` stands for the samples of a call: (B, any, *positions), of which shape, dtype and device are read.
     """
@@ -76,7 +75,7 @@ def packed_shape(family: Family, kernel: str, x: Tensor, weight: Tensor, offset:
     return orders, weight.shape[0] + 2 * SPARE.value, layer_size(weight.shape[1], rows, tap)
 
 
-def _padded(x: Tensor, weight: Tensor, block: Block, segments: int) -> tuple[int, ...] | None:
+def padded(x: Tensor, weight: Tensor, block: Block, segments: int) -> tuple[int, ...] | None:
     """Shape of a convolution's scratch memory: two padded states a program, unless images fit a warp."""
     if x.dim() < 4 or block.shuffled:
         return None
@@ -153,13 +152,13 @@ class Span:
         block: Block | None = None,
         **more: Any,
     ) -> None:
-        """Launch over the batch (and ``segments``) with this block, or with the one of ``name``'s that fits."""
+        """Launch over the batch (and ``segments``) with the block given or the one that fits."""
         x, weight, offset, batch = self.x, self.hidden[0], self.middle >= 0, self.x.shape[0]
 
         def start(block: Block) -> None:
             grid = (triton.cdiv(batch, block.samples), segments)
-            padded = _padded(x, weight, block, segments)
-            scratch = None if padded is None else x.new_zeros(padded)
+            shape = padded(x, weight, block, segments)
+            scratch = None if shape is None else x.new_zeros(shape)
             given = tensors
             if block.shuffled:
                 transposed = name.startswith("backward")
@@ -169,9 +168,11 @@ class Span:
             warps: dict[str, Any] = {"num_warps": block.warps, "registers": block.registers}
             launch(kernel, grid, *given, scratch, batch, *numbers, **warps, **values)
 
-        blocks = [block] if block else self.family.blocks(name, x, weight, offset)
-        key = (name, block, tuple(x.shape), tuple(weight.shape[1:]), x.dtype, offset, segments)
-        choose_block(key, blocks, batch * segments, x.device, start)
+        if block is not None:
+            start(block)
+            return
+        key = (name, tuple(x.shape), tuple(weight.shape[1:]), x.dtype, offset, segments)
+        choose_block(key, self.family.blocks(name, x, weight, offset), batch * segments, x.device, start)
 
 
 def samples(input: Tensor, first: Affine | None) -> Tensor:
@@ -261,45 +262,57 @@ class Descent:
     gradient: Tensor | None = None
     """(3, n, *positions, B), in plain form (1, n, *positions, B)."""
 
+    def span(self) -> tuple[Span, tuple[Tensor, Tensor, Tensor], int]:
+        """(what every kernel needs; base, first row and saved states as ``chain_recompute`` takes them; ``given``)."""
+        scale, offset, outputs, _ = self.settings
+        these = span(self.family, self.input, self.params, self.settings, "backward")
+        saved, given = self.saved.contiguous(), int(self.params.first is None)
+        if given:
+            state = self.input.contiguous()
+            return these, (state[0], state[-2:] if offset else state, saved), given
+        x, width = self.input.movedim(0, -1), self.params.hidden.weight.shape[1]
+        base = layered.base_of(x, width, outputs, scale) if offset else saved
+        return these, (base, saved, saved), given
+
+    def above(self, grad: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """G of the last state, whose value is h, as it comes to the kernels; keeps what a last layer will need."""
+        if self.params.last is None:
+            return words(grad)
+        self.h_last = h
+        self.r, top = layered.last_gradient(self.family.layer, grad, h, self.params.last.weight, self.settings.offset)
+        return words(top)
+
+    def first_states(self, states: tuple[Tensor, Tensor, Tensor], count: int) -> Tensor:
+        """States 0 .. count where every state was saved but the one that came in."""
+        base, row, saved = states
+        state = ((base + row[0]) + row[1])[None] if self.settings.offset else row
+        return torch.cat((state, saved[:count, 0]))
+
     def groups(self, grad: Tensor, keep_g: bool) -> Iterator[tuple[int, int, Tensor, Tensor]]:
         """(first, last, h, g): states first .. last-1 and G of first+1 .. last (if ``keep_g``), (layers, n, ...).
 
         Before the first one, ``r`` and ``h_last`` are what ``layered.last_gradients`` takes, if there is a last layer.
         """
-        segment, (scale, offset, outputs, _), end = self.segment, self.settings, self.params.last
-        these = span(self.family, self.input, self.params, self.settings, "backward")
-        saved, layers = self.saved.contiguous(), these.layers
-        given = int(self.params.first is None)
-        if given:
-            state = self.input.contiguous()
-            base, row = state[0], state[-2:] if offset else state
-        else:
-            x, width = self.input.movedim(0, -1), self.params.hidden.weight.shape[1]
-            base = layered.base_of(x, width, outputs, scale) if offset else saved
-            row = saved
+        segment, end = self.segment, self.params.last
+        these, states, given = self.span()
+        saved, layers = states[-1], these.layers
         shape = saved.shape[2:]
         for first in range((layers - 1) // self.step * self.step, -1, -self.step):
             last = min(first + self.step, layers)
             count = last - first
             if segment > 1:
                 h = empty(saved, count + (last == layers), *shape)
-                tensors: tuple[Tensor, ...] = (base, row, saved, *these.weights("recompute"), h)
+                tensors: tuple[Tensor, ...] = (*states, *these.weights("recompute"), h)
                 numbers: tuple[int, ...] = (layers, segment, these.phase, first // segment, given)
                 these.run(chain_recompute, "recompute", tensors, numbers, segments=triton.cdiv(count, segment))
             elif given and first == 0:  # the state that came in was not saved again
-                before_last = count if end is not None and last == layers else count - 1
-                h = torch.cat((((base + row[0]) + row[1])[None] if offset else row, saved[:before_last, 0]))
+                h = self.first_states(states, count if end is not None and last == layers else count - 1)
             else:
                 h = saved[first - given :, 0]
             masked = int(last < layers or end is None)
-            if self.gradient is not None:
-                before = words(self.gradient)
-            elif end is None:
-                before = words(grad)
-            else:
-                self.h_last = h[count]
-                self.r, top = layered.last_gradient(self.family.layer, grad, h[count], end.weight, offset)
-                before = words(top)
+            before = (
+                words(self.gradient) if self.gradient is not None else self.above(grad, h[0 if end is None else count])
+            )
             g = empty(saved, count, *shape) if keep_g else h
             self.gradient = triton_shooting.backward(these, before, h, g, (first, last), masked, keep_g)
             if self.gradient is None:
@@ -319,65 +332,6 @@ def layers_a_group(state: Tensor, segment: int, device: torch.device) -> int:
     """Layers whose states and gradients fit ``scratch_bytes``, a multiple of ``segment``; ``state`` is one of them."""
     bytes_a_layer = (1 if segment == 1 else 2) * state.numel() * state.element_size()
     return min(MOST_SEGMENTS, max(1, scratch_bytes(device) // (bytes_a_layer * segment))) * segment
-
-
-def workspace(family: Family, x: Tensor, weight: Tensor, offset: bool, segment: int) -> int | None:
-    """Bytes that ``backward`` takes for the weights as it reads them and for a group of layers; None: one at a time.
-
-    Only shape, dtype and device of x and of the hidden weights are read; ``segment`` is at least 1.
-    """
-    if not family.supported("backward", x, weight):
-        return None
-    layers, width = weight.shape[:2]
-    state = x.new_empty(width, *x.shape[2:], x.shape[0], device="meta")
-    step = layers_a_group(state, segment, x.device)
-
-    def scratch(kernel: str, segments: int) -> int:
-        blocks: list[Block] = []
-        choose_block((), family.blocks(kernel, x, weight, offset), x.shape[0] * segments, x.device, blocks.append)
-        return math.prod(_padded(x, weight, blocks[0], segments) or (0,))
-
-    def filters(kernel: str) -> int:
-        shuffled = family.blocks(kernel, x, weight, offset)[0].shuffled
-        return math.prod(filters_shape(weight)) if shuffled else 0
-
-    def group(count: int, states: int) -> int:
-        backward = count * state.numel() + scratch("backward", 1)
-        backward += triton_shooting.workspace(family, x, weight, offset, count)
-        if segment == 1:
-            return backward
-        return states * state.numel() + max(backward, scratch("recompute", triton.cdiv(count, segment)))
-
-    top = (layers - 1) % step + 1  # the first group has the very last state too
-    most = max(group(top, top + 1), group(step, step) if layers > step else 0)
-    records = math.prod(packed_shape(family, "backward", x, weight, offset) or (0,))
-    records += filters("backward") + (filters("recompute") if segment > 1 else 0)
-    return (most + records) * x.element_size()
-
-
-def backward(family: Family, *args: Any) -> tuple[Tensor, ...]:
-    """Gradients of the input and the six parameters of a span; with segment 0 the forward runs again first."""
-    grad, input, params, saved, settings, segment, need_input, need_params = BackwardArgs.of(args)
-    if not family.supported("backward", samples(input, params.first), params.hidden.weight):
-        return layered.backward(family.layer, *args)
-    if segment == 0:
-        segment = max(2, round(params.layers**0.5))
-        saved = forward(family, input, *params.flat(), *settings, segment)[1]
-    grads = [input.new_empty(0 if p is None or not need_params else p.shape) for p in params.flat()]
-    step = layers_a_group(input.new_empty(saved.shape[2:], device="meta"), segment, input.device)
-    descent = Descent(family, input, params, saved, settings, segment, step)
-    for begin, end, h, g in descent.groups(grad, need_params):
-        if need_params:
-            family.sum_weight_gradients(g, h, grads[2][begin:end], grads[3][begin:end])
-    if need_params and params.last is not None:
-        assert descent.r is not None
-        assert descent.h_last is not None
-        layered.last_gradients(family.layer, descent.r, descent.h_last, grads[4:])
-    if params.first is None:
-        assert descent.gradient is not None
-        return descent.gradient if need_input else input.new_empty(0), *grads
-    ends = params.first.weight, grads[:2] if need_params else [], settings.scale, settings.offset
-    return layered.first_gradients(family.layer, descent.full(), input.movedim(0, -1), *ends, need_input), *grads
 
 
 def jvp(family: Family, *args: Any) -> Tensor:

@@ -131,10 +131,17 @@ def launch(
         kernel[grid](*args, num_warps=num_warps, **constants)
 
 
+def fitting_block(options: list[Block], samples: int, device: torch.device) -> Block:
+    """The first of ``options`` that gives every multiprocessor work, or the last."""
+    least = 4 * multiprocessors(device)  # warps
+    fitting = [block for block in options if samples * block.warps >= least * block.samples]
+    return fitting[0] if fitting else options[-1]
+
+
 def choose_block(
     key: tuple, options: list[Block], samples: int, device: torch.device, start: Callable[[Block], None]
 ) -> None:
-    """``start(block)`` with the first of ``options`` that gives every multiprocessor work, or with the last.
+    """``start(block)`` with the ``fitting_block``.
 
     Under ``autotune`` with the fastest one; ``start`` is then called several times, so it must not change its inputs.
     """
@@ -149,9 +156,7 @@ def choose_block(
             _best[key] = min(times, key=lambda pair: pair[0])[1]
         start(_best[key])
         return
-    least = 4 * multiprocessors(device)  # warps
-    fitting = [block for block in options if samples * block.warps >= least * block.samples]
-    start(fitting[0] if fitting else options[-1])
+    start(fitting_block(options, samples, device))
 
 
 @triton.jit
@@ -192,8 +197,9 @@ def fragment_place(column, batch, i: tl.constexpr, WIDTH: tl.constexpr):
     unit = fragment_unit(i, column.shape[0])
     sample = column + i % 4 // 2 * 8
     inside = sample < batch
-    if i // 4 * 8 + 8 > WIDTH:
-        inside = inside & (unit < WIDTH)
+    LEFT: tl.constexpr = (WIDTH - i // 4 * 8 - i % 2 + 1) // 2
+    if LEFT < 4:  # lanes of four with such a unit: often as many of both units, so that a predicate serves both
+        inside = inside & (tl.arange(0, column.shape[0]) % 4 < LEFT)
     return unit * batch + sample, inside
 
 
@@ -234,20 +240,39 @@ def read_state(ptr, column, batch, WIDTH: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def enter(base_ptr, hi_ptr, column, batch, MIDDLE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
-    """(base + hi, hi) of a state, a gradient or a tangent.
+def read_near(ptr, column, batch, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    """``read_state`` of an MLP without a mask (predicates are seven): outside, what the nearest inside has."""
+    state = ()
+    for i in tl.static_range(entry_count(WIDTH, ROWS) * len(column[0])):
+        if ROWS == FRAGMENT:
+            unit = tl.minimum(fragment_unit(i, column[0][0].shape[0]), WIDTH - 1)
+            sample = column[0][0] + i % 4 // 2 * 8
+        else:
+            unit = i // len(column[0])
+            sample = column[0][i % len(column[0])]
+        state = state + (tl.load(ptr + unit * batch + tl.minimum(sample, batch - 1)),)
+    return state
+
+
+@triton.jit
+def enter(base_ptr, hi_ptr, lo_ptr, column, batch, MIDDLE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    """(base + hi, hi, lo) of a state, a gradient or a tangent; three times lo in plain form.
 
     The middle unit's hi never changes; one sample a lane, it takes no register: 0 stands for it.
     """
-    total = ()
-    hi = ()
-    for i in tl.static_range(entry_count(WIDTH, ROWS) * len(column[0])):
-        entry = read_entry(hi_ptr, column, batch, i, WIDTH, ROWS)
-        total = total + (read_entry(base_ptr, column, batch, i, WIDTH, ROWS) + entry,)
-        if ROWS == 1 and i // len(column[0]) == MIDDLE:
-            entry = tl.zeros_like(entry)
-        hi = hi + (entry,)
-    return total, hi
+    lo = read_state(lo_ptr, column, batch, WIDTH, ROWS)
+    total = lo
+    hi = lo
+    if MIDDLE >= 0:
+        total = ()
+        hi = ()
+        for i in tl.static_range(entry_count(WIDTH, ROWS) * len(column[0])):
+            entry = read_entry(hi_ptr, column, batch, i, WIDTH, ROWS)
+            total = total + (read_entry(base_ptr, column, batch, i, WIDTH, ROWS) + entry,)
+            if ROWS == 1 and i // len(column[0]) == MIDDLE:
+                entry = tl.zeros_like(entry)
+            hi = hi + (entry,)
+    return total, hi, lo
 
 
 @triton.jit

@@ -139,11 +139,11 @@ def backward_workspace(x: Tensor, hidden_weight: Tensor, offset: bool, segment: 
     """
     if unusable(x.device):
         return None
-    from narrowdeep.ops import triton_chain
+    from narrowdeep.ops import triton_backward
     from narrowdeep.ops.cnn.triton import FAMILY as CNN
     from narrowdeep.ops.mlp.triton import FAMILY as MLP
 
-    return triton_chain.workspace(CNN if x.dim() == 4 else MLP, x, hidden_weight, offset, segment)
+    return triton_backward.workspace(CNN if x.dim() == 4 else MLP, x, hidden_weight, offset, segment)
 
 
 def triton_status() -> dict[str, Any]:

@@ -20,6 +20,7 @@ import triton.language as tl
 
 from narrowdeep.ops.triton_affine import affine, lanes
 from narrowdeep.ops.triton_common import (
+    FRAGMENT,
     RENORMALISE_PERIOD,
     add_skip,
     add_states,
@@ -30,6 +31,7 @@ from narrowdeep.ops.triton_common import (
     mask_gradient,
     prefetch,
     read_bias,
+    read_near,
     read_state,
     renormalise,
     write_state,
@@ -44,13 +46,14 @@ from narrowdeep.ops.triton_packed import (
     record_bias,
     spare_layers,
 )
+from narrowdeep.ops.triton_sums import sums_size, warp_sums, write_sums
 
 LOOSE = ["batch", "layers", "segment", "phase", "first", "last", "given", "masked", "count"]
 """Integers that must not make another kernel."""
 
 
 @triton.jit
-def _advance(
+def advance(
     total,
     hi,
     lo,
@@ -157,13 +160,8 @@ def chain_forward(
     weight_ptr += (spare_layers(ROWS, TAP) - phase) * LAYER
     bias_ptr -= phase * WIDTH
     prefetch(weight_ptr, phase * LAYER, end * LAYER, RENORMALISE_PERIOD * LAYER, PREFETCH)
-    prefetch(bias_ptr, phase * WIDTH, end * WIDTH, RENORMALISE_PERIOD * WIDTH, PREFETCH)
-    lo = read_state(lo_ptr, column, batch, WIDTH, ROWS)
-    if OFFSET:
-        total, hi = enter(base_ptr, hi_ptr, column, batch, MIDDLE, WIDTH, ROWS)
-    else:
-        total = lo
-        hi = lo
+    prefetch(bias_ptr, phase * WIDTH, end * WIDTH, RENORMALISE_PERIOD * WIDTH, PREFETCH and not is_packed(ROWS, TAP))
+    total, hi, lo = enter(base_ptr, hi_ptr, lo_ptr, column, batch, MIDDLE, WIDTH, ROWS)
     if SAVE == 1:
         saved_ptr -= phase * matrix
     for start in range(phase, end, segment):
@@ -174,7 +172,7 @@ def chain_forward(
                 saved_ptr += matrix
             write_state(saved_ptr, lo, column, batch, WIDTH, ROWS)
             saved_ptr += matrix
-        total, hi, lo = _advance(
+        total, hi, lo = advance(
             total, hi, lo, base_ptr, weight_ptr, bias_ptr, saved_ptr, start, stop, end, column, batch, room,
             MIDDLE, WIDTH, ROWS, TAP, HEIGHT, LENGTH, BLOCK, SAVE == 1, AHEAD, PREFETCH,
         )  # fmt: skip
@@ -239,19 +237,105 @@ def chain_recompute(
     row_ptr = saved_ptr + (number - given) * (WORDS * matrix)
     if number < given:
         row_ptr = given_ptr
-    lo = read_state(row_ptr + (WORDS - 1) * matrix, column, batch, WIDTH, ROWS)
-    if OFFSET:
-        total, hi = enter(base_ptr, row_ptr, column, batch, MIDDLE, WIDTH, ROWS)
-    else:
-        total = lo
-        hi = lo
-    total, hi, lo = _advance(
+    total, hi, lo = enter(base_ptr, row_ptr, row_ptr + (WORDS - 1) * matrix, column, batch, MIDDLE, WIDTH, ROWS)
+    total, hi, lo = advance(
         total, hi, lo, base_ptr, weight_ptr, bias_ptr, h_ptr, start, stop, end, column, batch, room,
         MIDDLE, WIDTH, ROWS, TAP, HEIGHT, LENGTH, BLOCK, True, AHEAD, PREFETCH,
     )  # fmt: skip
     if stop == end:
         h = add_states(total, lo, COUNT) if OFFSET else lo
         write_state(h_ptr + end * matrix, h, column, batch, WIDTH, ROWS)
+
+
+@triton.jit
+def go_back(
+    total,
+    hi,
+    lo,
+    base_ptr,
+    weight_ptr,
+    h_ptr,
+    g_ptr,
+    first,
+    last,
+    phase,
+    end,
+    column,
+    batch,
+    room,
+    STORE: tl.constexpr,
+    SUM: tl.constexpr,
+    MIDDLE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    TAP: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    LENGTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    AHEAD: tl.constexpr,
+    PREFETCH: tl.constexpr,
+):
+    """Take G = (total, hi, lo) from state last to state first, with total = base + hi, past the ReLU of state last.
+
+    STORE: write G of state s to g_ptr[s], SUM: the gradients of layer s, which ends in state s, instead.
+    """
+    OFFSET: tl.constexpr = MIDDLE >= 0
+    COUNT: tl.constexpr = len(lo)
+    LAYER: tl.constexpr = layer_size(WIDTH, ROWS, TAP, len(room) == 0)
+    PACKED: tl.constexpr = is_packed(ROWS, TAP)
+    LANES: tl.constexpr = lo[0].shape[0]
+    matrix = WIDTH * batch
+    below = tl.maximum(last - RENORMALISE_PERIOD, phase) * LAYER
+    prefetch(weight_ptr, below, end * LAYER, RENORMALISE_PERIOD * LAYER, PREFETCH)
+    if PACKED:
+        ahead = read_ahead(weight_ptr + (last - 1) * LAYER, -LAYER, WIDTH, ROWS, False, AHEAD, LANES)
+    read: tl.constexpr = read_near if ROWS == FRAGMENT or SUM else read_state  # G is 0 where a state is outside
+    row_ptr = h_ptr + (last - 1) * matrix
+    if AHEAD > 0:
+        next_h = read(row_ptr, column, batch, WIDTH, ROWS)
+    if SUM:
+        sums = tl.zeros_like(lo[0])
+        sums_ptr = g_ptr + (last + 1) * sums_size(WIDTH)
+    for down in range(0, last // RENORMALISE_PERIOD - (first + 1) // RENORMALISE_PERIOD + 1):
+        chunk = last // RENORMALISE_PERIOD - down
+        low = tl.maximum(chunk * RENORMALISE_PERIOD, first + 1)
+        high = tl.minimum(chunk * RENORMALISE_PERIOD + RENORMALISE_PERIOD - 1, last)
+        below = tl.maximum(low - 1 - RENORMALISE_PERIOD, phase) * LAYER
+        prefetch(weight_ptr, below, end * LAYER, RENORMALISE_PERIOD * LAYER, PREFETCH)
+        started = high < last
+        more = (high - first - 1).to(tl.int32)  # layers after this one
+        for i in tl.range(0, (high - low + 1).to(tl.int32), loop_unroll_factor=2 * AHEAD if AHEAD else 1):
+            s = high - i
+            full = add_states(total, lo, COUNT) if OFFSET else lo
+            if STORE:
+                write_state(g_ptr + s * matrix, full, column, batch, WIDTH, ROWS)
+            if AHEAD > 0:
+                h = next_h
+                row_ptr -= tl.where(i < more, matrix, 0)
+                next_h = read(row_ptr, column, batch, WIDTH, ROWS)
+            else:
+                h = read(row_ptr, column, batch, WIDTH, ROWS)
+                row_ptr -= matrix
+            if SUM:  # those of the layer before: no load can come before a store that waits for sums
+                write_sums(sums_ptr, sums, started | (i > 0), WIDTH)
+                sums = warp_sums(full, h, WIDTH)
+                sums_ptr -= sums_size(WIDTH)
+            weight = weight_ptr + (s - 1 - AHEAD) * LAYER
+            zeros = zeros_like_state(lo, COUNT)
+            if PACKED:
+                record, ahead = next_record(ahead, weight, WIDTH, ROWS, False, AHEAD, LANES)
+                grad = packed_product(record, full, zeros, WIDTH, ROWS, True)
+            else:
+                grad = affine(weight, full, zeros, room, s % 2, WIDTH, ROWS, True, TAP, HEIGHT, LENGTH, BLOCK)
+            if OFFSET:
+                grad = add_skip(grad, lo, MIDDLE, COUNT, ROWS, len(column[0]))
+            lo = mask_gradient(h, grad, total, OFFSET, COUNT)
+        if OFFSET:
+            if low % RENORMALISE_PERIOD == 0:
+                total, hi, lo = renormalise(base_ptr, total, hi, lo, column, batch, MIDDLE, WIDTH, ROWS)
+    if SUM:
+        write_sums(sums_ptr, sums, first < last, WIDTH)
+    return total, hi, lo
 
 
 @triton.jit(do_not_specialize=LOOSE)
@@ -289,7 +373,6 @@ def chain_backward(
     state first.
     """
     OFFSET: tl.constexpr = MIDDLE >= 0
-    PACKED: tl.constexpr = is_packed(ROWS, TAP)
     batch = batch.to(tl.int64)
     phase = phase.to(tl.int64)
     end = layers.to(tl.int64) + phase
@@ -305,49 +388,12 @@ def chain_backward(
     h_ptr -= first * matrix
     g_ptr -= (first + 1) * matrix
     weight_ptr += (spare_layers(ROWS, TAP) - phase) * LAYER
-    below = tl.maximum(last - RENORMALISE_PERIOD, phase) * LAYER
-    prefetch(weight_ptr, below, end * LAYER, RENORMALISE_PERIOD * LAYER, PREFETCH)
-    lo = read_state(lo_ptr, column, batch, WIDTH, ROWS)
-    if OFFSET:
-        total, hi = enter(base_ptr, hi_ptr, column, batch, MIDDLE, WIDTH, ROWS)
-    else:
-        total = lo
-        hi = lo
+    total, hi, lo = enter(base_ptr, hi_ptr, lo_ptr, column, batch, MIDDLE, WIDTH, ROWS)
     if masked == 0:
         h = read_state(h_ptr + last * matrix, column, batch, WIDTH, ROWS)
         lo = mask_gradient(h, lo, total, OFFSET, COUNT)
-    LANES: tl.constexpr = lo[0].shape[0]
-    if PACKED:
-        ahead = read_ahead(weight_ptr + (last - 1) * LAYER, -LAYER, WIDTH, ROWS, False, AHEAD, LANES)
-    if AHEAD > 0:
-        next_h = read_state(h_ptr + (last - 1) * matrix, column, batch, WIDTH, ROWS)
-    for down in range(0, last // RENORMALISE_PERIOD - (first + 1) // RENORMALISE_PERIOD + 1):
-        chunk = last // RENORMALISE_PERIOD - down
-        low = tl.maximum(chunk * RENORMALISE_PERIOD, first + 1)
-        high = tl.minimum(chunk * RENORMALISE_PERIOD + RENORMALISE_PERIOD - 1, last)
-        below = tl.maximum(low - 1 - RENORMALISE_PERIOD, phase) * LAYER
-        prefetch(weight_ptr, below, end * LAYER, RENORMALISE_PERIOD * LAYER, PREFETCH)
-        for i in tl.range(0, high - low + 1, loop_unroll_factor=2 * AHEAD if AHEAD else 1):
-            s = high - i
-            full = add_states(total, lo, COUNT) if OFFSET else lo
-            if STORE:
-                write_state(g_ptr + s * matrix, full, column, batch, WIDTH, ROWS)
-            if AHEAD > 0:
-                h = next_h
-                next_h = read_state(h_ptr + tl.maximum(s - 2, first) * matrix, column, batch, WIDTH, ROWS)
-            else:
-                h = read_state(h_ptr + (s - 1) * matrix, column, batch, WIDTH, ROWS)
-            weight = weight_ptr + (s - 1 - AHEAD) * LAYER
-            zeros = zeros_like_state(lo, COUNT)
-            if PACKED:
-                record, ahead = next_record(ahead, weight, WIDTH, ROWS, False, AHEAD, LANES)
-                grad = packed_product(record, full, zeros, WIDTH, ROWS, True)
-            else:
-                grad = affine(weight, full, zeros, room, s % 2, WIDTH, ROWS, True, TAP, HEIGHT, LENGTH, BLOCK)
-            if OFFSET:
-                grad = add_skip(grad, lo, MIDDLE, COUNT, ROWS, len(column[0]))
-            lo = mask_gradient(h, grad, total, OFFSET, COUNT)
-        if OFFSET:
-            if low % RENORMALISE_PERIOD == 0:
-                total, hi, lo = renormalise(base_ptr, total, hi, lo, column, batch, MIDDLE, WIDTH, ROWS)
+    total, hi, lo = go_back(
+        total, hi, lo, base_ptr, weight_ptr, h_ptr, g_ptr, first, last, phase, end, column, batch, room,
+        STORE, False, MIDDLE, WIDTH, ROWS, TAP, HEIGHT, LENGTH, BLOCK, AHEAD, PREFETCH,
+    )  # fmt: skip
     leave(result_ptr, base_ptr, hi_ptr, hi, lo, column, batch, MIDDLE, WIDTH, ROWS)

@@ -36,7 +36,7 @@ def is_packed(rows, tap):
 @triton.constexpr_function
 def spare_layers(rows, tap):
     """Records before the first layer."""
-    return SPARE.value if rows in (1, 8) and tap == 0 else 0
+    return SPARE.value if is_packed(rows, tap) else 0
 
 
 @triton.constexpr_function
@@ -247,7 +247,7 @@ def multiply(left, i: tl.constexpr, first, second, total):
 def packed_product(
     record, state, START, WIDTH: tl.constexpr, ROWS: tl.constexpr, TRANSPOSED: tl.constexpr
 ):  # fmt: skip
-    """START + W state, or START + W^T state; START is a tuple of entries or of scalars.
+    """START + W state, or START + W^T state; START has an entry a unit or an entry for each of the state's.
 
     Fragments are transposed in memory.
     """
@@ -271,10 +271,11 @@ def packed_product(
                 small = multiply(rests, k, tile[0], tile[1], small)
             result = result + (large[0] + small[0], large[1] + small[1], large[2] + small[2], large[3] + small[3])
     else:
-        for i in tl.static_range(WIDTH):
-            total = tl.broadcast_to(START[i], state[0].shape)
+        SPAN: tl.constexpr = len(state) // WIDTH
+        for i in tl.static_range(len(state)):
+            total = tl.broadcast_to(START[i * len(START) // len(state)], state[0].shape)
             for k in tl.static_range(WIDTH):
-                weight = record[k * WIDTH + i if TRANSPOSED else i * WIDTH + k]
-                total = tl.fma(tl.broadcast_to(weight, state[k].shape), state[k], total)
+                weight = record[k * WIDTH + i // SPAN if TRANSPOSED else i // SPAN * WIDTH + k]
+                total = tl.fma(tl.broadcast_to(weight, state[0].shape), state[k * SPAN + i % SPAN], total)
             result = result + (total,)
     return result

@@ -16,7 +16,6 @@ from narrowdeep.ops.triton_common import (
     entry_count,
     leave,
     prefetch,
-    read_state,
     renormalise,
     two_sum,
     write_state,
@@ -150,8 +149,7 @@ def chain_segments(
         if (number > 0) & (turn > 0):
             start_hi_ptr = starts_ptr + (number - 1) * (2 * matrix)
             start_lo_ptr = start_hi_ptr + matrix
-        lo = read_state(start_lo_ptr, column, batch, WIDTH, ROWS)
-        total, hi = enter(base_ptr, start_hi_ptr, column, batch, MIDDLE, WIDTH, ROWS)
+        total, hi, lo = enter(base_ptr, start_hi_ptr, start_lo_ptr, column, batch, MIDDLE, WIDTH, ROWS)
         pushed = zeros_like_state(lo, COUNT)
         first = (start - phase) // segment
         if SAVE == 1:

@@ -51,6 +51,12 @@ _JOINED = 1024
 _JOIN_GRADIENTS = {"num_warps": 1, "registers": 255}
 
 
+def widest(kernel: str, dtype: torch.dtype, target: int) -> int:
+    """Widest layer whose depth ``kernel`` takes in parallel on sm_``target``."""
+    # There the unit vectors of wider layers spill.
+    return 4 if kernel == "backward" and dtype == torch.float64 and 80 <= target < 90 else WIDEST
+
+
 def limits() -> dict[str, str]:
     """Of forward and backward, in words: what is taken with segments side by side."""
     most = {kernel: RESIDENT * 32 // least for kernel, least in LEAST_SEGMENTS.items()}
@@ -58,8 +64,8 @@ def limits() -> dict[str, str]:
     return {
         "forward": f"offset form, width <= {WIDEST}, scale >= {LEAST_SCALE:g}, {LEAST_LAYERS['forward']} hidden layers "
         f"or more, up to {most['forward']} samples {halves}; in order where segments do not meet",
-        "backward": f"width <= {WIDEST}, {LEAST_LAYERS['backward']} layers or more at a time, "
-        f"up to {most['backward']} / width samples {halves}",
+        "backward": f"width <= {WIDEST} (float64 on sm_80 to 89: 4), {LEAST_LAYERS['backward']} layers or more at a "
+        f"time, up to {most['backward']} / width samples {halves}",
     }
 
 
@@ -68,7 +74,8 @@ def segment_length(kernel: str, family: Family, x: Tensor, weight: Tensor, offse
 
     ``kernel`` is forward or backward, the rest as ``triton_chain.Family`` has it; shapes and device decide.
     """
-    if weight.dim() > 3 or weight.shape[1] > WIDEST or layers < LEAST_LAYERS[kernel]:
+    most = widest(kernel, x.dtype, triton_common.capability(x.device))
+    if weight.dim() > 3 or weight.shape[1] > most or layers < LEAST_LAYERS[kernel]:
         return 0
     programs = triton.cdiv(x.shape[0], family.blocks(kernel, x, weight, offset)[-1].samples)
     programs *= weight.shape[1] if kernel == "backward" else 1

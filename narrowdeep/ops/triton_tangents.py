@@ -67,7 +67,7 @@ def _advance_tangents(
     STORE: tl.constexpr,
     PREFETCH: tl.constexpr,
 ):
-    """``triton_kernels._advance`` of a state and its tangent. STORE: their values go to h_ptr[s] and t_ptr[s]."""
+    """``triton_kernels.advance`` of a state and its tangent. STORE: their values go to h_ptr[s] and t_ptr[s]."""
     OFFSET: tl.constexpr = MIDDLE >= 0
     COUNT: tl.constexpr = len(lo)
     LAYER: tl.constexpr = layer_size(WIDTH, 0, TAP, len(room) == 0)
@@ -156,16 +156,8 @@ def chain_jvp(
     bias_ptr -= phase * WIDTH
     weight_t_ptr -= phase * LAYER
     bias_t_ptr -= phase * WIDTH
-    lo = read_state(lo_ptr, column, batch, WIDTH, ROWS)
-    lo_t = read_state(lo_t_ptr, column, batch, WIDTH, ROWS)
-    if OFFSET:
-        total, hi = enter(base_ptr, hi_ptr, column, batch, MIDDLE, WIDTH, ROWS)
-        total_t, hi_t = enter(base_t_ptr, hi_t_ptr, column, batch, MIDDLE, WIDTH, ROWS)
-    else:
-        total = lo
-        hi = lo
-        total_t = lo_t
-        hi_t = lo_t
+    total, hi, lo = enter(base_ptr, hi_ptr, lo_ptr, column, batch, MIDDLE, WIDTH, ROWS)
+    total_t, hi_t, lo_t = enter(base_t_ptr, hi_t_ptr, lo_t_ptr, column, batch, MIDDLE, WIDTH, ROWS)
     prefetch(weight_ptr, phase * LAYER, end * LAYER, RENORMALISE_PERIOD * LAYER, PREFETCH)
     total, hi, lo, total_t, hi_t, lo_t = _advance_tangents(
         total, hi, lo, total_t, hi_t, lo_t, base_ptr, base_t_ptr, weight_ptr, bias_ptr, weight_t_ptr, bias_t_ptr,
@@ -245,16 +237,8 @@ def chain_tangents(
         lo_ptr = hi_ptr + (WORDS - 1) * matrix
         hi_t_ptr = hi_ptr + WORDS * matrix
         lo_t_ptr = lo_ptr + WORDS * matrix
-    lo = read_state(lo_ptr, column, batch, WIDTH, ROWS)
-    lo_t = read_state(lo_t_ptr, column, batch, WIDTH, ROWS)
-    if OFFSET:
-        total, hi = enter(base_ptr, hi_ptr, column, batch, MIDDLE, WIDTH, ROWS)
-        total_t, hi_t = enter(base_t_ptr, hi_t_ptr, column, batch, MIDDLE, WIDTH, ROWS)
-    else:
-        total = lo
-        hi = lo
-        total_t = lo_t
-        hi_t = lo_t
+    total, hi, lo = enter(base_ptr, hi_ptr, lo_ptr, column, batch, MIDDLE, WIDTH, ROWS)
+    total_t, hi_t, lo_t = enter(base_t_ptr, hi_t_ptr, lo_t_ptr, column, batch, MIDDLE, WIDTH, ROWS)
     for i in range(number, number + count):
         start = phase + i * segment
         stop = tl.minimum(start + segment, end)
@@ -337,16 +321,8 @@ def chain_backward_jvp(
     weight_t_ptr -= phase * LAYER
     ahead = tl.maximum(last - RENORMALISE_PERIOD, phase) * LAYER
     prefetch(weight_ptr, ahead, end * LAYER, RENORMALISE_PERIOD * LAYER, PREFETCH)
-    lo = read_state(lo_ptr, column, batch, WIDTH, ROWS)
-    lo_t = read_state(lo_t_ptr, column, batch, WIDTH, ROWS)
-    if OFFSET:
-        total, hi = enter(base_ptr, hi_ptr, column, batch, MIDDLE, WIDTH, ROWS)
-        total_t, hi_t = enter(base_t_ptr, hi_t_ptr, column, batch, MIDDLE, WIDTH, ROWS)
-    else:
-        total = lo
-        hi = lo
-        total_t = lo_t
-        hi_t = lo_t
+    total, hi, lo = enter(base_ptr, hi_ptr, lo_ptr, column, batch, MIDDLE, WIDTH, ROWS)
+    total_t, hi_t, lo_t = enter(base_t_ptr, hi_t_ptr, lo_t_ptr, column, batch, MIDDLE, WIDTH, ROWS)
     if masked == 0:
         h = read_state(h_ptr + last * matrix, column, batch, WIDTH, ROWS)
         lo = mask_gradient(h, lo, total, OFFSET, COUNT)

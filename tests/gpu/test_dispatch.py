@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="needs Triton")
 
-from narrowdeep.ops import layered, triton_chain, triton_dispatch, triton_shooting
+from narrowdeep.ops import layered, triton_backward, triton_chain, triton_dispatch, triton_shooting
 from narrowdeep.ops.cnn import triton as cnn
 from narrowdeep.ops.gram import triton as gram
 from narrowdeep.ops.mlp import triton as mlp
@@ -126,6 +126,7 @@ def counted() -> Iterator[Work]:
     with (
         mock.patch.multiple(triton_chain, **replaced),
         mock.patch.multiple(triton_shooting, **replaced),
+        mock.patch.multiple(triton_backward, **replaced),
         mock.patch.multiple(mlp, **replaced),
         mock.patch.multiple(cnn, **replaced),
         work,
@@ -175,6 +176,38 @@ def test_torch_does_no_more_where_there_are_more_groups(image: tuple[int, ...]) 
         rest.append([name for name in work.kernels if name not in ours])
     assert rest[0] == rest[1]
     assert image or len(rest[0]) <= 40
+
+
+@pytest.mark.parametrize("batch", [128, 8192, 65_536])
+def test_launches_of_the_networks_that_kernels_are_for(batch: int) -> None:
+    """n = 4, 10,000 layers, segments of 100, forward and backward; shapes alone are needed."""
+    n, layers = 4, 9998
+    inputs: Any = [
+        torch.empty(shape, device="meta") for shape in ((batch, 2), (n, 2), (n,), (layers, n, n), (layers, n))
+    ]
+    inputs += [torch.empty(1, n, device="meta"), torch.empty(1, device="meta")]
+    with counted() as work:
+        out, saved = mlp.mlp_forward(*inputs, 1e4, True, 1, 0, 100)
+        mlp.mlp_backward(out, *inputs, saved, 1e4, True, 1, 0, 100, True, True)
+    prefixes = ("pack", "chain_", "join_", "backward_", "weight_gradient", "add_sums")
+    ours = [name for name in work.kernels if name.startswith(prefixes)]
+    forward, back = ["chain_forward"], ["chain_recompute", *["chain_whole", "add_sums"] * (4 if batch == 8192 else 13)]
+    if batch == 128:  # depth in parallel, six turns at most; two groups
+        forward = [*["chain_segments", "join_states"] * 6, "chain_sequential"]
+        gradient = ["backward_segments", "join_gradients", "backward_segments"]
+        back = ["chain_recompute", *gradient, "weight_gradient"] * 2
+    assert ours == ["pack", *forward, "pack", *back]
+    assert len(work.kernels) - len(ours) <= 40
+
+
+def test_a_batch_alone_decides_how_a_backward_runs() -> None:
+    """Of a chain; so that spans, checkpoints and depths give the same bits."""
+    x, wide = torch.empty(8192, 1, device="meta"), torch.empty(5, 5, 5, device="meta")
+    for layers in (1, 2, 1000):
+        assert mlp.supported("whole", x, wide[:1, :4, :4].expand(layers, 4, 4))
+    assert not mlp.supported("whole", x[1:], wide[:, :4, :4])
+    assert not mlp.supported("whole", x, wide)
+    assert not cnn.supported("whole", torch.empty(4096, 1, 2, 2, device="meta"), torch.empty(2, 3, 3, 3, 3))
 
 
 @pytest.mark.parametrize("offset", [True, False], ids=["offset", "plain"])
@@ -269,7 +302,37 @@ def test_workspace_is_what_a_backward_allocates(image: tuple[int, ...], segment:
         step = triton_chain.layers_a_group(saved[0, 0], segment, x.device)
         walk = triton_chain.Descent(family, x, ChainParams.of(params), saved, settings, segment, step)
         list(walk.groups(torch.ones(5, 1, dtype=torch.float32), True))
-        assert triton_chain.workspace(family, x, params[2], True, segment) == most
+        assert triton_backward.workspace(family, x, params[2], True, segment) == most
+
+
+@pytest.mark.parametrize("segment", [1, 2, 30])
+def test_workspace_of_a_backward_in_one_launch(segment: int) -> None:
+    """Records, a segment's states and the sums of all programs, in several launches."""
+    inputs: Any = draw_inputs(Case(1, 1, 9, 70, True, torch.float32, segment))
+    given = {t.untyped_storage().data_ptr() for t in inputs}
+    seen: dict[int, int] = {}
+    most = 0
+
+    def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **_: Any) -> None:
+        nonlocal most
+        named = dict(zip(kernel.arg_names, args, strict=False))
+        for name in ("packed_ptr", "h_ptr"):
+            if name in named and named[name].untyped_storage().data_ptr() not in given:
+                storage = named[name].untyped_storage()
+                seen[storage.data_ptr()] = storage.nbytes()
+        sums = named.get("partial_ptr")
+        most = max(most, sum(seen.values()) + (0 if sums is None else sums.numel() * sums.element_size()))
+
+    saved = layered.forward(mlp.LINEAR, *inputs, 10.0, True, 1, 0, segment)[1]
+    given.add(saved.untyped_storage().data_ptr())
+    replaced: dict[str, Any] = {"launch": launch, "scratch_bytes": lambda device: 500}
+    with (
+        mock.patch.object(triton_chain, "launch", launch),
+        mock.patch.multiple(triton_backward, **replaced),
+        mock.patch.object(mlp, "_WHOLE_BATCH", 1),
+    ):
+        mlp.mlp_backward(torch.ones(70, 1), *inputs, saved, 10.0, True, 1, 0, segment, True, True)
+        assert triton_backward.workspace(mlp.FAMILY, inputs[0], inputs[3], True, segment) == most
 
 
 @pytest.mark.parametrize(

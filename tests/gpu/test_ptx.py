@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("triton", reason="needs Triton")
 
-from narrowdeep.ops import triton_chain, triton_common, triton_second
+from narrowdeep.ops import triton_backward, triton_chain, triton_common, triton_second
 from narrowdeep.ops.cnn import triton as cnn
 from narrowdeep.ops.gram import triton as gram
 from narrowdeep.ops.mlp import triton as mlp
@@ -86,6 +86,7 @@ def simulated(simulator: Simulator, **limits: Any) -> Iterator[None]:
     stand_ins: dict[str, Any] = {"launch": simulator.launch, "empty": simulator.empty}
     with (
         mock.patch.multiple(triton_chain, **stand_ins | limits),
+        mock.patch.multiple(triton_backward, **stand_ins),
         mock.patch.object(triton_second, "empty", simulator.empty),
         mock.patch.multiple(mlp, **stand_ins | {"_SPLIT": 512}),
         mock.patch.multiple(cnn, **stand_ins | {"_SPLIT": 128}),
@@ -204,6 +205,84 @@ def test_tensor_cores_keep_a_weight_that_is_not_a_number(bits: int) -> None:
         out = MLP[0](*inputs, SCALE, True, 2, 0, 0)[0]
     assert "pack" in simulator.launches
     assert out.isnan().all()
+
+
+WHOLE = [  # with samples a lane and an architecture
+    (Case(1, 1, 37, 37, True, F32, 5), 1, 90),  # crosses a move of the base; ragged block and last segment
+    (Case(2, 1, 10, 68, True, F32, 4), 2, 80),
+    (Case(1, 2, 35, 4, True, F64, 6), 1, 90),
+    (Case(2, 1, 6, 33, False, F32, 1), 2, 90),
+    (Case(1, 1, 3, 5, True, F64, 1), 1, 80),  # one layer
+    (Case(1, 1, 5, 5, False, F64, 2, width=2), 2, 90),
+]
+
+
+@contextmanager
+def whole(simulator: Simulator, a_lane: int, room: int = 1 << 20) -> Iterator[None]:
+    """``chain_whole`` for any batch, with ``room`` bytes for the sums of its programs."""
+    with (
+        simulated(simulator),
+        mock.patch.object(mlp, "_WHOLE_BATCH", 1),
+        mock.patch.object(triton_backward, "fitting_block", return_value=Block(32 * a_lane, 1, 255, 1)),
+        mock.patch.object(triton_backward, "scratch_bytes", return_value=room // 2),
+    ):
+        yield
+
+
+@pytest.mark.parametrize(("case", "a_lane", "target"), WHOLE, ids=str)
+def test_a_backward_in_one_launch(case: Case, a_lane: int, target: int) -> None:
+    """At most twice as far from float64 as the reference is; some gradients alone have the bits of all."""
+    inputs, settings = draw_inputs(case), (SCALE, case.offset, case.out_features, 0)
+    grad = draw(case.batch, case.out_features, dtype=case.dtype, seed=8)
+    saved = MLP_TRUTH.forward(*inputs, *settings, case.segment)[1]
+    arguments = grad, *inputs, saved, *settings, case.segment
+    simulator = Simulator(target, mode="lockstep" if target == 90 else "warp")
+    with whole(simulator, a_lane):
+        actual = MLP[1](*arguments, True, True)
+        again = case.segment > 1
+        expected = ["pack", *["chain_recompute"] * again, "chain_whole", "add_sums"]
+        assert simulator.launches == expected
+        if a_lane == 1:
+            simulator.launches.clear()
+            alone = MLP[1](*arguments, True, False)[0]
+            assert simulator.launches == expected[:-1]
+            assert torch.equal(alone, actual[0])
+    truth = MLP_TRUTH.backward(*doubled(arguments), True, True)
+    for name, a, r, t in zip(NAMES, actual, MLP_TRUTH.backward(*arguments, True, True), truth, strict=True):
+        assert a.dtype == case.dtype
+        scale = t.abs().max() + 1e-30
+        error, other = ((value.double() - t).abs().max() / scale for value in (a, r))
+        bound = 2 * other + (2e-7 if case.dtype == F32 else 1e-14)
+        assert error <= bound, f"{name}: {error:.1e}, the reference {other:.1e}"
+
+
+def test_bits_of_a_backward_in_one_launch() -> None:
+    """They depend neither on checkpoints nor on how many layers a launch takes."""
+    case = Case(1, 1, 12, 37, True, F32, 0)
+    inputs, settings = draw_inputs(case), (SCALE, True, 1, 0)
+    grad = draw(case.batch, 1, dtype=F32, seed=8)
+    found = []
+    for segment, room, launches in ((1, 1 << 20, 1), (4, 1 << 20, 1), (3, 1, 4)):
+        simulator = Simulator(90)
+        with whole(simulator, 1, room):
+            saved = MLP[0](*inputs, *settings, segment)[1]
+            found.append(MLP[1](grad, *inputs, saved, *settings, segment, True, True))
+        assert simulator.launches.count("chain_whole") == simulator.launches.count("add_sums") == launches
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("case", "cuts"),
+    [(Case(1, 1, 37, 5, True, F32, 5), (20, 33)), (Case(1, 1, 9, 3, False, F64, 1), (3, 6))],
+    ids=str,
+)
+def test_spans_in_one_launch(case: Case, cuts: tuple[int, ...]) -> None:
+    """Those that begin with a state, too, which is not saved again."""
+    simulator = Simulator(90)
+    with whole(simulator, 1, 1 if case.segment == 1 else 1 << 20):
+        check_spans(case, MLP, cuts)
+    assert "chain_backward" not in simulator.launches
 
 
 SMALL_IMAGES = [

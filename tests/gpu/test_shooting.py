@@ -15,7 +15,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="needs Triton")
 
-from narrowdeep.ops import shooting, triton_chain, triton_common, triton_dispatch, triton_shooting
+from narrowdeep.ops import shooting, triton_backward, triton_chain, triton_common, triton_dispatch, triton_shooting
 from narrowdeep.ops.cnn import triton as cnn
 from narrowdeep.ops.mlp import triton as mlp
 from narrowdeep.ops.mlp.reference import linear
@@ -300,7 +300,7 @@ def test_workspace_counts_it(start: int) -> None:
     ):
         descent = triton_chain.Descent(mlp.FAMILY, state, span, saved, settings, 25, 500)
         list(descent.groups(torch.rand(3, 4, 3), True))
-    workspace = triton_chain.workspace(mlp.FAMILY, torch.empty(3, 2), params[2], True, 25)
+    workspace = triton_backward.workspace(mlp.FAMILY, torch.empty(3, 2), params[2], True, 25)
     assert workspace is not None
     segment = sum(
         math.prod(shape[1:])

@@ -6,6 +6,8 @@ The table has the figures of the Triton that comes with the torch in use, and of
 from __future__ import annotations
 
 import json
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from importlib import metadata
 from typing import Any
@@ -150,6 +152,15 @@ def test_cycles_are_not_raised_unless_told_to(flags: list[str], tmp_path: Any) -
     ):
         static_figures.main()
     assert json.loads(table.read_text())[VERSION][str(entry)]["key"] == ("new" if flags else "old")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", [75, 80, 86, 89, 100, 120])  # of sm_90 the table has all blocks
+def test_no_smaller_block_spills(target: int) -> None:
+    wanted = [entry for entry in ENTRIES if entry.target == target]
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        found = zip(wanted, pool.map(static_figures.spilling_blocks, wanted), strict=True)
+        assert {str(entry): blocks for entry, blocks in found if blocks} == {}
 
 
 @pytest.mark.slow

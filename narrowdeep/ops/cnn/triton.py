@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from narrowdeep.ops import triton_chain, triton_common, triton_second
+from narrowdeep.ops import triton_backward, triton_chain, triton_common, triton_second
 from narrowdeep.ops.cnn.layered import CONVOLUTION
 from narrowdeep.ops.triton_affine import strip_length
 from narrowdeep.ops.triton_common import Block, empty, launch, prefetched
@@ -108,6 +108,8 @@ def _most_channels(kernel: str, dtype: torch.dtype) -> int:
 
 def supported(kernel: str, x: Tensor, weight: Tensor) -> bool:
     """Whether ``kernel`` takes this chain, of hidden weights (layers, n, n, f, f)."""
+    if kernel == "whole":
+        return False
     layers, channels, _, tap, _ = weight.shape
     most = _most_channels(kernel, x.dtype)
     if kernel in _SECOND and x.dtype == torch.float64 and 80 <= triton_common.capability(x.device) < 90:
@@ -151,7 +153,8 @@ def blocks(kernel: str, x: Tensor, weight: Tensor, offset: bool) -> list[Block]:
     samples = max(1, 128 * a_lane // lanes)
     return [
         Block(samples, max(1, min(8, lanes * samples // (32 * a_lane))), limit),
-        Block(1, max(1, min(8, lanes // 32)), limit),
+        # 255 registers make the tangents of one sample in float64 spill on sm_90.
+        Block(1, max(1, min(8, lanes // 32)), None if (kernel, x.dtype) == ("tangents", torch.float64) else limit),
     ]
 
 
@@ -186,6 +189,6 @@ def sum_weight_gradients(g: Tensor, h: Tensor, weight_grad: Tensor, bias_grad: T
 FAMILY = triton_chain.Family(CONVOLUTION, supported, blocks, _constants, sum_weight_gradients)
 
 cnn_forward = partial(triton_chain.forward, FAMILY)
-cnn_backward = partial(triton_chain.backward, FAMILY)
+cnn_backward = partial(triton_backward.backward, FAMILY)
 cnn_jvp = partial(triton_chain.jvp, FAMILY)
 cnn_backward_jvp = partial(triton_second.backward_jvp, FAMILY)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from narrowdeep.ops import triton_chain, triton_common, triton_second
+from narrowdeep.ops import triton_backward, triton_chain, triton_common, triton_second
 from narrowdeep.ops.mlp.layered import LINEAR
 from narrowdeep.ops.triton_common import TILE, Block, empty, launch, prefetched, read_state
 
@@ -68,7 +68,7 @@ def weight_gradient(
 _SECOND = ("tangents", "backward_jvp")
 _TANGENTS = ("jvp", *_SECOND)
 
-_NARROW = {"forward": 16, "recompute": 16, "backward": 16} | dict.fromkeys(_TANGENTS, 8)
+_NARROW = {"forward": 16, "recompute": 16, "backward": 16, "whole": 4} | dict.fromkeys(_TANGENTS, 8)
 """Widest layer that runs one sample a lane. A state and its tangent of 16 units each would not fit the registers."""
 
 _NARROW_RECORD = 8
@@ -121,6 +121,13 @@ _SPLIT = 16_384
 """Samples that a program of ``weight_gradient`` sums: constant, so that the batch alone fixes the order of the sum."""
 
 
+_WHOLE = 4
+"""Widest layer of which a backward may be one launch: 20 sums of a layer are added up by 32 lanes."""
+
+_WHOLE_BATCH = 8192
+"""Fewest samples for that: with fewer, segments side by side are worth more than launches and memory saved."""
+
+
 def widest(kernel: str, dtype: torch.dtype, target: int = 90) -> int:
     """Widest layer that ``kernel`` runs on sm_``target``; a wider chain runs one layer at a time."""
     most = _TILED["jvp" if kernel in _TANGENTS else "forward", dtype]
@@ -138,6 +145,8 @@ def narrow(kernel: str, x: Tensor) -> int:
 def supported(kernel: str, x: Tensor, weight: Tensor) -> bool:
     """Whether ``kernel`` takes this chain, of hidden weights (layers, n, n)."""
     layers, width, _ = weight.shape
+    if kernel == "whole" and (width > _WHOLE or x.shape[0] < _WHOLE_BATCH):
+        return False
     most = widest(kernel, x.dtype, triton_common.capability(x.device))
     return 0 < width <= most and layers > 0 and x.shape[0] > 0
 
@@ -160,17 +169,26 @@ def blocks(kernel: str, x: Tensor, weight: Tensor, offset: bool) -> list[Block]:
         limit = 255 if kernel == "recompute" or tangents else None
         if width > {"recompute": 64, "tangents": 16}.get(kernel, width):
             return [Block(16, 8, limit)]  # 32 samples spill up to 24 bytes on sm_80
-        return [Block(32, 4 if width <= 32 and not tangents else 8, limit)]
+        turing = triton_common.capability(x.device) < 80 and x.dtype == torch.float64  # four warps spill there
+        return [Block(32, 4 if width <= 32 and not tangents and not turing else 8, limit)]
+    if kernel == "whole":
+        ahead = 1 if x.dtype == torch.float32 else 0  # more would spill
+        return [Block(64, 1, 255, ahead), Block(32, 1, 255, ahead)]
     if fragments(kernel, x, width, offset):
         many, few = (2, 2) if width <= 8 else (1, 2) if kernel == "forward" else (0, 0)  # more would spill
-        limit = 168 if kernel == "recompute" and width <= 8 else None  # ptxas takes 128 on sm_86 and sm_89, and spills
+        # Left alone, ptxas takes 128 on sm_86 and sm_89, and spills; on sm_90 so many that three programs fit for four.
+        four = 128 if triton_common.capability(x.device) == 90 else 168
+        limit = {("recompute", False): 168, ("backward", True): four}.get((kernel, width > 8))
         return [Block(64, 4, limit, many, True), Block(16, 1, 255, few, True)]
     target = triton_common.capability(x.device)
     table = _SAMPLES | (_SAMPLES_BLACKWELL if target >= 100 else _SAMPLES_TURING if target < 80 else {})
     most = table[kernel, x.dtype, offset][0 if width <= 4 else 1 if width <= 8 else 2]
     sizes = [most >> i for i in range(4) if most >> i]
-    double = x.dtype == torch.float64 and (kernel.startswith("backward") or (width > 4 and target >= 80))
-    spilling = double or (target >= 100 and width <= 4)
+    double = x.dtype == torch.float64
+    spilling = double and (kernel.startswith("backward") or (width > 4 and target >= 80))
+    spilling |= target >= 100 and width <= 4
+    if target < 80 and kernel in ("forward", "recompute"):
+        spilling |= (width > 4) != (double and kernel == "recompute")  # there it is the other way round
     limit = 255 if spilling else None
     ahead = _AHEAD[x.dtype] if width <= 4 else 0
     return [Block(128 * size, 4, limit, ahead) for size in sizes] + [Block(32, 1, 255, ahead)]
@@ -213,6 +231,6 @@ def sum_weight_gradients(g: Tensor, h: Tensor, weight_grad: Tensor, bias_grad: T
 FAMILY = triton_chain.Family(LINEAR, supported, blocks, _constants, sum_weight_gradients)
 
 mlp_forward = partial(triton_chain.forward, FAMILY)
-mlp_backward = partial(triton_chain.backward, FAMILY)
+mlp_backward = partial(triton_backward.backward, FAMILY)
 mlp_jvp = partial(triton_chain.jvp, FAMILY)
 mlp_backward_jvp = partial(triton_second.backward_jvp, FAMILY)
