@@ -342,6 +342,10 @@ def measure_all(wanted: Iterable[Entry]) -> Iterator[tuple[Entry, Figures]]:
         yield from zip(wanted, pool.map(measure, wanted), strict=True)
 
 
+def _write(tables: dict[str, dict[str, Any]]) -> None:
+    TABLE.write_text(json.dumps(tables, indent=1, sort_keys=True) + "\n")
+
+
 def main() -> None:
     """Write this Triton's table; figures already there for these sources are kept unless --fresh."""
     parser = argparse.ArgumentParser(description=main.__doc__)
@@ -362,7 +366,8 @@ def main() -> None:
                 continue
         table[str(entry)] = asdict(figures)
         print(f"{entry}: {figures}", flush=True)
-        TABLE.write_text(json.dumps(tables, indent=1, sort_keys=True) + "\n")
+        _write(tables)
+    _write(tables)  # without rows that are no more
     if slower:
         print("slower by over 5%", "" if arguments.slower else " and not written (--slower writes them)", ":", sep="")
         sys.exit("\n".join(slower))
