@@ -18,7 +18,7 @@ import triton
 
 from benchmarks.gpu.modelled import resident
 from benchmarks.gpu.static_figures import TABLE
-from narrowdeep.ops import triton_chain, triton_shooting
+from narrowdeep.ops import triton_backward, triton_chain, triton_shooting
 from narrowdeep.ops.mlp import triton as mlp
 from narrowdeep.ops.shooting import PASSES
 from narrowdeep.ops.triton_common import MULTIPROCESSORS, Block, choose_block
@@ -128,6 +128,11 @@ def times(kernel: str, width: int, batch: int) -> tuple[Block, dict[str, float]]
     return block, bounds | {"L1": modelled[0], "L2": modelled[1]}
 
 
+def expected(kernel: str, width: int, batch: int) -> float:
+    """The longest of them: what the kernel is bound by."""
+    return max(times(kernel, width, batch)[1].values())
+
+
 def _shapes(width: int, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty(batch, 1, device="meta"), torch.empty(DEPTH, width, width, device="meta")
 
@@ -148,7 +153,7 @@ def forward_seconds(width: int, batch: int, parallel: bool) -> tuple[int, float,
     blocks = mlp.blocks("forward", x, weight, True)
     length = triton_shooting.segment_length("forward", mlp.FAMILY, x, weight, True, DEPTH) if parallel else 0
     if not length:
-        return 1, times("forward", width, batch)[1]["L2"], 2
+        return 1, expected("forward", width, batch), 2
     segments, programs = math.ceil(DEPTH / length), math.ceil(batch / blocks[-1].samples)
     joined = math.ceil(batch / triton_shooting.joining("forward", blocks[-1], width, x.dtype, segments)["BLOCK"])
     turn = _seconds("segments", width, programs * segments, length) + _seconds("join_states", width, joined, 1)
@@ -158,17 +163,20 @@ def forward_seconds(width: int, batch: int, parallel: bool) -> tuple[int, float,
 def backward_seconds(width: int, batch: int, parallel: bool) -> tuple[int, float, int]:
     """The same of a backward; segments are those of the largest group."""
     x, weight = _shapes(width, batch)
+    if mlp.supported("whole", x, weight):
+        _, _, step = triton_backward.shares(mlp.FAMILY, x, weight, True, SEGMENT)
+        return 1, expected("whole", width, batch), 2 + 2 * math.ceil(DEPTH / step)
     blocks = mlp.blocks("backward", x, weight, True)
     step = triton_chain.layers_a_group(torch.empty(width, batch, device="meta"), SEGMENT, torch.device("cpu"))
     samples, most, launches = blocks[-1].samples, 1, 1
     programs = math.ceil(batch / samples)
-    seconds = sum(times(kernel, width, batch)[1]["L2"] for kernel in ("recompute", "weight_gradient"))
+    seconds = sum(expected(kernel, width, batch) for kernel in ("recompute", "weight_gradient"))
     for first in range(0, DEPTH, step):
         layers = min(step, DEPTH - first)
         length = triton_shooting.segment_length("backward", mlp.FAMILY, x, weight, True, layers) if parallel else 0
         launches += 5 if length else 3
         if not length:
-            seconds += times("backward", width, batch)[1]["L2"] * layers / DEPTH
+            seconds += expected("backward", width, batch) * layers / DEPTH
             continue
         segments = math.ceil(layers / length)
         most = max(most, segments)
@@ -206,8 +214,8 @@ def main() -> None:
             for batch in (128, 65_536) if kernel != "whole" else (8192, 65_536):
                 block, found = times(kernel, width, batch)
                 cells = " | ".join(f"{1e3 * t:.2f}" for t in found.values())
-                expected = f"{1e3 * max(found.values()):.2f} ms"
-                print(f"| {kernel} | {width} | {batch:,} | {block.samples} / {block.warps} | {cells} | {expected} |")
+                row = f"{kernel} | {width} | {batch:,} | {block.samples} / {block.warps} | {cells}"
+                print(f"| {row} | {1e3 * expected(kernel, width, batch):.2f} ms |")
     print()
     print_depth_in_parallel()
 

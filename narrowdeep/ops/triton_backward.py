@@ -32,7 +32,7 @@ def workspace(family: Family, x: Tensor, weight: Tensor, offset: bool, segment: 
     state = x.new_empty(width, *x.shape[2:], x.shape[0], device="meta")
     records = math.prod(packed_shape(family, "backward", x, weight, offset) or (0,))
     if family.supported("whole", x, weight):
-        _, programs, step = _shares(family, x, weight, offset, segment)
+        _, programs, step = shares(family, x, weight, offset, segment)
         states = (min(segment, layers) + 1) * state.numel() if segment > 1 else 0
         return (states + programs * min(step, layers) * sums_size(width) + records) * x.element_size()
     step = layers_a_group(state, segment, x.device)
@@ -58,7 +58,7 @@ def workspace(family: Family, x: Tensor, weight: Tensor, offset: bool, segment: 
     return (most + records) * x.element_size()
 
 
-def _shares(family: Family, x: Tensor, weight: Tensor, offset: bool, segment: int) -> tuple[Block, int, int]:
+def shares(family: Family, x: Tensor, weight: Tensor, offset: bool, segment: int) -> tuple[Block, int, int]:
     """(the block, programs, layers a launch) of ``chain_whole``: as many as have room for the programs' sums."""
     block = fitting_block(family.blocks("whole", x, weight, offset), x.shape[0], x.device)
     programs = triton.cdiv(x.shape[0], block.samples)
@@ -71,7 +71,7 @@ def _in_one_launch(descent: Descent, grad: Tensor, grads: list[Tensor]) -> None:
     these, states, given = descent.span()
     saved, layers, segment, end = states[-1], these.layers, descent.segment, descent.params.last
     shape, weight, offset = saved.shape[2:], these.hidden[0], these.middle >= 0
-    block, programs, step = _shares(these.family, these.x, weight, offset, segment)
+    block, programs, step = shares(these.family, these.x, weight, offset, segment)
     again, known = segment > 1, layers
     room = empty(saved, min(segment, layers) + 1, *shape) if again else saved
     top = saved[-1, 0] if len(saved) else saved
@@ -80,10 +80,12 @@ def _in_one_launch(descent: Descent, grad: Tensor, grads: list[Tensor]) -> None:
         h = room[: layers - known + 1]
         tensors: tuple[Tensor, ...] = (*states, *these.weights("recompute"), h)
         these.run(chain_recompute, "recompute", tensors, (layers, segment, these.phase, known // segment, given))
-        top = h[-1].clone()  # other segments take its place
+        top = h[-1]
     bounds = list(range(0, layers, step if grads else layers))
     if given and not again:  # the state that came in was not saved again: a layer by itself
         bounds = sorted({1 % layers, *bounds})
+    numbers_of_layer = programs * sums_size(weight.shape[1])
+    sums_room = empty(saved, numbers_of_layer * min(step, layers) if grads else 0)
     for first, last in reversed(list(zip(bounds, [*bounds[1:], layers], strict=True))):
         masked = int(last < layers or end is None)
         if again:
@@ -94,12 +96,12 @@ def _in_one_launch(descent: Descent, grad: Tensor, grads: list[Tensor]) -> None:
             h = saved[first - given :, 0]
         before = words(descent.gradient) if descent.gradient is not None else descent.above(grad, top)
         descent.gradient = empty(saved, these.words, *shape)
-        sums = empty(saved, programs, last - first, sums_size(weight.shape[1])) if grads else h
+        sums = sums_room[: numbers_of_layer * (last - first)] if grads else h
         tensors = (*before, *states, *these.weights("whole"), h, descent.gradient, sums)
         numbers = (layers, segment if again else layers, these.phase, first, last, masked, given, known)
         these.run(chain_whole, "whole", tensors, numbers, block=block, RECOMPUTE=again, SUM=bool(grads))
         if grads:
-            grid = (triton.cdiv(sums[0].numel(), ADDED),)
+            grid = (triton.cdiv(sums.numel() // programs, ADDED),)
             parts = (g[first:last] for g in grads)
             constants = {"WIDTH": weight.shape[1], "BLOCK": ADDED}
             launch(add_sums, grid, sums, *parts, last - first, programs, num_warps=4, **constants)
@@ -122,6 +124,7 @@ def backward(family: Family, *args: Any) -> tuple[Tensor, ...]:
         for begin, end, h, g in descent.groups(grad, need_params):
             if need_params:
                 family.sum_weight_gradients(g, h, grads[2][begin:end], grads[3][begin:end])
+            del h, g  # before those of the next group are made
     if need_params and params.last is not None:
         assert descent.r is not None
         assert descent.h_last is not None

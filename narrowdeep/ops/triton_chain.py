@@ -278,7 +278,7 @@ class Descent:
         """G of the last state, whose value is h, as it comes to the kernels; keeps what a last layer will need."""
         if self.params.last is None:
             return words(grad)
-        self.h_last = h
+        self.h_last = h.clone()  # the rest of its group goes
         self.r, top = layered.last_gradient(self.family.layer, grad, h, self.params.last.weight, self.settings.offset)
         return words(top)
 
@@ -320,6 +320,8 @@ class Descent:
                 tensors = (*before, these.weights("backward")[0], h, self.gradient, g)
                 these.run(chain_backward, "backward", tensors, (layers, these.phase, first, last, masked), STORE=keep_g)
             yield first, last, h[:count], g
+            del h, g  # before those of the next group are made
+            tensors = ()
 
     def full(self) -> Tensor:
         """G of the first state as one value."""

@@ -2,7 +2,7 @@
 
 Narrow chains run one sample a lane or on tensor cores, middling ones in ``tl.dot`` tiles, wider ones (and everything,
 where Triton is missing or fails) one layer at a time through cuBLAS (``layered.py``). The choice follows from shapes,
-dtypes and the device's architecture alone.
+dtypes and the device, for depth in parallel also from C_L.
 """
 
 from __future__ import annotations
@@ -35,10 +35,18 @@ _failures: dict[tuple[str, str], str] = {}
 """(op, device) -> why its kernels are not tried again in this process."""
 
 
+_spared: dict[str, str] = {}
+"""device -> why kernels of ``SPARE`` are not tried again in this process."""
+
+SPARE = ("chain_segments", "join_", "chain_sequential", "backward_segments", "chain_whole", "add_sums")
+"""How the names of kernels begin that others can stand in for: depth in parallel, and a backward in one launch."""
+
+
 class KernelError(RuntimeError):
     """Triton could not compile or start a kernel."""
 
     def __init__(self, kernel: str, error: Exception) -> None:
+        self.kernel = kernel
         lines = str(error).strip().splitlines() or [""]
         super().__init__(f"Triton failed at {kernel}: {type(error).__name__}: {lines[0]}")
 
@@ -90,6 +98,11 @@ def _warn(reason: str) -> None:
     warnings.warn(f"layers run one at a time on this device, which is slower: {reason}", RuntimeWarning, stacklevel=3)
 
 
+def spares(device: torch.device) -> bool:
+    """Whether kernels of ``SPARE`` are left out on a device, where one has failed."""
+    return str(device) in _spared
+
+
 def check_tensors(tensors: list[Tensor]) -> None:
     """Raise TypeError for anything but float32 and float64, ValueError for tensors on different devices."""
     x = tensors[0]
@@ -107,6 +120,17 @@ def register(library: torch.library.Library, name: str, kernels: str, otherwise:
     warning. Whatever torch computes in either runs in full precision.
     """
 
+    def run(device: torch.device, *args: Any) -> Any:
+        function = getattr(importlib.import_module(kernels), name)
+        try:
+            return function(*args)
+        except KernelError as error:
+            if spares(device) or not error.kernel.startswith(SPARE):
+                raise
+            _spared[str(device)] = str(error)
+            warnings.warn(f"other kernels take its place on this device: {error}", RuntimeWarning, stacklevel=4)
+            return function(*args)
+
     def call(*args: Any) -> Any:
         tensors = [a for a in args if isinstance(a, Tensor)]
         check_tensors(tensors)
@@ -115,7 +139,7 @@ def register(library: torch.library.Library, name: str, kernels: str, otherwise:
             reason = unusable(device) or _failures.get((name, str(device)))
             if reason is None:
                 try:
-                    return getattr(importlib.import_module(kernels), name)(*args)
+                    return run(device, *args)
                 except KernelError as error:
                     reason = _failures[name, str(device)] = str(error)
             _warn(reason)

@@ -21,6 +21,7 @@ from narrowdeep.ops import triton_common
 from narrowdeep.ops.reference import RENORMALISE_PERIOD
 from narrowdeep.ops.shooting import BOUND, MIDDLE_BOUND, PASSES
 from narrowdeep.ops.triton_common import Block, empty, launch
+from narrowdeep.ops.triton_dispatch import spares
 from narrowdeep.ops.triton_jacobians import backward_segments, join_gradients
 from narrowdeep.ops.triton_segments import chain_segments, chain_sequential, join_states
 
@@ -75,7 +76,7 @@ def segment_length(kernel: str, family: Family, x: Tensor, weight: Tensor, offse
     ``kernel`` is forward or backward, the rest as ``triton_chain.Family`` has it; shapes and device decide.
     """
     most = widest(kernel, x.dtype, triton_common.capability(x.device))
-    if weight.dim() > 3 or weight.shape[1] > most or layers < LEAST_LAYERS[kernel]:
+    if weight.dim() > 3 or weight.shape[1] > most or layers < LEAST_LAYERS[kernel] or spares(x.device):
         return 0
     programs = triton.cdiv(x.shape[0], family.blocks(kernel, x, weight, offset)[-1].samples)
     programs *= weight.shape[1] if kernel == "backward" else 1

@@ -3,7 +3,7 @@
 A lane multiplies what it has of G and h, n (n + 1) products. Five times lanes then meet in pairs: each keeps half of
 its sums, adds the other lane's to them and gives its other half away (recursive halving), so that about n (n + 1)
 numbers go from lane to lane where a sum of each by itself would take 5 n (n + 1). The order of a sum depends on the
-batch size alone.
+batch size and on how many samples a program has.
 """
 
 # ruff: noqa: RUF005 (the kernel language has no starred tuples)

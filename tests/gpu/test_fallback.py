@@ -6,7 +6,7 @@ import re
 import subprocess
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -40,7 +40,7 @@ def _fresh() -> Iterator[None]:
     caches = (triton_dispatch.missing, triton_dispatch._driver_fault, triton_dispatch._warn)
     for cached in caches:
         cached.cache_clear()
-    with mock.patch.dict(triton_dispatch._failures, clear=True):
+    with mock.patch.dict(triton_dispatch._failures, clear=True), mock.patch.dict(triton_dispatch._spared, clear=True):
         yield
     for cached in caches:
         cached.cache_clear()
@@ -173,6 +173,46 @@ def test_a_second_derivative_whose_kernel_does_not_compile() -> None:
         found = recorder.implementations["mlp_backward_jvp"](*arguments)
     assert failing.call_count == 1
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("kernel", ["chain_segments", "join_gradients", "add_sums"])
+def test_a_spare_kernel_that_does_not_compile(kernel: str) -> None:
+    """The chain's ordinary kernels take its place, for all ops on the device, after one warning."""
+    pytest.importorskip("triton", reason="needs Triton")
+    from narrowdeep.ops import triton_backward, triton_chain, triton_shooting
+    from narrowdeep.ops.mlp import triton as mlp
+
+    batch, layers, n = 8192 if kernel == "add_sums" else 5, 3000, 4
+    x, shapes = torch.empty(batch, 2, device="meta"), ((n, 2), (n,), (layers, n, n), (layers, n), (1, n), (1,))
+    params = [torch.empty(shape, device="meta") for shape in shapes]
+    started: list[str] = []
+
+    def launch(function: Any, *args: Any, **constants: Any) -> None:
+        started.append(function.fn.__name__)
+        if started[-1] == kernel:
+            raise triton_dispatch.KernelError(kernel, ValueError("no such thing"))
+
+    recorder: Any = Recorder()
+    triton_dispatch.register_chain(recorder, "mlp")
+
+    def step() -> None:
+        settings = 1e4, True, 1, 0, 100
+        out, saved = recorder.implementations["mlp_forward"](x, *params, *settings)
+        recorder.implementations["mlp_backward"](out, x, *params, saved, *settings, True, True)
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(triton_dispatch, "full_precision", return_value=nullcontext()))
+        for module in (triton_chain, triton_shooting, triton_backward, mlp):
+            stack.enter_context(mock.patch.object(module, "launch", launch))
+        with pytest.warns(RuntimeWarning, match="other kernels take its place on this device: .*no such thing"):
+            step()
+        assert started.count(kernel) == 1
+        started.clear()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            step()
+    assert "chain_backward" in started
+    assert not any(name.startswith(triton_dispatch.SPARE) for name in started)
 
 
 def test_our_own_errors_are_not_taken_for_a_kernels() -> None:

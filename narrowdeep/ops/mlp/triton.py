@@ -14,6 +14,7 @@ from torch import Tensor
 from narrowdeep.ops import triton_backward, triton_chain, triton_common, triton_second
 from narrowdeep.ops.mlp.layered import LINEAR
 from narrowdeep.ops.triton_common import TILE, Block, empty, launch, prefetched, read_state
+from narrowdeep.ops.triton_dispatch import spares
 
 
 @triton.jit(do_not_specialize=["batch", "splits"])
@@ -145,7 +146,7 @@ def narrow(kernel: str, x: Tensor) -> int:
 def supported(kernel: str, x: Tensor, weight: Tensor) -> bool:
     """Whether ``kernel`` takes this chain, of hidden weights (layers, n, n)."""
     layers, width, _ = weight.shape
-    if kernel == "whole" and (width > _WHOLE or x.shape[0] < _WHOLE_BATCH):
+    if kernel == "whole" and (width > _WHOLE or x.shape[0] < _WHOLE_BATCH or spares(x.device)):
         return False
     most = widest(kernel, x.dtype, triton_common.capability(x.device))
     return 0 < width <= most and layers > 0 and x.shape[0] > 0
