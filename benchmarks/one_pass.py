@@ -110,7 +110,8 @@ def main() -> None:
         curves = json.loads(arguments.json.read_text())
     else:
         task = load_task(arguments.task, data=arguments.data, pool=arguments.pool)
-        task = subset(task, images=arguments.images, test_images=None, seed=0)
+        if arguments.images is not None:
+            task = subset(task, images=arguments.images, test_images=None, seed=0)
         for name, config in reversed(configurations(arguments, task).items()):
             first = curves["Gauss-Newton"][1][2] if curves else 0.0
             curves[name] = learn(config, task, first)

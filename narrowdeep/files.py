@@ -186,13 +186,13 @@ def _undivided() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread() or not callable(handler):
         yield
         return
-    waits = threading.Event()
-    signal.signal(signal.SIGINT, lambda number, frame: waits.set())
+    waiting: list[int] = []  # no Event, whose lock a second signal would wait for inside of the first one's handler
+    signal.signal(signal.SIGINT, lambda number, frame: waiting.append(number))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, handler)
-        if waits.is_set():
+        if waiting:
             signal.raise_signal(signal.SIGINT)
 
 

@@ -428,3 +428,34 @@ def test_ctrl_c_leaves_no_temporary_file(tmp_path, interrupted, run):
     for _ in interrupted(lambda: run(path)):
         assert names(tmp_path) == ["file"]
         assert path.read_text() in ("old", "new")
+
+
+@pytest.mark.parametrize("within", ["<lambda>", "notify_all"])  # the handler, and an Event that it might set
+def test_signals_within_each_other_do_not_wait_for_one_another(tmp_path, within):
+    """A second Ctrl-C arrives while the first one's handler runs."""
+    code = (
+        "import os, signal, sys\n"
+        "from narrowdeep import files\n"
+        "def within(frame, event, argument):\n"
+        f"    if left and event == 'call' and frame.f_code.co_name == {within!r}:\n"
+        "        left.pop()\n"
+        "        signal.raise_signal(signal.SIGINT)\n"
+        "left, flock = [0], files.fcntl.flock\n"
+        "def interrupted(*arguments):\n"
+        "    files.fcntl.flock = flock\n"
+        "    sys.setprofile(within)\n"
+        "    signal.raise_signal(signal.SIGINT)\n"
+        "    sys.setprofile(None)\n"
+        "    return flock(*arguments)\n"
+        "files.fcntl.flock = interrupted\n"
+        "try:\n"
+        f"    with files.folder_lock({str(tmp_path)!r}):\n"
+        "        print('inside')\n"
+        "except KeyboardInterrupt:\n"
+        "    print('interrupted')\n"
+    )
+    start = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    command = [sys.executable, "-c", start + code]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    assert (result.stdout, names(tmp_path)) == ("interrupted\n", []), result.stderr

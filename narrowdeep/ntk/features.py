@@ -219,7 +219,7 @@ class InitialFeatures:
                 for images, rows in zip(h.split(tile), block.split(tile), strict=True):
                     patches = functional.unfold(images, self.kernel_size, padding=self.kernel_size // 2)
                     middle = functional.linear(patches.transpose(1, 2), *scaled).relu_()
-                    torch.matmul(middle.transpose(1, 2), seen, out=rows)
+                    rows.copy_(middle.transpose(1, 2) @ seen)
                 yield block.flatten(1)
 
 

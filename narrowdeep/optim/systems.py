@@ -126,7 +126,7 @@ class SampleSystem:
         if kernel.dim() == 4:
             samples, outputs = kernel.shape[1:3]
             kernel = kernel.transpose(1, 2).reshape(samples * outputs, samples * outputs)
-        if not kernel.isfinite().all():
+        if not all(bool(rows.isfinite().all()) for rows in kernel.split(_ROWS)):
             raise ValueError("kernel must be finite, got NaN or infinity")
         self.mean = float(kernel.diagonal().mean())
         if not self.mean > 0:
