@@ -148,13 +148,18 @@ def _no_reuse_of_freed_memory() -> Iterator[None]:
     """Freed memory that glibc holds on to would be used again without counting as growth (other C libraries: no-op).
 
     Inside, free memory is given back, holes in the heap are taken up, and blocks of 128 KiB and more come from the
-    system each time. Afterwards they are kept up to 32 MiB, the most that glibc's own sliding threshold comes to.
+    system each time; a touch of what was given back brings a page and not a huge one, 2 MiB at once. Afterwards blocks
+    are kept up to 32 MiB, the most that glibc's own sliding threshold comes to.
     """
     c = ctypes.CDLL(None)
     if not hasattr(c, "malloc_trim") or not hasattr(c, "mallopt"):
         yield
         return
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+    set_huge_pages_off, huge_pages_off = 41, 42  # PR_SET_THP_DISABLE, PR_GET_THP_DISABLE of prctl.h
+    c.prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
+    were_off = c.prctl(huge_pages_off, 0, 0, 0, 0)
+    c.prctl(set_huge_pages_off, 1, 0, 0, 0)
     c.malloc_trim(0)
     c.mallopt(mmap_threshold, 128 << 10)
     holes = _take_up_holes(c, least=128 << 10)
@@ -165,6 +170,7 @@ def _no_reuse_of_freed_memory() -> Iterator[None]:
             c.free(hole)
         c.mallopt(mmap_threshold, 32 << 20)
         c.mallopt(trim_threshold, 64 << 20)
+        c.prctl(set_huge_pages_off, max(were_off, 0), 0, 0, 0)
 
 
 def _take_up_holes(c: Any, least: int) -> list[ctypes.c_void_p]:

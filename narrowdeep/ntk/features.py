@@ -30,6 +30,9 @@ from narrowdeep.ntk.network import Narrow, Ours, check_module, find, reading
 _BLOCK_BYTES = 1 << 27
 """What the features of a block of layers may take."""
 
+_PATCH_BYTES = 1 << 23
+"""What the patches of a block of samples may take in a sum over samples, which needs a copy of no more."""
+
 _TILE_BYTES = 1 << 21
 """What the middle units of a convolution, at all positions, of a tile of samples may take: they stay in the cache."""
 
@@ -166,11 +169,14 @@ class InitialFeatures:
         ``advance`` is called with the samples done.
         """
         taps, inputs, v = self.kernel_size**2, x.shape[1], v.double()
-        columns, begin = v.new_empty(self.count(inputs), v.shape[1]), 0
-        for block in self.blocks(x):
-            torch.mm(block.T, v, out=columns[begin : begin + block.shape[1]])
-            begin += block.shape[1]
-            advance(len(x) * block.shape[1] / len(columns))
+        columns = v.new_zeros(self.count(inputs), v.shape[1])
+        size = max(1, _PATCH_BYTES // max(1, 8 * taps * x[:1].numel()))
+        for part, rows in zip(x.split(size), v.split(size), strict=True):
+            begin = 0
+            for block in self.blocks(part):
+                columns[begin : begin + block.shape[1]].addmm_(block.T, rows)
+                begin += block.shape[1]
+            advance(len(part))
         unit = self.scale * math.sqrt(self.depth)
         ends = [inputs * taps * self.first, inputs * taps * (self.weights > 0), 1]
         first, left, _, middle = columns.split([*ends, len(columns) - sum(ends)])
@@ -216,8 +222,8 @@ class InitialFeatures:
                     yield functional.linear(h.flatten(1), *scaled).relu_()
                     continue
                 block = h.new_empty(len(h), len(u), taps)
-                for images, rows in zip(h.split(tile), block.split(tile), strict=True):
-                    patches = functional.unfold(images, self.kernel_size, padding=self.kernel_size // 2)
+                for part, rows in zip(h.split(tile), block.split(tile), strict=True):
+                    patches = functional.unfold(part, self.kernel_size, padding=self.kernel_size // 2)
                     middle = functional.linear(patches.transpose(1, 2), *scaled).relu_()
                     rows.copy_(middle.transpose(1, 2) @ seen)
                 yield block.flatten(1)

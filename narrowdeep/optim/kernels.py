@@ -22,9 +22,9 @@ from narrowdeep.optim.systems import FeatureSystem, ProductSystem, SampleSystem,
 _BLOCK_BYTES = 1 << 28
 """What the features, or the rows of a kernel, of one block of samples may take."""
 
-
 _FEW = 4096
 """Features of the system that conjugate gradients start from, about."""
+
 
 class Kernel(Protocol):
     constant: bool

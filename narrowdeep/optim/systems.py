@@ -157,7 +157,8 @@ class FeatureSystem:
         advance: Callable[[float], None] = lambda _: None,
     ) -> None:
         self._features, self._ranks, self._samples = features, ranks, len(x)
-        self._blocks: tuple[Tensor, ...] = x[ranks.share(len(x))].split(block)
+        own = x[ranks.share(len(x))]
+        self._blocks: tuple[Tensor, ...] = own.split(block)
         if keep:
             self._features, self._blocks = _itself, tuple(features(part) for part in self._blocks)
         gram: Tensor | None = None
@@ -166,7 +167,7 @@ class FeatureSystem:
             if gram is None:
                 gram = rows.new_zeros(rows.shape[1], rows.shape[1])
             add_gram(gram, rows.T, rows)
-            advance(len(part) / max(1, sum(map(len, self._blocks))))
+            advance(len(part) / max(1, len(own)))
         assert gram is not None  # there is a block, of no samples if need be
         ranks.sum_(gram)
         self.mean = float(gram.trace()) / len(x)

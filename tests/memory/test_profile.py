@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import mmap
 import sys
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,16 @@ def test_growth_is_the_peak_and_not_what_stays(megabytes: int) -> None:
     del blocks[2], blocks[0]
     growth = profiling._peak_growth(run, torch.device("cpu"))
     assert abs(growth - megabytes * MEGABYTE) < 2 * MEGABYTE
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="no huge pages")
+def test_a_touch_counts_as_a_page_and_not_as_a_huge_one() -> None:
+    def run() -> None:
+        with mmap.mmap(-1, 8 * MEGABYTE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as region:
+            region.madvise(mmap.MADV_HUGEPAGE)
+            region[5 * MEGABYTE] = 1
+
+    assert profiling._peak_growth(run, torch.device("cpu")) < MEGABYTE
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_parameters_move_by_the_gradient_of_a_backward(
 
     monkeypatch.setattr(InitialFeatures, "output_gradients", kept_coefficients)
     module = sys.modules["narrowdeep.ntk.features"]  # the package has a function of that name
-    monkeypatch.setattr(module, "_TILE_BYTES", 3 * 8 * 9 * x[0].numel())  # a few samples a block
+    monkeypatch.setattr(module, "_PATCH_BYTES", 3 * 8 * 9 * x[0].numel())  # a few samples a block
     refuse_backwards(model, monkeypatch)
     y = torch.randn(7, 2, dtype=x.dtype)
     step = optimizer.step(x, y)
