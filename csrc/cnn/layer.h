@@ -94,7 +94,9 @@ class CnnLayer {
     any_correlation(transposed_filter(weight, columns, shape_.size), rows, columns, full, epilogue);
   }
 
-  int64_t gradient_bytes() const { return margins_bytes(shape_.width) + cleared_bytes(shape_.width); }
+  int64_t gradient_bytes() const {
+    return margins_bytes(max_of(shape_.width, shape_.in)) + cleared_bytes(max_of(shape_.width, shape_.out));
+  }
   int64_t gradient_scratch(int64_t rows, int64_t columns) const {
     return max_of(rows * columns * taps_ * kLanes<T>, products_scratch<T>(rows, columns, shape_.size, tiles_.plane));
   }
@@ -160,11 +162,12 @@ class CnnLayer {
   // ---- many layers in registers: images never fit
   static constexpr bool in_registers() { return false; }
   void forward_in_registers(int64_t, int64_t, const State<T>&, T*) const {}
-  void backward_in_registers(int64_t, int64_t, const State<T>&, const T*, T*) const {}
+  void backward_in_registers(int64_t, int64_t, const State<T>&, const T*, const ChainParams<T>&, int64_t) const {}
   void forward_tangent_in_registers(int64_t, int64_t, const ChainParams<const T>&, const State<T>&, const State<T>&, T*,
                                     T*) const {}
   void backward_tangent_in_registers(int64_t, int64_t, const ChainParams<const T>&, const State<T>&, const State<T>&,
                                      const T*, const T*, T*) const {}
+  static constexpr bool packs() { return false; }
   static constexpr int64_t packed_size() { return 0; }
   void unpack(const T*, int64_t, int64_t, int64_t, int64_t, T*, T*) const {}
 

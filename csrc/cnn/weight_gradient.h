@@ -25,10 +25,24 @@ ND_INLINE bool lanes_over_channels(int64_t rows, int64_t positions, int64_t vali
   return tenths * positions * valid * padded < 10 * (positions + 4) * rows * kLanes<T>;
 }
 
+// Blocks of positions, of kTerms terms at most and within a row; and how many of them one after another are summed before
+// they are added to a total: all, where there are few.
+struct Blocks {
+  int64_t positions, count, together;
+};
+template <class T>
+ND_INLINE Blocks blocks_of(const Plane& plane) {
+  const int64_t positions = min_of(kTerms / kLanes<T>, plane.width);
+  const int64_t count = plane.height * ceil_div(plane.width, positions);
+  return {positions, count, count <= kTerms ? count : block_of(count)};
+}
+
 // Elements of its scratch.
 template <class T>
 ND_INLINE int64_t products_scratch(int64_t rows, int64_t channels, int64_t size, const Plane& plane) {
-  return (channels * size * size + min_of(kTerms, plane.width * kLanes<T>)) * padded_channels<T>(rows);
+  const Blocks blocks = blocks_of<T>(plane);
+  const int64_t sums = channels * size * size * (blocks.together < blocks.count ? 2 : 1);
+  return (sums + blocks.positions * kLanes<T>)*padded_channels<T>(rows);
 }
 
 // Channels of h in a block for V vectors of G. Its channels stand apart by the size of an image, often a power of two, and
@@ -82,12 +96,21 @@ inline void weight_products(int64_t rows, int64_t channels, int64_t valid, int64
                             const T* full, const In& h, T* weight, bool add, T* scratch) {
   constexpr int lanes = kLanes<T>;
   const int64_t padded = padded_channels<T>(rows), radius = size / 2, taps = size * size, entries = channels * taps;
-  const int64_t stored = h.positions(plane) * lanes, most = min_of(kTerms / lanes, plane.width);
+  const int64_t stored = h.positions(plane) * lanes;
+  const Blocks blocks = blocks_of<T>(plane);
   T *const sums = scratch, *const transposed = sums + entries * padded;  // [channel][tap][padded channel of G]
+  T* const totals = transposed + blocks.positions * lanes * padded;
   fill(entries * padded, T(0), sums);
+  int64_t done = 0;
   for (int64_t y = 0; y < plane.height; ++y)
-    for (int64_t x = 0; x < plane.width; x += most) {
-      const int64_t count = min_of(most, plane.width - x);
+    for (int64_t x = 0; x < plane.width; x += blocks.positions) {
+      if (done > 0 && done % blocks.together == 0) {
+        if (done > blocks.together) ND_ISA::add(entries * padded, totals, sums);
+        copy(entries * padded, sums, totals);
+        fill(entries * padded, T(0), sums);
+      }
+      ++done;
+      const int64_t count = min_of(blocks.positions, plane.width - x);
       transpose_row(rows, plane, full, y, x, count, transposed);
       const int64_t row_begin = max_of(0, radius - h.margin() - y);
       const int64_t row_end = min_of(size, plane.height + radius + h.margin() - y);
@@ -107,6 +130,7 @@ inline void weight_products(int64_t rows, int64_t channels, int64_t valid, int64
                 0, channels, TapRows<T, 1>{right, left + o, stored, padded, end - begin, valid, taps, to + o});
         }
     }
+  if (blocks.together < blocks.count) ND_ISA::add(entries * padded, totals, sums);
   for (int64_t o = 0; o < padded; o += lanes)
     for (int64_t e = 0; e < entries; e += lanes) {
       Vec<T> block[lanes];

@@ -168,7 +168,7 @@ class ChainBackwardRun {
   // Few steps go together where their gradients are large, many where each would be a wait for nothing.
   int64_t steps_together() const {
     if (!Layer::kEndsTogether) return steps;
-    const int64_t layer_size = layer.in_registers() ? layer.packed_size() : layer.hidden_weights() + s.width;
+    const int64_t layer_size = layer.packs() ? layer.packed_size() : layer.hidden_weights() + s.width;
     return min_of(steps, max_of(1, (int64_t(1) << 20) / (layer_size * int64_t(sizeof(T)) * step)));
   }
   // Gradients of the layers of a group, as many times as workers do not write them at once. A long sum one after another
@@ -182,11 +182,11 @@ class ChainBackwardRun {
   }
   // Workers that write their sums to the gradients themselves. (Sums of its own for worker 0 as well were 30% slower at
   // width 75: what one core has written is dear to read on another.)
-  int64_t direct() const { return layer.in_registers() ? 0 : 1; }
+  int64_t direct() const { return layer.packs() ? 0 : 1; }
 
   GradientSizes sizes(int64_t layers) const {
     GradientSizes g{};
-    if (layer.in_registers()) {
+    if (layer.packs()) {
       g.sizes[2] = layers * layer.packed_size();
     } else {
       g.sizes[2] = layers * layer.hidden_weights();
@@ -204,7 +204,7 @@ class ChainBackwardRun {
     const bool blocked = this->blocked();
     const int64_t first_layer = first * step, layers = min_of(last * step, s.layers) - first_layer;
     const GradientSizes g = sizes(layers);
-    const bool packed = layer.in_registers();
+    const bool packed = layer.packs();
     const auto total_of = [&](int64_t worker) {
       ChainParams<T> results = args.grads;
       if (worker >= direct()) return g.at(memory + (worker - direct()) * stride);
@@ -345,8 +345,7 @@ class ChainBackwardRun {
       const int64_t stop = tiles.last_renormalisation(end, begin);
       const T* const states = room.states + (stop - begin) * size;
       if (layer.in_registers()) {
-        T* const packed = args.need_params ? sums.hidden_weight + (stop - first_layer) * layer.packed_size() : nullptr;
-        layer.backward_in_registers(stop, end, g, states, packed);
+        layer.backward_in_registers(stop, end, g, states, sums, stop - first_layer);
       } else {
         g.total(size, full);
         for (int64_t l = end; l-- > stop;) {

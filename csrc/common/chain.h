@@ -101,14 +101,6 @@ inline void run_to(const Tiles<T>& tiles, const Layer& layer, int64_t begin, int
   run(tiles, layer, begin, end, state, states, spare);
 }
 
-// A long sum one after another loses digits: it is made of sums of so many terms, which depends on their number alone.
-constexpr int64_t kBlock = 32;
-ND_INLINE int64_t block_of(int64_t terms) {
-  int64_t block = kBlock;
-  while (block * block < terms) ++block;
-  return min_of(block, max_of(1, terms));
-}
-
 // mean over positions of the outputs at z, [output][position][sample], to (batch, out).
 template <class T>
 inline void store_outputs(const Tiles<T>& tiles, int64_t tile, T* z, T* to) {

@@ -138,6 +138,14 @@ inline void add(int64_t count, const T* from, T* to) {
   for (int64_t i = 0; i < count; ++i) to[i] += from[i];
 }
 
+// A long sum one after another loses digits: it is made of sums of so many terms, which depends on their number alone.
+constexpr int64_t kBlock = 32;
+ND_INLINE int64_t block_of(int64_t terms) {
+  int64_t block = kBlock;
+  while (block * block < terms) ++block;
+  return min_of(block, max_of(1, terms));
+}
+
 template <class T>
 ND_INLINE void swap(T*& a, T*& b) {
   T* const c = a;

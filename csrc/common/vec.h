@@ -44,6 +44,13 @@ constexpr int kRegisters = 32;
 #error "define ND_VECTOR_BYTES, or compile for AVX-512, AVX2 or NEON"
 #endif
 
+// Whether `fma` and `clip` are there for vectors of 32 bytes as well.
+#if !defined(ND_VECTOR_BYTES) && defined(__AVX2__)
+constexpr bool kHas32Bytes = true;
+#else
+constexpr bool kHas32Bytes = false;
+#endif
+
 template <class T>
 struct Simd {
   static constexpr int kLanes = kVectorBytes ? kVectorBytes / int(sizeof(T)) : 1;
@@ -96,6 +103,10 @@ ND_INLINE __m512 where_le0(__m512 h, __m512 a, __m512 b) {
 ND_INLINE __m512d where_le0(__m512d h, __m512d a, __m512d b) {
   return _mm512_mask_blend_pd(_mm512_cmp_pd_mask(h, _mm512_setzero_pd(), _CMP_LE_OQ), b, a);
 }
+ND_INLINE __m256 fma(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
+ND_INLINE __m256d fma(__m256d a, __m256d b, __m256d c) { return _mm256_fmadd_pd(a, b, c); }
+ND_INLINE __m256 clip(__m256 z, __m256 floor) { return _mm256_max_ps(floor, z); }
+ND_INLINE __m256d clip(__m256d z, __m256d floor) { return _mm256_max_pd(floor, z); }
 ND_INLINE __m512 keep_if(__m512 mask, __m512 a) { return _mm512_and_ps(mask, a); }
 ND_INLINE __m512d keep_if(__m512d mask, __m512d a) { return _mm512_and_pd(mask, a); }
 #elif !defined(ND_VECTOR_BYTES) && defined(__AVX2__)

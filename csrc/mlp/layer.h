@@ -3,6 +3,7 @@
 
 #include "common/epilogue.h"
 #include "common/state.h"
+#include "mlp/narrow_few.h"
 #include "mlp/narrow_tangent.h"
 #include "mlp/weight_gradient.h"
 
@@ -47,6 +48,7 @@ class MlpLayer {
         shape_(tiles.shape),
         params_(params),
         few_(few(tiles.shape)),
+        few_vectors_(vectors_of_few(tiles.shape)),
         few_memory_(few_ * (max_of(tiles.shape.width, max_of(tiles.shape.in, tiles.shape.out)) +
                             kLanes<T>)*int64_t(sizeof(T))) {}
 
@@ -55,6 +57,13 @@ class MlpLayer {
     const int64_t least = s.batch <= 2 ? 20 : 40;  // width from which this is faster, measured
     if (kLanes<T> < 4 || s.width < least || s.batch > 4) return 0;
     return s.batch <= 2 ? s.batch : 4;
+  }
+
+  // The same of layers in registers (narrow_few.h).
+  static int vectors_of_few(const ChainShape& s) {
+    int vectors = 0;
+    of_width(s.width, [&](auto width) { vectors = few_vectors<T, decltype(width)::value>(s.batch); });
+    return vectors;
   }
 
   int64_t most_states() const { return INT64_MAX; }  // that a backward holds at once
@@ -199,6 +208,14 @@ class MlpLayer {
       constexpr int N = decltype(width)::value;
       const T *w = params_.hidden_weight, *c = params_.hidden_bias;
       const int vectors = int(tiles_.vectors);
+      if (few_vectors_ > 0)
+        return with_few_vectors<N>([&](auto v, auto offset) {
+          constexpr int V = decltype(v)::value;
+          constexpr bool OFFSET = decltype(offset)::value;
+          const auto run =
+              states ? narrow_few_forward<T, N, V, OFFSET, true> : narrow_few_forward<T, N, V, OFFSET, false>;
+          run(w, c, begin, end, tiles_.samples, tiles_.skip, state.floor, state.lo, states);
+        });
       if (shape_.offset && states)
         narrow_forward<T, N, true, true>(w, c, begin, end, vectors, tiles_.skip, state.floor, state.lo, states);
       else if (shape_.offset)
@@ -209,12 +226,21 @@ class MlpLayer {
         narrow_forward<T, N, false, false>(w, c, begin, end, vectors, tiles_.skip, state.floor, state.lo, nullptr);
     });
   }
-  // Back through layers [begin, end); `states` holds the values before each. The gradients of layer l are added to
-  // packed + (l - begin) * packed_size(), unless that is null.
-  void backward_in_registers(int64_t begin, int64_t end, const State<T>& g, const T* states, T* packed) const {
+  // Back through layers [begin, end); `states` holds the values before each. The gradients of layer l become those of
+  // layer l - begin + to of `sums`, unless these are null; where they are packed they are added.
+  void backward_in_registers(int64_t begin, int64_t end, const State<T>& g, const T* states, const ChainParams<T>& sums,
+                             int64_t to) const {
     of_width([&](auto width) {
       constexpr int N = decltype(width)::value;
       const int vectors = int(tiles_.vectors);
+      if (!packs())
+        return with_few_vectors<N>([&](auto v, auto offset) {
+          const bool wanted = sums.hidden_weight != nullptr;
+          narrow_few_backward<T, N, decltype(v)::value, decltype(offset)::value>(
+              params_.hidden_weight, begin, end, tiles_.samples, tiles_.skip, g.floor, g.lo, states,
+              wanted ? sums.hidden_weight + to * N * N : nullptr, wanted ? sums.hidden_bias + to * N : nullptr);
+        });
+      T* const packed = sums.hidden_weight ? sums.hidden_weight + to * packed_size() : nullptr;
       if (shape_.offset)
         narrow_backward<T, N, true>(params_.hidden_weight, begin, end, vectors, tiles_.skip, g.floor, g.lo, states,
                                     packed);
@@ -229,6 +255,11 @@ class MlpLayer {
                                     T* tangent_values) const {
     with_tangents(tangents, [&](auto width, auto offset, auto weight_t, const NarrowTangents<T>& of) {
       constexpr int N = decltype(width)::value;
+      if (few_vectors_ > 0 && !states)  // the way back sums over all lanes, of which these fill a few
+        return with_few_vectors<N>([&](auto v, auto) {
+          narrow_few_forward_tangent<T, N, decltype(v)::value, decltype(offset)::value, decltype(weight_t)::value>(
+              of, begin, end, tiles_.samples, tiles_.skip, words(state, tangent));
+        });
       for_vectors<kTangentVectors<N>>(
           int(tiles_.vectors), kLanes<T>,
           NarrowForwardTangent<T, N, decltype(offset)::value, decltype(weight_t)::value>{
@@ -243,6 +274,8 @@ class MlpLayer {
           of, begin, end, int(tiles_.vectors), tiles_.skip, words(g, g_t), states, tangent_values, packed);
     });
   }
+  // Whether the gradients of layers in registers are packed sums, which `unpack` adds up. Few samples write them at once.
+  bool packs() const { return in_registers() && few_vectors_ == 0; }
   int64_t packed_size() const {
     int64_t size = 0;
     of_width([&](auto width) { size = NarrowEntries<T, decltype(width)::value>::kSize; });
@@ -256,15 +289,21 @@ class MlpLayer {
     of_width([&](auto width) {
       for (int64_t e = 0; e < entries; ++e) positions[e] = NarrowEntries<T, decltype(width)::value>::position(int(e));
     });
-    T total[kMost + kLanes<T>];
+    const int64_t in_order = min_of(weights, entries / kLanes<T> * kLanes<T>);  // whole groups are
+    T sums[kMost + kLanes<T>];
     for (int64_t l = begin; l < end; ++l) {
-      copy(size, packed + l * size, total);
+      const T* total = packed + l * size;
+      if (workers > 1) {
+        copy(size, total, sums);
+        total = sums;
+      }
       for (int64_t worker = 1; worker < workers; ++worker) {
         const T* const from = packed + worker * stride + l * size;
         for (int64_t i = 0; i < size; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + kAhead * size + i);
-        ND_ISA::add(size, from, total);
+        ND_ISA::add(size, from, sums);
       }
-      for (int64_t e = 0; e < weights; ++e) weight[l * weights + e] = total[positions[e]];
+      copy(in_order, total, weight + l * weights);
+      for (int64_t e = in_order; e < weights; ++e) weight[l * weights + e] = total[positions[e]];
       for (int64_t e = 0; e < shape_.width; ++e) bias[l * shape_.width + e] = total[positions[weights + e]];
     }
   }
@@ -274,6 +313,7 @@ class MlpLayer {
   const ChainShape& shape_;
   const ChainParams<const T>& params_;
   const int64_t few_;
+  const int few_vectors_;
   const Buffer few_memory_;  // one tile, so one thread
 
   // body(a Constant of few_)
@@ -303,11 +343,24 @@ class MlpLayer {
       body(width, Flag<false>(), Flag<false>(), of);
     });
   }
-  template <int N = kNarrowest, class Body>
+  template <class Body>
   ND_INLINE void of_width(const Body& body) const {
+    of_width(shape_.width, body);
+  }
+  template <int N = kNarrowest, class Body>
+  static ND_INLINE void of_width(int64_t width, const Body& body) {
     if constexpr (N <= kWidestNarrow) {
-      if (shape_.width == N) return body(Constant<N>());
-      of_width<N + 1>(body);
+      if (width == N) return body(Constant<N>());
+      of_width<N + 1>(width, body);
+    }
+  }
+  // body(a Constant of few_vectors_, offset form)
+  template <int N, int V = kMostFewVectors<T, N>, class Body>
+  ND_INLINE void with_few_vectors(const Body& body) const {
+    if constexpr (V > 0) {
+      if (few_vectors_ < V) return with_few_vectors<N, V / 2>(body);
+      if (shape_.offset) return body(Constant<V>(), Flag<true>());
+      body(Constant<V>(), Flag<false>());
     }
   }
   template <class Epilogue>

@@ -149,7 +149,7 @@ def test_a_state_from_anywhere(inputs: int, image: tuple[int, ...], start: int, 
         check_state(case, CNN if image else MLP, start)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize(
     "case",
     [
@@ -361,7 +361,7 @@ def test_second_derivatives_of_spans(case: Case, cuts: tuple[int, ...]) -> None:
         check_second_spans(case, CNN if case.image else MLP, op, cuts, bits=case.hidden < 9)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("second", [SECONDS[2], SECONDS[6], SECONDS[9], SECONDS[10]], ids=str)
 def test_second_derivatives_in_random_warp_order(second: SecondCase, seed: int) -> None:
     block = Block(4 if second.case.image else 64, 2)

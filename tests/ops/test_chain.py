@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -169,6 +171,44 @@ def test_engine_is_the_reference(
         assert not any(t.numel() for t in (*both[1][1:], both[2][0]))
         for name, result, want in zip(NAMES[1:], both[2][1:], both[0][1:], strict=True):
             assert torch.equal(result, want), name
+
+
+@functools.cache
+def _few(width: int, offset: bool, batch: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor, Any]:
+    """Arguments, tangents, a gradient; and output, gradients and tangent of the reference in float64."""
+    case = Case(width - 2, 1, 67, batch)
+    args = arguments(case, torch.float64, offset)
+    tangents = tuple(torch.randn_like(t) for t in args)
+    grad_out = torch.randn(batch, 1, dtype=torch.float64)
+    reference = case.family.reference
+    out, states = reference.forward(*args, 3.0, offset, 0)
+    grads = reference.backward(grad_out, *args, states, 3.0, offset, 0, True, True)
+    return args, tangents, grad_out, (out, *grads, reference.jvp(*args, *tangents, 3.0, offset))
+
+
+@pytest.mark.usefixtures("empties_hold_nan")
+@pytest.mark.parametrize("offset", [True, False], ids=["offset", "plain"])
+@pytest.mark.parametrize("width", range(3, 14))
+@every_build
+def test_few_samples_of_any_narrow_width(
+    isa: str, width: int, offset: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lanes over units up to some number of samples, over samples from the next on."""
+    monkeypatch.setenv("NARROWDEEP_ISA", isa)
+    for batch, (dtype, tolerance) in itertools.product((1, 2, 3, 4, 5, 8, 9), TOLERANCE.items()):
+        args, tangents, grad_out, wanted = _few(width, offset, batch)
+        given, along, ops = tuple(t.to(dtype) for t in args), grad_out.to(dtype), MLP_CASES[0].family.ops
+        results = []
+        for segment in (0, 1, 10, 100):
+            out, saved = ops.forward(*given, 3.0, offset, segment)
+            grads = ops.backward(along, *given, saved, 3.0, offset, segment, True, True)
+            results.append((out, *grads, ops.jvp(*given, *(t.to(dtype) for t in tangents), 3.0, offset)))
+            alone = ops.backward(along, *given, saved, 3.0, offset, segment, True, False)[0]
+            assert torch.equal(alone, grads[0])
+        for name, *same, want in zip(("out", *NAMES, "jvp"), *results, wanted, strict=True):
+            # Not one seed's tolerance: in plain form terms of a sum cancel.
+            assert_close(same[0], want, 5 * tolerance, f"{name}, batch {batch}")
+            assert all(torch.equal(same[0], other) for other in same[1:]), name
 
 
 def _cases(filters: st.SearchStrategy, images: st.SearchStrategy, widest: int, largest: int) -> st.SearchStrategy:

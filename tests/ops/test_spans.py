@@ -463,6 +463,25 @@ def test_gradients_of_a_large_batch_are_summed_without_loss(case: Case, samples:
     assert ((grads[6].double() - exact).abs() <= 3e-6 * exact).all()
 
 
+@pytest.mark.parametrize("batch", [1, 13])
+@every_build
+def test_gradients_of_tall_images_are_summed_without_loss(
+    isa: str, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where lanes run over output channels as well, whose sums are made a row at a time."""
+    monkeypatch.setenv("NARROWDEEP_ISA", isa)
+    case = Case(2, 29, 1, batch, 1, (8192, 1))
+    args, found = _arguments(case, torch.float32, False), []
+    grad = torch.rand(batch, case.outputs) + 0.5
+    for dtype in (torch.float32, torch.float64):
+        given = [t.abs().to(dtype) for t in args]  # terms of one sign
+        _, saved = _op(case, "forward")(*given, *_settings(case, False, 0), 1)
+        backward = _op(case, "backward")
+        found.append(backward(grad.to(dtype), *given, saved, *_settings(case, False, 0), 1, True, True))
+    for name, got, want in zip(NAMES, *found, strict=True):
+        _assert_close(got, want, 5e-7 if "weight" in name else 2e-6, name)
+
+
 BAD = [
     ({"start": -1}, "start must be from 0 to 2\\*\\*62, got -1"),
     ({"start": 2**62 + 1}, "start must be from 0 to"),
