@@ -161,6 +161,7 @@ class CnnLayer {
 
   // ---- many layers in registers: images never fit
   static constexpr bool in_registers() { return false; }
+  static constexpr bool renormalises() { return false; }
   void forward_in_registers(int64_t, int64_t, const State<T>&, T*) const {}
   void backward_in_registers(int64_t, int64_t, const State<T>&, const T*, const ChainParams<T>&, int64_t) const {}
   void forward_tangent_in_registers(int64_t, int64_t, const ChainParams<const T>&, const State<T>&, const State<T>&, T*,

@@ -342,7 +342,7 @@ class ChainBackwardRun {
     const State<T> g = room.gradient(k);
     T *full = room.full, *full_next = room.full_next;
     while (end > begin) {
-      const int64_t stop = tiles.last_renormalisation(end, begin);
+      const int64_t stop = layer.renormalises() ? begin : tiles.last_renormalisation(end, begin);
       const T* const states = room.states + (stop - begin) * size;
       if (layer.in_registers()) {
         layer.backward_in_registers(stop, end, g, states, sums, stop - first_layer);
@@ -359,7 +359,7 @@ class ChainBackwardRun {
         }
       }
       end = stop;
-      if (tiles.renormalises(end) && s.start + end > 0) renormalise(tiles, g);
+      if (!layer.renormalises() && tiles.renormalises(end) && s.start + end > 0) renormalise(tiles, g);
     }
   }
 

@@ -8,6 +8,7 @@
 //   parts(shape, threads, body)     calls body(part) for the parts of a batch (common/state.h)
 //   in_registers()                  whether `forward_in_registers`, `backward_in_registers` and the same with tangents run
 //                                   many layers at once
+//   renormalises()                  whether these two without tangents renormalise a state themselves
 //   first, step, last               x to state 0; state l to l + 1; the last state to the outputs at every position
 //   last_back, step_back, first_back, gradient        their transposes, and the gradient of a weight and its bias
 //   first_tangent, step_tangent, last_tangent         their tangents
@@ -73,7 +74,7 @@ template <class Layer, class T>
 inline void run(const Tiles<T>& tiles, const Layer& layer, int64_t begin, int64_t end, const State<T>& state, T*& h,
                 T*& spare) {
   while (begin < end) {
-    const int64_t stop = tiles.next_renormalisation(begin, end);
+    const int64_t stop = layer.renormalises() ? end : tiles.next_renormalisation(begin, end);
     if (layer.in_registers()) {
       layer.forward_in_registers(begin, stop, state, spare ? nullptr : h);
       if (!spare) h += (stop - begin) * tiles.size;
@@ -85,7 +86,7 @@ inline void run(const Tiles<T>& tiles, const Layer& layer, int64_t begin, int64_
         h = next;
       }
     }
-    if (tiles.renormalises(stop)) {
+    if (!layer.renormalises() && tiles.renormalises(stop)) {
       renormalise(tiles, state);
       if (!spare || !layer.in_registers()) state.total(tiles.size, h);
     }

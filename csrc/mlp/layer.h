@@ -201,7 +201,9 @@ class MlpLayer {
   // ---- many layers in registers
   bool in_registers() const { return shape_.width >= kNarrowest && shape_.width <= kWidestNarrow; }
 
-  // Layers [begin, end) without renormalisation; with `states`, the value after layer l goes to states + (l + 1 - begin)
+  // Whether they renormalise as they go.
+  bool renormalises() const { return few_vectors_ > 0; }
+  // Layers [begin, end), of which none renormalises unless all do; with `states`, the value after layer l goes to states + (l + 1 - begin)
   // * size.
   void forward_in_registers(int64_t begin, int64_t end, const State<T>& state, T* states) const {
     of_width([&](auto width) {
@@ -214,7 +216,7 @@ class MlpLayer {
           constexpr bool OFFSET = decltype(offset)::value;
           const auto run =
               states ? narrow_few_forward<T, N, V, OFFSET, true> : narrow_few_forward<T, N, V, OFFSET, false>;
-          run(w, c, begin, end, tiles_.samples, tiles_.skip, state.floor, state.lo, states);
+          run(w, c, begin, end, shape_.start + begin, tiles_.samples, tiles_.skip, state, states);
         });
       if (shape_.offset && states)
         narrow_forward<T, N, true, true>(w, c, begin, end, vectors, tiles_.skip, state.floor, state.lo, states);
@@ -237,7 +239,7 @@ class MlpLayer {
         return with_few_vectors<N>([&](auto v, auto offset) {
           const bool wanted = sums.hidden_weight != nullptr;
           narrow_few_backward<T, N, decltype(v)::value, decltype(offset)::value>(
-              params_.hidden_weight, begin, end, tiles_.samples, tiles_.skip, g.floor, g.lo, states,
+              params_.hidden_weight, begin, end, shape_.start + begin, tiles_.samples, tiles_.skip, g, states,
               wanted ? sums.hidden_weight + to * N * N : nullptr, wanted ? sums.hidden_bias + to * N : nullptr);
         });
       T* const packed = sums.hidden_weight ? sums.hidden_weight + to * packed_size() : nullptr;

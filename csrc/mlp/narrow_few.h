@@ -7,6 +7,7 @@
 // were 28% slower with half of their lanes in use.
 #pragma once
 
+#include "common/state.h"
 #include "mlp/narrow_tangent.h"
 
 namespace narrowdeep {
@@ -172,39 +173,82 @@ struct WeightRows {
   }
 };
 
-// Hidden layers [begin, end) without renormalisation, as narrow_forward, for the first V * kSamples samples of arrays
-// [unit][sample].
+// The words of a state or a gradient, of V vectors.
+template <class T, int N, int V, bool OFFSET>
+struct FewWords {
+  typedef UnitLanes<T, N> Of;
+  typedef typename Of::Lanes Lanes;
+  Lanes base[V], hi[V], low[V], lo[V], kept;
+
+  ND_INLINE FewWords(const State<T>& from, int64_t samples, const T* skip) : kept(Of::row(skip)) {
+    ND_UNROLL for (int v = 0; v < V; ++v) {
+      const int64_t at = v * Of::kSamples;
+      base[v] = OFFSET ? Of::load_units(from.base + at, samples) : Lanes{};
+      hi[v] = OFFSET ? Of::load_units(from.hi + at, samples) : Lanes{};
+      low[v] = OFFSET ? Of::load_units(from.floor + at, samples) : Lanes{};
+      lo[v] = Of::load_units(from.lo + at, samples);
+    }
+  }
+  ND_INLINE void store(const State<T>& to, int64_t samples) const {
+    ND_UNROLL for (int v = 0; v < V; ++v) {
+      const int64_t at = v * Of::kSamples;
+      if (OFFSET) Of::store_units(to.hi + at, samples, hi[v]);
+      if (OFFSET) Of::store_units(to.floor + at, samples, low[v]);
+      Of::store_units(to.lo + at, samples, lo[v]);
+    }
+  }
+  ND_INLINE Lanes total(int v) const { return OFFSET ? lo[v] - low[v] : lo[v]; }
+  // As `renormalise` of common/state.h, with its bits.
+  ND_INLINE void renormalise() {
+    typedef decltype(kept > kept) Mask;
+    const Mask on = (Mask)kept;
+    ND_UNROLL for (int v = 0; v < V; ++v) {
+      const Lanes old = hi[v], more = lo[v], sum = old + more, t = sum - old;
+      const Lanes rest = (old - (sum - t)) + (more - t);
+      const Mask dead = more == low[v];
+      hi[v] = on ? (dead ? -base[v] : sum) : old;
+      lo[v] = on ? (dead ? Lanes{} : rest) : more;
+      low[v] = on ? -(base[v] + hi[v]) : low[v];
+    }
+  }
+};
+
+// Hidden layers [begin, end), as narrow_forward and renormalised, for the first V * kSamples samples of arrays
+// [unit][sample]. State `begin` of the span is state `number` of the network.
 template <class T, int N, int V, bool OFFSET, bool STORE>
-__attribute__((noinline)) void narrow_few_forward(const T* weight, const T* bias, int64_t begin, int64_t end, int64_t samples,
-                               const T* skip, const T* floor, T* lo_memory, T* states) {
+__attribute__((noinline)) void narrow_few_forward(const T* weight, const T* bias, int64_t begin, int64_t end,
+                                                  int64_t number, int64_t samples, const T* skip,
+                                                  const State<T>& state, T* states) {
   typedef UnitLanes<T, N> Of;
   typedef typename Of::Lanes Lanes;
   const WeightRows<T, N> weights(weight, end);
-  const Lanes kept = Of::row(skip);
-  Lanes low[V], lo[V], h[V], rows[N];
-  for (int v = 0; v < V; ++v) {
-    low[v] = OFFSET ? Of::load_units(floor + v * Of::kSamples, samples) : Lanes{};
-    lo[v] = Of::load_units(lo_memory + v * Of::kSamples, samples);
-    h[v] = OFFSET ? lo[v] - low[v] : lo[v];
-  }
+  FewWords<T, N, V, OFFSET> of(state, samples, skip);
+  Lanes h[V], rows[N];
+  ND_UNROLL for (int v = 0; v < V; ++v) h[v] = of.total(v);
   for (int64_t l = begin; l < end; ++l) {
     weights.load(l, rows);
-    if (STORE) states += N * samples;
     ND_UNROLL for (int v = 0; v < V; ++v) {
       Lanes products[Of::kUnits] = {};
       ND_UNROLL for (int i = 0; i < N; ++i)
         products[i] = fma(rows[i], h[v], Of::in_first(bias[l * N + i], typename Of::All()));
       const Lanes z = Of::sums(products);
       // lo comes in last: it is the one large term beside the small increments
-      lo[v] = clip(OFFSET ? z + Of::keep(kept, lo[v]) : z, low[v]);
-      h[v] = OFFSET ? lo[v] - low[v] : lo[v];
-      if (STORE) Of::store_units(states + v * Of::kSamples, samples, h[v]);
+      of.lo[v] = clip(OFFSET ? z + Of::keep(of.kept, of.lo[v]) : z, of.low[v]);
+      h[v] = of.total(v);
     }
+    if (OFFSET && (number + (l - begin) + 1) % kRenormalisePeriod == 0) {
+      of.renormalise();
+      ND_UNROLL for (int v = 0; v < V; ++v) h[v] = of.total(v);
+    }
+    if (!STORE) continue;
+    states += N * samples;
+    ND_UNROLL for (int v = 0; v < V; ++v) Of::store_units(states + v * Of::kSamples, samples, h[v]);
   }
-  for (int v = 0; v < V; ++v) Of::store_units(lo_memory + v * Of::kSamples, samples, lo[v]);
+  of.store(state, samples);
 }
 
-// The same beside a tangent, as NarrowForwardTangent: a state has the bits that it has without one.
+// The same beside a tangent, as NarrowForwardTangent and without renormalisation: a state has the bits that it has without
+// a tangent.
 template <class T, int N, int V, bool OFFSET, bool WEIGHT_T>
 __attribute__((noinline)) void narrow_few_forward_tangent(const NarrowTangents<T>& of, int64_t begin, int64_t end, int64_t samples,
                                        const T* skip, const NarrowWords<T>& words) {
@@ -247,40 +291,39 @@ __attribute__((noinline)) void narrow_few_forward_tangent(const NarrowTangents<T
   }
 }
 
-// Layers [begin, end) backwards without renormalisation, as narrow_backward. Gradients of layer l are written from
-// weight_gradient + (l - begin) N N and bias_gradient + (l - begin) N on, unless these are null.
+// Layers [begin, end) backwards, as narrow_backward and renormalised. Gradients of layer l are written from weight_gradient +
+// (l - begin) N N and bias_gradient + (l - begin) N on, unless these are null.
 template <class T, int N, int V, bool OFFSET>
-__attribute__((noinline)) void narrow_few_backward(const T* weight, int64_t begin, int64_t end, int64_t samples, const T* skip,
-                                const T* floor, T* g_memory, const T* states, T* weight_gradient, T* bias_gradient) {
+__attribute__((noinline)) void narrow_few_backward(const T* weight, int64_t begin, int64_t end, int64_t number,
+                                                   int64_t samples, const T* skip, const State<T>& gradient,
+                                                   const T* states, T* weight_gradient, T* bias_gradient) {
   typedef UnitLanes<T, N> Of;
   typedef typename Of::Lanes Lanes;
   const WeightRows<T, N> weights(weight, end);
-  const Lanes kept = Of::row(skip);
-  Lanes low[V], g[V], rows[N];
-  for (int v = 0; v < V; ++v) {
-    low[v] = OFFSET ? Of::load_units(floor + v * Of::kSamples, samples) : Lanes{};
-    g[v] = Of::load_units(g_memory + v * Of::kSamples, samples);
-  }
+  FewWords<T, N, V, OFFSET> of(gradient, samples, skip);
+  Lanes rows[N];
   for (int64_t l = end - 1; l >= begin; --l) {
     weights.load(l, rows);
-    Lanes gradient[N], full_sum;
+    Lanes products[N], full_sum;
     ND_UNROLL for (int v = 0; v < V; ++v) {
       const Lanes h = Of::load_units(states + (l - begin) * N * samples + v * Of::kSamples, samples);
-      const Lanes full = OFFSET ? g[v] - low[v] : g[v];
+      const Lanes full = of.total(v);
       Lanes each[N];
       Of::units(full, each);
       const Lanes next = Of::combined(rows, each);
       if (weight_gradient) {
-        ND_UNROLL for (int i = 0; i < N; ++i) gradient[i] = v == 0 ? each[i] * h : fma(each[i], h, gradient[i]);
+        ND_UNROLL for (int i = 0; i < N; ++i) products[i] = v == 0 ? each[i] * h : fma(each[i], h, products[i]);
         full_sum = v == 0 ? full : full_sum + full;
       }
-      g[v] = h <= T(0) ? low[v] : OFFSET ? next + Of::keep(kept, g[v]) : next;
+      of.lo[v] = h <= T(0) ? of.low[v] : OFFSET ? next + Of::keep(of.kept, of.lo[v]) : next;
     }
+    const int64_t state = number + (l - begin);
+    if (OFFSET && state % kRenormalisePeriod == 0 && state > 0) of.renormalise();
     if (!weight_gradient) continue;
-    ND_UNROLL for (int i = 0; i < N; ++i) Of::store_sum(weight_gradient + ((l - begin) * N + i) * N, gradient[i]);
+    ND_UNROLL for (int i = 0; i < N; ++i) Of::store_sum(weight_gradient + ((l - begin) * N + i) * N, products[i]);
     Of::store_sum(bias_gradient + (l - begin) * N, full_sum);
   }
-  for (int v = 0; v < V; ++v) Of::store_units(g_memory + v * Of::kSamples, samples, g[v]);
+  of.store(gradient, samples);
 }
 
 }  // namespace ND_ISA

@@ -37,8 +37,8 @@ def _drop_gradient(param: Tensor) -> None:
 
 def _attributes(module: nn.Module, names: Iterable[str]) -> list[Any]:
     """Attributes of ``module``, of which parameters are taken where torch keeps them: its own way takes 0.5 us each."""
-    own = module._parameters
-    return [own[name] if name in own else getattr(module, name) for name in names]
+    own, before = module._parameters, module.__dict__  # where Python looks first
+    return [own[name] if name in own and name not in before else getattr(module, name) for name in names]
 
 
 class DeepNarrowBase(Checkpointing):

@@ -365,3 +365,17 @@ def test_bad_settings(settings: dict[str, Any], error: type[Exception], message:
 def test_bad_inputs(x: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         DeepNarrowMLP(2, 1, 4)(x)
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_a_tensor_put_in_a_parameters_place_is_what_runs(chunks: int) -> None:
+    """As of any module: Python finds what is in ``__dict__`` before what ``__getattr__`` of torch does."""
+    model, other = (DeepNarrowMLP(2, 1, depth=9, chunks=chunks) for _ in range(2))
+    x = torch.rand(4, 2)
+    before = model(x)
+    model.__dict__["last_weight"] = torch.ones_like(model.last_weight)
+    with torch.no_grad():
+        other.load_state_dict(DeepNarrowMLP.state_dict(model))
+        other.last_weight.fill_(1.0)
+    torch.testing.assert_close(model(x), other(x))
+    assert not torch.equal(model(x), before)
