@@ -55,9 +55,7 @@ def budgets(network: Network, model: DeepNarrowMLP | DeepNarrowCNN) -> tuple[int
 
     def total(checkpoint: Any, budget: int | None = None) -> int:
         model.checkpoint = checkpoint
-        return memory.plan(
-            model, batch_size=network.samples, input_shape=network.input_shape, budget=budget
-        ).total
+        return memory.plan(model, batch_size=network.samples, input_shape=network.input_shape, budget=budget).total
 
     ample = total("none")
     layers = model.depth - 2

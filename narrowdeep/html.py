@@ -32,6 +32,8 @@ def render(title: str, body: str, **values: Any) -> str:
     with optional():  # loaded when a page is written, which is a run's last act
         from jinja2 import Environment
 
-    return Environment(autoescape=True).from_string(f"{_PAGE}{body}</body>\n</html>\n").render(
-        title=title, style=_STYLE, **values
+    return (
+        Environment(autoescape=True)
+        .from_string(f"{_PAGE}{body}</body>\n</html>\n")
+        .render(title=title, style=_STYLE, **values)
     )

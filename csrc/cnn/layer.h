@@ -95,7 +95,9 @@ class CnnLayer {
   }
 
   int64_t gradient_bytes() const {
-    return margins_bytes(max_of(shape_.width, shape_.in)) + cleared_bytes(max_of(shape_.width, shape_.out));
+    const int64_t gradients =
+        margins_bytes(max_of(shape_.width, shape_.in)) + cleared_bytes(max_of(shape_.width, shape_.out));
+    return max_of(gradients, margins_bytes(shape_.out));  // `last_back`
   }
   int64_t gradient_scratch(int64_t rows, int64_t columns) const {
     return max_of(rows * columns * taps_ * kLanes<T>, products_scratch<T>(rows, columns, shape_.size, tiles_.plane));

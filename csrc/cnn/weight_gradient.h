@@ -29,6 +29,7 @@ ND_INLINE bool lanes_over_channels(int64_t rows, int64_t positions, int64_t vali
 // they are added to a total: all, where there are few.
 struct Blocks {
   int64_t positions, count, together;
+  bool have_totals() const { return together < count; }
 };
 template <class T>
 ND_INLINE Blocks blocks_of(const Plane& plane) {
@@ -41,7 +42,7 @@ ND_INLINE Blocks blocks_of(const Plane& plane) {
 template <class T>
 ND_INLINE int64_t products_scratch(int64_t rows, int64_t channels, int64_t size, const Plane& plane) {
   const Blocks blocks = blocks_of<T>(plane);
-  const int64_t sums = channels * size * size * (blocks.together < blocks.count ? 2 : 1);
+  const int64_t sums = channels * size * size * (blocks.have_totals() ? 2 : 1);
   return (sums + blocks.positions * kLanes<T>)*padded_channels<T>(rows);
 }
 
@@ -130,7 +131,7 @@ inline void weight_products(int64_t rows, int64_t channels, int64_t valid, int64
                 0, channels, TapRows<T, 1>{right, left + o, stored, padded, end - begin, valid, taps, to + o});
         }
     }
-  if (blocks.together < blocks.count) ND_ISA::add(entries * padded, totals, sums);
+  if (blocks.have_totals()) ND_ISA::add(entries * padded, totals, sums);
   for (int64_t o = 0; o < padded; o += lanes)
     for (int64_t e = 0; e < entries; e += lanes) {
       Vec<T> block[lanes];

@@ -9,6 +9,7 @@
 //   in_registers()                  whether `forward_in_registers`, `backward_in_registers` and the same with tangents run
 //                                   many layers at once
 //   renormalises()                  whether these two without tangents renormalise a state themselves
+//   packs, packed_size, unpack      whether gradients of layers in registers are packed sums, their size, and how to read them
 //   first, step, last               x to state 0; state l to l + 1; the last state to the outputs at every position
 //   last_back, step_back, first_back, gradient        their transposes, and the gradient of a weight and its bias
 //   first_tangent, step_tangent, last_tangent         their tangents

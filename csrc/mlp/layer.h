@@ -216,7 +216,7 @@ class MlpLayer {
           constexpr bool OFFSET = decltype(offset)::value;
           const auto run =
               states ? narrow_few_forward<T, N, V, OFFSET, true> : narrow_few_forward<T, N, V, OFFSET, false>;
-          run(w, c, begin, end, shape_.start + begin, tiles_.samples, tiles_.skip, state, states);
+          run(w, c, begin, end, shape_.start, tiles_.samples, tiles_.skip, state, states);
         });
       if (shape_.offset && states)
         narrow_forward<T, N, true, true>(w, c, begin, end, vectors, tiles_.skip, state.floor, state.lo, states);
@@ -239,7 +239,7 @@ class MlpLayer {
         return with_few_vectors<N>([&](auto v, auto offset) {
           const bool wanted = sums.hidden_weight != nullptr;
           narrow_few_backward<T, N, decltype(v)::value, decltype(offset)::value>(
-              params_.hidden_weight, begin, end, shape_.start + begin, tiles_.samples, tiles_.skip, g, states,
+              params_.hidden_weight, begin, end, shape_.start, tiles_.samples, tiles_.skip, g, states,
               wanted ? sums.hidden_weight + to * N * N : nullptr, wanted ? sums.hidden_bias + to * N : nullptr);
         });
       T* const packed = sums.hidden_weight ? sums.hidden_weight + to * packed_size() : nullptr;
@@ -260,7 +260,7 @@ class MlpLayer {
       if (few_vectors_ > 0 && !states)  // the way back sums over all lanes, of which these fill a few
         return with_few_vectors<N>([&](auto v, auto) {
           narrow_few_forward_tangent<T, N, decltype(v)::value, decltype(offset)::value, decltype(weight_t)::value>(
-              of, begin, end, tiles_.samples, tiles_.skip, words(state, tangent));
+              of, begin, end, tiles_.samples, tiles_.skip, state, tangent);
         });
       for_vectors<kTangentVectors<N>>(
           int(tiles_.vectors), kLanes<T>,

@@ -10,7 +10,7 @@ namespace narrowdeep {
 namespace ND_ISA {
 
 // Past 10 some registers spill, and it is still faster. Without vectors there are no registers to speak of, and with
-// sanitizers each width takes long to compile: to 5 they are of either size of narrow_few.h.
+// sanitizers each width takes long to compile: to 5 they are of two of the sizes of narrow_few.h.
 #if defined(__SANITIZE_ADDRESS__)
 constexpr int kNarrowest = 2, kWidestNarrow = 5;
 #else

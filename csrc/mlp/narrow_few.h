@@ -3,8 +3,8 @@
 // gradient of a weight is a product, where lanes over samples have to be summed.
 //
 // Limit at width 4 in float32: a product (4 cycles), two shuffles and additions (8), what the unit was, the clip and the
-// difference (8) wait for one another: 20 cycles a layer. Vectors of 32 bytes, also where there are longer ones: those
-// were 28% slower with half of their lanes in use.
+// difference (8) wait for one another: 20 cycles a layer. Vectors of 32 bytes, where units fit them, also where there are longer
+// ones: those were 28% slower with half of their lanes in use.
 #pragma once
 
 #include "common/state.h"
@@ -35,11 +35,6 @@ struct UnitLanes {
   typedef T Lanes __attribute__((vector_size(kLanes * sizeof(T))));
   typedef T Units __attribute__((vector_size(kUnits * sizeof(T))));
 
-  static ND_INLINE Lanes load(const T* p) {
-    Lanes x;
-    __builtin_memcpy(&x, p, sizeof(x));
-    return x;
-  }
   // N numbers of memory in every group; what follows them in memory is read and left out.
   static ND_INLINE Lanes row(const T* p) {
     Units x;
@@ -166,8 +161,7 @@ struct WeightRows {
   WeightRows(const T* weights, int64_t end) : weight(weights), end(end) {
     for (int e = 0; kPast > 0 && e < N * N + kPast; ++e) last[e] = end > 0 && e < N * N ? weights[(end - 1) * N * N + e] : T(0);
   }
-  template <class Lanes>
-  ND_INLINE void load(int64_t l, Lanes* rows) const {
+  ND_INLINE void load(int64_t l, typename UnitLanes<T, N>::Lanes* rows) const {
     const T* const w = kPast > 0 && l + 1 == end ? last : weight + l * N * N;
     ND_UNROLL for (int i = 0; i < N; ++i) rows[i] = UnitLanes<T, N>::row(w + i * N);
   }
@@ -198,6 +192,9 @@ struct FewWords {
     }
   }
   ND_INLINE Lanes total(int v) const { return OFFSET ? lo[v] - low[v] : lo[v]; }
+  // lo after a layer that gives z, before it is clipped. lo comes in last: it is the one large term beside the small
+  // increments.
+  ND_INLINE Lanes after(int v, Lanes z) const { return OFFSET ? z + Of::keep(kept, lo[v]) : z; }
   // As `renormalise` of common/state.h, with its bits.
   ND_INLINE void renormalise() {
     typedef decltype(kept > kept) Mask;
@@ -214,10 +211,10 @@ struct FewWords {
 };
 
 // Hidden layers [begin, end), as narrow_forward and renormalised, for the first V * kSamples samples of arrays
-// [unit][sample]. State `begin` of the span is state `number` of the network.
+// [unit][sample]. State l of the span is state start + l of the network.
 template <class T, int N, int V, bool OFFSET, bool STORE>
 __attribute__((noinline)) void narrow_few_forward(const T* weight, const T* bias, int64_t begin, int64_t end,
-                                                  int64_t number, int64_t samples, const T* skip,
+                                                  int64_t start, int64_t samples, const T* skip,
                                                   const State<T>& state, T* states) {
   typedef UnitLanes<T, N> Of;
   typedef typename Of::Lanes Lanes;
@@ -231,12 +228,10 @@ __attribute__((noinline)) void narrow_few_forward(const T* weight, const T* bias
       Lanes products[Of::kUnits] = {};
       ND_UNROLL for (int i = 0; i < N; ++i)
         products[i] = fma(rows[i], h[v], Of::in_first(bias[l * N + i], typename Of::All()));
-      const Lanes z = Of::sums(products);
-      // lo comes in last: it is the one large term beside the small increments
-      of.lo[v] = clip(OFFSET ? z + Of::keep(of.kept, of.lo[v]) : z, of.low[v]);
+      of.lo[v] = clip(of.after(v, Of::sums(products)), of.low[v]);
       h[v] = of.total(v);
     }
-    if (OFFSET && (number + (l - begin) + 1) % kRenormalisePeriod == 0) {
+    if (OFFSET && (start + l + 1) % kRenormalisePeriod == 0) {
       of.renormalise();
       ND_UNROLL for (int v = 0; v < V; ++v) h[v] = of.total(v);
     }
@@ -250,51 +245,41 @@ __attribute__((noinline)) void narrow_few_forward(const T* weight, const T* bias
 // The same beside a tangent, as NarrowForwardTangent and without renormalisation: a state has the bits that it has without
 // a tangent.
 template <class T, int N, int V, bool OFFSET, bool WEIGHT_T>
-__attribute__((noinline)) void narrow_few_forward_tangent(const NarrowTangents<T>& of, int64_t begin, int64_t end, int64_t samples,
-                                       const T* skip, const NarrowWords<T>& words) {
+__attribute__((noinline)) void narrow_few_forward_tangent(const NarrowTangents<T>& layers, int64_t begin, int64_t end,
+                                                          int64_t samples, const T* skip, const State<T>& state,
+                                                          const State<T>& tangent) {
   typedef UnitLanes<T, N> Of;
   typedef typename Of::Lanes Lanes;
   const typename Of::All all;
-  const WeightRows<T, N> weights(of.weight, end), weights_t(of.weight_t, WEIGHT_T ? end : 0);
-  const Lanes kept = Of::row(skip);
-  Lanes low[V], lo[V], h[V], low_t[V], lo_t[V], t[V], rows[N], rows_t[N];
-  for (int v = 0; v < V; ++v) {
-    const int64_t at = v * Of::kSamples;
-    low[v] = OFFSET ? Of::load_units(words.floor + at, samples) : Lanes{};
-    low_t[v] = OFFSET ? Of::load_units(words.floor_t + at, samples) : Lanes{};
-    lo[v] = Of::load_units(words.lo + at, samples);
-    lo_t[v] = Of::load_units(words.lo_t + at, samples);
-    h[v] = OFFSET ? lo[v] - low[v] : lo[v];
-    t[v] = OFFSET ? lo_t[v] - low_t[v] : lo_t[v];
-  }
+  const WeightRows<T, N> weights(layers.weight, end), weights_t(layers.weight_t, WEIGHT_T ? end : 0);
+  FewWords<T, N, V, OFFSET> of(state, samples, skip), of_t(tangent, samples, skip);
+  Lanes h[V], t[V], rows[N], rows_t[N];
+  ND_UNROLL for (int v = 0; v < V; ++v) h[v] = of.total(v), t[v] = of_t.total(v);
   for (int64_t l = begin; l < end; ++l) {
     weights.load(l, rows);
     if (WEIGHT_T) weights_t.load(l, rows_t);
     ND_UNROLL for (int v = 0; v < V; ++v) {
       Lanes products[Of::kUnits] = {}, products_t[Of::kUnits] = {};
       ND_UNROLL for (int i = 0; i < N; ++i) {
-        products[i] = fma(rows[i], h[v], Of::in_first(of.bias[l * N + i], all));
+        products[i] = fma(rows[i], h[v], Of::in_first(layers.bias[l * N + i], all));
         products_t[i] = rows[i] * t[v];
         if (WEIGHT_T) products_t[i] = fma(rows_t[i], h[v], products_t[i]);
-        if (of.bias_t) products_t[i] = products_t[i] + Of::in_first(of.bias_t[l * N + i], all);
+        if (layers.bias_t) products_t[i] = products_t[i] + Of::in_first(layers.bias_t[l * N + i], all);
       }
-      const Lanes z = Of::sums(products), z_t = Of::sums(products_t);
-      lo[v] = clip(OFFSET ? z + Of::keep(kept, lo[v]) : z, low[v]);
-      h[v] = OFFSET ? lo[v] - low[v] : lo[v];
-      lo_t[v] = h[v] <= T(0) ? low_t[v] : OFFSET ? z_t + Of::keep(kept, lo_t[v]) : z_t;
-      t[v] = OFFSET ? lo_t[v] - low_t[v] : lo_t[v];
+      of.lo[v] = clip(of.after(v, Of::sums(products)), of.low[v]);
+      h[v] = of.total(v);
+      of_t.lo[v] = h[v] <= T(0) ? of_t.low[v] : of_t.after(v, Of::sums(products_t));
+      t[v] = of_t.total(v);
     }
   }
-  for (int v = 0; v < V; ++v) {
-    Of::store_units(words.lo + v * Of::kSamples, samples, lo[v]);
-    Of::store_units(words.lo_t + v * Of::kSamples, samples, lo_t[v]);
-  }
+  of.store(state, samples);
+  of_t.store(tangent, samples);
 }
 
 // Layers [begin, end) backwards, as narrow_backward and renormalised. Gradients of layer l are written from weight_gradient +
 // (l - begin) N N and bias_gradient + (l - begin) N on, unless these are null.
 template <class T, int N, int V, bool OFFSET>
-__attribute__((noinline)) void narrow_few_backward(const T* weight, int64_t begin, int64_t end, int64_t number,
+__attribute__((noinline)) void narrow_few_backward(const T* weight, int64_t begin, int64_t end, int64_t start,
                                                    int64_t samples, const T* skip, const State<T>& gradient,
                                                    const T* states, T* weight_gradient, T* bias_gradient) {
   typedef UnitLanes<T, N> Of;
@@ -315,10 +300,9 @@ __attribute__((noinline)) void narrow_few_backward(const T* weight, int64_t begi
         ND_UNROLL for (int i = 0; i < N; ++i) products[i] = v == 0 ? each[i] * h : fma(each[i], h, products[i]);
         full_sum = v == 0 ? full : full_sum + full;
       }
-      of.lo[v] = h <= T(0) ? of.low[v] : OFFSET ? next + Of::keep(of.kept, of.lo[v]) : next;
+      of.lo[v] = h <= T(0) ? of.low[v] : of.after(v, next);
     }
-    const int64_t state = number + (l - begin);
-    if (OFFSET && state % kRenormalisePeriod == 0 && state > 0) of.renormalise();
+    if (OFFSET && (start + l) % kRenormalisePeriod == 0 && start + l > 0) of.renormalise();
     if (!weight_gradient) continue;
     ND_UNROLL for (int i = 0; i < N; ++i) Of::store_sum(weight_gradient + ((l - begin) * N + i) * N, products[i]);
     Of::store_sum(bias_gradient + (l - begin) * N, full_sum);

@@ -132,7 +132,8 @@ class _ScheduledSpan(torch.autograd.Function):
 
 _SCHEDULED: dict[str, Any] = {
     # A graph shows the family, as it does where no schedule is.
-    family: type(f"{node.__name__}Scheduled", (_ScheduledSpan,), {}) for family, node in NODES.items()
+    family: type(f"{node.__name__}Scheduled", (_ScheduledSpan,), {})
+    for family, node in NODES.items()
 }
 
 

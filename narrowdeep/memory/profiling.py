@@ -158,12 +158,12 @@ def _no_reuse_of_freed_memory() -> Iterator[None]:
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
     set_huge_pages_off, huge_pages_off = 41, 42  # PR_SET_THP_DISABLE, PR_GET_THP_DISABLE of prctl.h
     c.prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
-    were_off = c.prctl(huge_pages_off, 0, 0, 0, 0)
-    c.prctl(set_huge_pages_off, 1, 0, 0, 0)
-    c.malloc_trim(0)
-    c.mallopt(mmap_threshold, 128 << 10)
-    holes = _take_up_holes(c, least=128 << 10)
+    were_off, holes = c.prctl(huge_pages_off, 0, 0, 0, 0), []
     try:
+        c.prctl(set_huge_pages_off, 1, 0, 0, 0)
+        c.malloc_trim(0)
+        c.mallopt(mmap_threshold, 128 << 10)
+        holes = _take_up_holes(c, least=128 << 10)
         yield
     finally:
         for hole in holes:

@@ -177,9 +177,7 @@ def zero_crossings(initial: DeepNarrowMLP | DeepNarrowCNN, model: DeepNarrowMLP 
         tensor(0)
     """
     with reading(initial, model):
-        counts = [
-            ((base + before > 0) != (base + after > 0)).sum() for base, before, after in _both(initial, model, x)
-        ]
+        counts = [((base + before > 0) != (base + after > 0)).sum() for base, before, after in _both(initial, model, x)]
         return torch.stack(counts)
 
 

@@ -233,9 +233,7 @@ def jacobian(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return result
 
 
-def ntk_vector_product(
-    model: nn.Module, x1: Tensor, x2: Tensor, v: Tensor, *, scaled: bool | None = None
-) -> Tensor:
+def ntk_vector_product(model: nn.Module, x1: Tensor, x2: Tensor, v: Tensor, *, scaled: bool | None = None) -> Tensor:
     """``Theta(x1, x2) @ v`` without forming Theta: a product with J(x2)^T (vjp), then one with J(x1) (jvp).
 
     Time and memory are those of a forward, a backward and a jvp of the model, so that iterative solvers run on kernels

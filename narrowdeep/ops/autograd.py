@@ -169,6 +169,7 @@ def register_without_derivative(library: torch.library.Library, name: str) -> No
 
 def register_chain(library: torch.library.Library, family: str, title: str, ops: Any) -> None:
     """Register the derivatives of a family's ops; ``title`` is what graphs and profilers show."""
+
     class Chain(Function):
         generate_vmap_rule = True
 

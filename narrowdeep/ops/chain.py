@@ -178,9 +178,7 @@ def _fold(tensor: Tensor, dim: int | None, size: int, batch_dim: int) -> Tensor:
     if batch_dim < 0:
         batch_dim += tensor.dim() - (dim is not None)
     if dim is None:
-        tensor = tensor.unsqueeze(batch_dim).expand(
-            *tensor.shape[:batch_dim], size, *tensor.shape[batch_dim:]
-        )
+        tensor = tensor.unsqueeze(batch_dim).expand(*tensor.shape[:batch_dim], size, *tensor.shape[batch_dim:])
     else:
         tensor = tensor.movedim(dim, batch_dim)
     return tensor.flatten(batch_dim, batch_dim + 1)

@@ -259,9 +259,7 @@ def load_model(path: str | Path, *, device: torch.device | str = "cpu") -> DeepN
     """
 
     schemas: tuple[type[_Header], ...] = (_ModelHeader, RunPosition)
-    header, tensors = read_tensors(
-        path, schemas, lambda header, count: _shapes(header, count), prefix="model."
-    )
+    header, tensors = read_tensors(path, schemas, lambda header, count: _shapes(header, count), prefix="model.")
     settings = header.model_settings()
     arguments = asdict(settings)
     sizes = arguments.pop("arch"), arguments.pop("in_features"), arguments.pop("out_features")

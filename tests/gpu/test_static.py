@@ -67,11 +67,10 @@ def test_hot_loops_are_dense(any_table: dict[str, Any], name: str) -> None:
 
 def _sample() -> list[Entry]:
     """Every kernel, dtype and form once, at its narrowest, each for another of the targets it is compiled for."""
-    chosen: dict[tuple[Any, ...], list[Entry]] = {}
+    by_target: dict[tuple[Any, ...], dict[int, Entry]] = {}
     for e in reversed(ENTRIES):
-        of_kernel = chosen.setdefault((e.family, e.kernel, e.dtype, e.offset), [])
-        of_kernel[:] = [e, *(other for other in of_kernel if other.target != e.target)]
-    return [of_kernel[i % len(of_kernel)] for i, of_kernel in enumerate(chosen.values())]
+        by_target.setdefault((e.family, e.kernel, e.dtype, e.offset), {})[e.target] = e
+    return [list(found.values())[i % len(found)] for i, found in enumerate(by_target.values())]
 
 
 SAMPLE = _sample()

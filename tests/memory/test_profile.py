@@ -15,6 +15,7 @@ import torch
 from benchmarks.memory import agrees
 from narrowdeep import DeepNarrowCNN, DeepNarrowMLP
 from narrowdeep.memory import BudgetError, MemoryProfile, plan, profile
+from narrowdeep.ops import engine
 from narrowdeep.optim import FusedSGD
 
 profiling: Any = importlib.import_module("narrowdeep.memory.profiling")
@@ -46,6 +47,27 @@ def test_a_touch_counts_as_a_page_and_not_as_a_huge_one() -> None:
             region[5 * MEGABYTE] = 1
 
     assert profiling._peak_growth(run, torch.device("cpu")) < MEGABYTE
+
+
+@pytest.mark.usefixtures("threads")
+def test_a_backward_takes_no_more_than_it_costs_where_it_has_more_outputs_than_channels() -> None:
+    torch.set_num_threads(1)
+    channels, outputs, layers, segment, image = 2, 300, 4, 10, (64, 64)
+    x, weight = torch.rand(1, 1, *image), torch.rand(layers, channels, channels, 3, 3)
+    params = (
+        *(torch.rand(channels, 1, 3, 3), torch.rand(channels)),
+        *(weight, torch.rand(layers, channels)),
+        *(torch.rand(outputs, channels, 3, 3), torch.rand(outputs)),
+    )
+    ops, settings = torch.ops.narrowdeep, (1.0, False, outputs, 0, segment)
+    saved = ops.cnn_forward(x, *params, *settings)[1]
+    arguments = (torch.rand(1, outputs), x, *params, saved, *settings, True, True)
+    ops.cnn_backward(*arguments)  # what is loaded on first use
+    growth = profiling._peak_growth(lambda: ops.cnn_backward(*arguments), torch.device("cpu"))
+    sizes = (1, 1, channels, outputs, layers, segment, 3, *image)
+    costs = engine.backward_costs(sizes, (True, True, False, True, False, True), 1)
+    results = profiling._bytes_of([x, *params])
+    assert growth < costs.kept + costs.segment + results + MEGABYTE
 
 
 @pytest.mark.parametrize(

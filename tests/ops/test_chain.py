@@ -176,7 +176,7 @@ def test_engine_is_the_reference(
 @functools.cache
 def _few(width: int, offset: bool, batch: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor, Any]:
     """Arguments, tangents, a gradient; and output, gradients and tangent of the reference in float64."""
-    case = Case(width - 2, 1, 67, batch)
+    case = Case(width - 2, 1, 67, batch) if width > 2 else Case(1, 1, 67, batch, hidden=width)
     args = arguments(case, torch.float64, offset)
     tangents = tuple(torch.randn_like(t) for t in args)
     grad_out = torch.randn(batch, 1, dtype=torch.float64)
@@ -187,8 +187,7 @@ def _few(width: int, offset: bool, batch: int) -> tuple[tuple[Tensor, ...], tupl
 
 
 @pytest.mark.usefixtures("empties_hold_nan")
-@pytest.mark.parametrize("offset", [True, False], ids=["offset", "plain"])
-@pytest.mark.parametrize("width", range(3, 14))
+@pytest.mark.parametrize(("width", "offset"), [*((n, True) for n in range(3, 14)), *((n, False) for n in range(2, 14))])
 @every_build
 def test_few_samples_of_any_narrow_width(
     isa: str, width: int, offset: bool, monkeypatch: pytest.MonkeyPatch
@@ -206,7 +205,7 @@ def test_few_samples_of_any_narrow_width(
             alone = ops.backward(along, *given, saved, 3.0, offset, segment, True, False)[0]
             assert torch.equal(alone, grads[0])
         for name, *same, want in zip(("out", *NAMES, "jvp"), *results, wanted, strict=True):
-            # Not one seed's tolerance: in plain form terms of a sum cancel.
+            # In plain form terms of a sum cancel, by another factor for another seed.
             assert_close(same[0], want, 5 * tolerance, f"{name}, batch {batch}")
             assert all(torch.equal(same[0], other) for other in same[1:]), name
 
